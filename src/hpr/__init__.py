@@ -1,0 +1,1 @@
+"""HPR: Hierarchical Parameter Reuse."""

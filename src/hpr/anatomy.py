@@ -1,0 +1,199 @@
+"""What is in a Transformer, found by structure: stacks of repeated blocks, their layers, slots and sites.
+
+A *site* is one weight matrix W of shape (out, in), named ``stack.layer.slot`` (``encoder.3.intermediate.dense``). No table
+of architectures is consulted: a stack is a numbered container whose children repeat the same weight matrices, and a slot
+is a weight's path inside its block. An embedding table of V rows is the matrix (d, V) applied to one-hot inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hpr.errors import HprError
+
+Kind = Literal["linear", "embedding"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight matrix of the model.
+
+    ``path`` is the module's path below the base model (what ``get_submodule`` takes); ``aliases`` are the paths of further
+    modules that read the same parameter (tied weights, counted once). ``stack`` and ``layer`` are None outside the stacks.
+    """
+
+    name: str
+    path: str
+    kind: Kind
+    out_features: int
+    in_features: int
+    has_bias: bool
+    stack: str | None = None
+    layer: int | None = None
+    slot: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Weight parameters, bias not counted (biases stay private)."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A sequence of repeated blocks: ``path`` of the container below the base model, and its number of layers."""
+
+    name: str
+    path: str
+    layers: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Stacks, sites and parameter counts of a model. ``other_parameters``: biases, norms and all that is no site."""
+
+    model_class: str
+    stacks: tuple[Stack, ...]
+    sites: tuple[Site, ...]
+    total_parameters: int
+    fingerprint: str
+
+    @property
+    def site_parameters(self) -> int:
+        return sum(site.parameters for site in self.sites)
+
+    @property
+    def other_parameters(self) -> int:
+        return self.total_parameters - self.site_parameters
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise HprError(f"no site named {name!r} in {self.model_class}; its sites are listed by `hpr inspect`")
+
+    def select(self, pattern: str | None) -> tuple[Site, ...]:
+        """Sites whose name matches a shell pattern (``encoder.*``); several patterns are separated by commas."""
+        if pattern is None:
+            return self.sites
+        patterns = [part.strip() for part in pattern.split(",")]
+        chosen = tuple(site for site in self.sites if any(fnmatchcase(site.name, part) for part in patterns))
+        if not chosen:
+            examples = ", ".join(site.name for site in self.sites[:3])
+            raise HprError(f"only={pattern!r} matches no site of {self.model_class}; site names look like {examples}")
+        return chosen
+
+    def slots(self) -> dict[tuple[str, str], tuple[Site, ...]]:
+        """(stack, slot) → its sites in layer order, split where shapes differ; sites outside the stacks stand alone."""
+        found: dict[tuple[str, str, int, int], list[Site]] = defaultdict(list)
+        for site in self.sites:
+            found[site.stack or "", site.slot, site.out_features, site.in_features].append(site)
+        rows: dict[tuple[str, str], tuple[Site, ...]] = {}
+        for (stack, slot, out_features, in_features), sites in found.items():
+            key = (stack, slot) if (stack, slot) not in rows else (stack, f"{slot} {out_features}x{in_features}")
+            rows[key] = tuple(sites)
+        return rows
+
+
+def describe(model: nn.Module) -> Anatomy:
+    """Find stacks, layers, slots and sites of any module by structure. Works on the meta device.
+
+    Raises ``HprError`` where the model has no weight matrix at all.
+    """
+    base, _ = base_of(model)
+    stacks = tuple(_stacks(base))
+    sites = tuple(_sites(base, stacks))
+    if not sites:
+        raise HprError(f"{type(model).__name__} has no Linear or Embedding weight: there is nothing to share")
+    total = sum(parameter.numel() for parameter in model.parameters())  # parameters() yields a tied one once
+    return Anatomy(type(model).__name__, stacks, sites, total, _fingerprint(model, sites))
+
+
+def base_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The base model below a task head and its prefix (``bert.``); the model itself with '' where there is none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    return (base, f"{prefix}.") if isinstance(base, nn.Module) else (model, "")
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """A site's weight as (out, in), whatever the module's own layout; a view, never a copy."""
+    weight = module.weight
+    return weight.T if isinstance(module, nn.Embedding | Conv1D) else weight  # type: ignore[return-value, union-attr]
+
+
+def _stacks(base: nn.Module) -> Iterator[Stack]:
+    found: list[tuple[str, int]] = []
+    for path, module in base.named_modules():
+        if any(path.startswith(f"{outer}.") for outer, _ in found):
+            continue  # experts and the like inside a block are slots of that block
+        blocks = [child for name, child in module.named_children() if name.isdigit()]
+        if len(blocks) < (1 if isinstance(module, nn.ModuleList) else 2):
+            continue
+        shapes = [_weight_shapes(block) for block in blocks]
+        if shapes[0] and set.intersection(*shapes):
+            found.append((path, len(blocks)))
+    short_names = [path.rpartition(".")[0] or path for path, _ in found]
+    for (path, layers), short in zip(found, short_names, strict=True):
+        yield Stack(short if short_names.count(short) == 1 else path, path, layers)
+
+
+def _weight_shapes(block: nn.Module) -> set[tuple[str, torch.Size]]:
+    """Names and shapes of a block's matrices; empty for a bare Linear, which is a site and no block."""
+    return {(name, parameter.shape) for name, parameter in block.named_parameters() if parameter.dim() == 2 and "." in name}
+
+
+def _sites(base: nn.Module, stacks: tuple[Stack, ...]) -> Iterator[Site]:
+    paths_of: dict[int, list[str]] = defaultdict(list)
+    modules: dict[str, nn.Module] = {}
+    for path, module in base.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and module.weight.dim() == 2:
+            paths_of[id(module.weight)].append(path)
+            modules[path] = module
+    for paths in paths_of.values():
+        path, module = paths[0], modules[paths[0]]
+        out_features, in_features = weight_of(module).shape
+        stack, layer, slot = _place(path, stacks)
+        yield Site(
+            name=path if stack is None else f"{stack.name}.{layer}.{slot}",
+            path=path,
+            kind="embedding" if isinstance(module, nn.Embedding) else "linear",
+            out_features=out_features,
+            in_features=in_features,
+            has_bias=getattr(module, "bias", None) is not None,
+            stack=stack.name if stack else None,
+            layer=layer,
+            slot=slot,
+            aliases=tuple(paths[1:]),
+        )
+
+
+def _place(path: str, stacks: tuple[Stack, ...]) -> tuple[Stack | None, int | None, str]:
+    for stack in stacks:
+        if path.startswith(f"{stack.path}." if stack.path else ""):
+            number, _, slot = path.removeprefix(f"{stack.path}." if stack.path else "").partition(".")
+            if number.isdigit() and slot:
+                return stack, int(number), slot
+    return None, None, path
+
+
+def _fingerprint(model: nn.Module, sites: tuple[Site, ...]) -> str:
+    """A hash of names, shapes and a sample of values, so that a profile or plan of another model is noticed."""
+    digest = hashlib.sha256()
+    base, _ = base_of(model)
+    for site in sites:
+        weight = weight_of(base.get_submodule(site.path))
+        digest.update(f"{site.name}:{tuple(weight.shape)};".encode())
+        if not weight.is_meta:
+            sample = weight.detach()[:: max(1, weight.shape[0] // 8), :: max(1, weight.shape[1] // 8)]
+            digest.update(sample.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

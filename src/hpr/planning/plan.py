@@ -1,0 +1,288 @@
+"""The plan: one entry per site, a list of terms each, saved as JSON that a person can read, edit and diff.
+
+A compressed weight is ``Σ_j diag(r_j) · U_j · V_j · diag(c_j)``; a term names the factors it uses, and two terms that name
+the same factor share it. ``keep`` has no terms: the site's own module stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpr.anatomy import Anatomy, Site
+from hpr.errors import HprError
+
+FORMAT = 1
+KEEP = "keep"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+_FILE_OVERHEAD = 64 * 1024  # header of a safetensors file and the one-element guards
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product of factors. ``u`` (out, rank) and ``v`` (rank, in); with ``v`` None, ``u`` is the whole (out, in) matrix.
+
+    ``row_scale`` (out,) and ``column_scale`` (in,) name diagonals. ``rows`` limits the term to rows [start, stop) of the
+    site, so that the segments of a vocabulary may have ranks of their own.
+    """
+
+    u: str
+    v: str | None = None
+    rank: int | None = None
+    row_scale: str | None = None
+    column_scale: str | None = None
+    rows: tuple[int, int] | None = None
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Factor name → shape, for this term at this site."""
+        start, stop = self.rows or (0, site.out_features)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.v is None:
+            shapes[self.u] = (stop - start, site.in_features)
+        else:
+            assert self.rank is not None
+            shapes[self.u] = (stop - start, self.rank)
+            shapes[self.v] = (self.rank, site.in_features)
+        if self.row_scale is not None:
+            shapes[self.row_scale] = (stop - start,)
+        if self.column_scale is not None:
+            shapes[self.column_scale] = (site.in_features,)
+        return shapes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What becomes of one site: the operator's name, its terms, and the damage predicted for it (nats per example)."""
+
+    operator: str
+    terms: tuple[Term, ...] = ()
+    damage: float = 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on unique parameters. ``text`` is what the user wrote, ``parameters`` what it means for this model."""
+
+    text: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One entry per site of a model, under a budget. ``diagnostics`` holds what the solver has to say (JSON values)."""
+
+    model_class: str
+    fingerprint: str
+    budget: Budget
+    dense_parameters: int
+    other_parameters: int
+    entries: Mapping[str, Entry]
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def damage(self) -> float:
+        """Predicted divergence from the original in nats per example: the sum over sites."""
+        return sum(entry.damage for entry in self.entries.values())
+
+    def factors(self, anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+        """Factor name → shape. Raises ``HprError`` where two users of a factor disagree on its shape."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, entry in self.entries.items():
+            for term in entry.terms:
+                for factor, shape in term.shapes(anatomy[name]).items():
+                    if shapes.setdefault(factor, shape) != shape:
+                        raise HprError(
+                            f"factor {factor!r} is {shapes[factor]} at one site and {shape} at {name}: "
+                            f"sites that share a factor need the same rank and size; make them agree"
+                        )
+        return shapes
+
+    def parameters(self, anatomy: Anatomy) -> int:
+        """Unique parameters of the compressed model: private ones, kept weights and every factor once."""
+        kept = sum(anatomy[name].parameters for name, entry in self.entries.items() if entry.operator == KEEP)
+        return self.other_parameters + kept + sum(math.prod(shape) for shape in self.factors(anatomy).values())
+
+    def groups(self) -> dict[tuple[str, ...], list[str]]:
+        """Sites that share at least one factor, as site names → the factors they share."""
+        owners: dict[str, list[str]] = {}
+        for name, entry in self.entries.items():
+            for term in entry.terms:
+                for factor in (term.u, term.v, term.row_scale, term.column_scale):
+                    if factor is not None and name not in owners.setdefault(factor, []):
+                        owners[factor].append(name)
+        shared: dict[tuple[str, ...], list[str]] = {}
+        for factor, sites in owners.items():
+            if len(sites) > 1:
+                shared.setdefault(tuple(sites), []).append(factor)
+        return shared
+
+    def validate(self, anatomy: Anatomy) -> None:
+        """Check everything before a model is touched. Raises ``HprError`` naming the value, the limit and the mend."""
+        if self.fingerprint != anatomy.fingerprint:
+            raise HprError(
+                f"the plan was made for a {self.model_class} with fingerprint {self.fingerprint}, this is a "
+                f"{anatomy.model_class} with {anatomy.fingerprint}: plan this model anew, or load the one planned for"
+            )
+        names = {site.name for site in anatomy.sites}
+        if missing := sorted(names - set(self.entries)):
+            raise HprError(f"the plan has no entry for {missing[0]} ({len(missing)} missing): add one, {KEEP!r} if in doubt")
+        if unknown := sorted(set(self.entries) - names):
+            raise HprError(f"the plan names {unknown[0]}, which this model does not have: remove it or correct the name")
+        for name, entry in self.entries.items():
+            _validate_entry(anatomy[name], entry)
+        used = self.parameters(anatomy)
+        if used > self.budget.parameters:
+            raise HprError(
+                f"the plan needs {used:,} parameters, its budget {self.budget.text} allows {self.budget.parameters:,}: "
+                f"lower some ranks or raise the budget"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": {
+                "class": self.model_class,
+                "fingerprint": self.fingerprint,
+                "dense_parameters": self.dense_parameters,
+                "other_parameters": self.other_parameters,
+            },
+            "budget": asdict(self.budget),
+            "predicted_damage": self.damage,
+            "sites": {name: entry_to_dict(entry) for name, entry in self.entries.items()},
+            "diagnostics": dict(self.diagnostics),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of ``to_dict``. Raises ``HprError`` naming the key that is missing or of the wrong kind."""
+        if data.get("format") != FORMAT:
+            raise HprError(f"plan format {data.get('format')!r} is not the {FORMAT} this version reads: plan anew")
+        try:
+            model = data["model"]
+            return cls(
+                model_class=model["class"],
+                fingerprint=model["fingerprint"],
+                budget=Budget(str(data["budget"]["text"]), int(data["budget"]["parameters"])),
+                dense_parameters=int(model["dense_parameters"]),
+                other_parameters=int(model["other_parameters"]),
+                entries={name: entry_from_dict(name, entry) for name, entry in data["sites"].items()},
+                diagnostics=data.get("diagnostics", {}),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, HprError):
+                raise
+            raise HprError(f"not a plan: {type(error).__name__} at {error}; compare with a plan written by `hpr plan`") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON atomically."""
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise HprError(f"no plan at {path}: `hpr plan` writes one") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise HprError(f"{path} is not JSON ({error}): undo the edit or plan anew") from error
+
+
+def entry_to_dict(entry: Entry) -> dict[str, Any]:
+    terms = [{key: value for key, value in asdict(term).items() if value is not None} for term in entry.terms]
+    return {"operator": entry.operator, "damage": entry.damage, "terms": terms}
+
+
+def entry_from_dict(name: str, data: Mapping[str, Any]) -> Entry:
+    terms = []
+    for raw in data["terms"]:
+        unknown = set(raw) - set(Term.__dataclass_fields__)
+        if unknown:
+            raise HprError(f"{name}: a term has no field {sorted(unknown)[0]!r}; it has {', '.join(Term.__dataclass_fields__)}")
+        rows = raw.get("rows")
+        terms.append(Term(**{**raw, "rows": tuple(rows) if rows is not None else None}))
+    return Entry(str(data["operator"]), tuple(terms), float(data.get("damage", 0.0)))
+
+
+def parse_budget(text: str, anatomy: Anatomy, only: str | None = None, bytes_per_parameter: int = 4) -> Budget:
+    """Turn ``50%``, ``11M`` (parameters) or ``45MB`` (on disk) into a limit on unique parameters.
+
+    A percentage counts all unique parameters, embeddings included; with ``only`` it counts the weights of the selected
+    sites, and everything else stays on top. Raises ``HprError`` for what is no budget.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGB]?|[KMG]?i?B)\s*", text, flags=re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise HprError(f"{text!r} is no budget: write a share (50%), parameters (11M) or a size on disk (45MB)")
+    value, unit = float(match[1]), match[2].upper()
+    if unit == "%":
+        if value > 100:
+            raise HprError(f"a budget of {text} is more than the model has: at most 100%")
+        selected = sum(site.parameters for site in anatomy.select(only))
+        whole = anatomy.total_parameters if only is None else selected
+        limit = int(whole * value / 100) + (anatomy.total_parameters - whole)
+    elif unit.endswith("B") and unit != "B":
+        size = value * (1024 if "I" in unit else 1000) ** ("KMG".index(unit[0]) + 1)
+        limit = int((size - _FILE_OVERHEAD) // bytes_per_parameter)
+    else:
+        limit = int(value * _UNITS[unit])
+    return Budget(text.strip(), min(limit, anatomy.total_parameters))
+
+
+def keep_all(anatomy: Anatomy) -> Plan:
+    """The identity plan: every site kept, so the student's outputs equal the teacher's bit for bit."""
+    return Plan(
+        model_class=anatomy.model_class,
+        fingerprint=anatomy.fingerprint,
+        budget=Budget("100%", anatomy.total_parameters),
+        dense_parameters=anatomy.total_parameters,
+        other_parameters=anatomy.other_parameters,
+        entries={site.name: Entry(KEEP) for site in anatomy.sites},
+    )
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file so that a crash leaves either the old file or the new one, never a part."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _validate_entry(site: Site, entry: Entry) -> None:
+    if (entry.operator == KEEP) != (not entry.terms):
+        raise HprError(f"{site.name}: {KEEP!r} has no terms and every other operator has some; this entry mixes the two")
+    if not math.isfinite(entry.damage) or entry.damage < 0:
+        raise HprError(f"{site.name}: damage {entry.damage} is no finite number of nats from 0 up")
+    covered = []
+    for term in entry.terms:
+        if (term.v is None) != (term.rank is None):
+            raise HprError(f"{site.name}: a term has either both v and rank or neither (u is then the whole matrix)")
+        limit = min(site.out_features, site.in_features)
+        if term.rank is not None and not (isinstance(term.rank, int) and 1 <= term.rank <= limit):
+            raise HprError(f"{site.name}: rank {term.rank!r} is not a whole number from 1 to {limit}")
+        for factor in (term.u, term.v, term.row_scale, term.column_scale):
+            if factor is not None and not (isinstance(factor, str) and factor):
+                raise HprError(f"{site.name}: {factor!r} is no factor name")
+        if term.rows is not None:
+            if len(term.rows) != 2 or not all(isinstance(row, int) for row in term.rows):
+                raise HprError(f"{site.name}: rows {term.rows} are not two whole numbers [start, stop)")
+            start, stop = term.rows
+            if not 0 <= start < stop <= site.out_features:
+                raise HprError(f"{site.name}: rows {start} to {stop} do not lie within the site's {site.out_features}")
+        covered.append(term.rows or (0, site.out_features))
+    end = 0
+    for start, stop in sorted(covered):
+        if start > end:
+            break
+        end = max(end, stop)
+    if entry.terms and end < site.out_features:
+        raise HprError(f"{site.name}: rows {end} and above have no term, so their weights would be lost: cover them")
