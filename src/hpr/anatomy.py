@@ -2,7 +2,8 @@
 
 A *site* is one weight matrix W of shape (out, in), named ``stack.layer.slot`` (``encoder.3.intermediate.dense``). No table
 of architectures is consulted: a stack is a numbered container whose children repeat the same weight matrices, and a slot
-is a weight's path inside its block. An embedding table of V rows is the matrix (d, V) applied to one-hot inputs.
+is a weight's path inside its block. An embedding table of V rows is a site of shape (V, d), just as the
+output head that is often tied to it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ Kind = Literal["linear", "embedding"]
 class Site:
     """One weight matrix of the model.
 
-    ``path`` is the module's path below the base model (what ``get_submodule`` takes); ``aliases`` are the paths of further
-    modules that read the same parameter (tied weights, counted once). ``stack`` and ``layer`` are None outside the stacks.
+    ``path`` is the module's path below the base model, or below the whole model for what hangs outside the base (a task
+    head); ``module_at`` resolves both. ``aliases`` are the paths of further modules that read the same parameter (tied
+    weights, counted once). ``stack`` and ``layer`` are None outside the stacks.
     """
 
     name: str
@@ -109,9 +111,9 @@ def describe(model: nn.Module) -> Anatomy:
 
     Raises ``HprError`` where the model has no weight matrix at all.
     """
-    base, _ = base_of(model)
-    stacks = tuple(_stacks(base))
-    sites = tuple(_sites(base, stacks))
+    modules = _modules_by_path(model)
+    stacks = tuple(_stacks(modules))
+    sites = tuple(_sites(modules, stacks))
     if not sites:
         raise HprError(f"{type(model).__name__} has no Linear or Embedding weight: there is nothing to share")
     total = sum(parameter.numel() for parameter in model.parameters())  # parameters() yields a tied one once
@@ -125,15 +127,35 @@ def base_of(model: nn.Module) -> tuple[nn.Module, str]:
     return (base, f"{prefix}.") if isinstance(base, nn.Module) else (model, "")
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a site's path: below the base model first, else below the whole model. Raises ``HprError``."""
+    base, _ = base_of(model)
+    for root in (base, model):
+        try:
+            return root.get_submodule(path)
+        except AttributeError:
+            continue
+    raise HprError(f"{type(model).__name__} has no module {path!r}: the plan or checkpoint is of another model")
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
     """A site's weight as (out, in), whatever the module's own layout; a view, never a copy."""
-    weight = module.weight
-    return weight.T if isinstance(module, nn.Embedding | Conv1D) else weight  # type: ignore[return-value, union-attr]
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _stacks(base: nn.Module) -> Iterator[Stack]:
+def _modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    base, prefix = base_of(model)
+    modules = dict(base.named_modules(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module is not base and not path.startswith(prefix or " "):
+            modules.setdefault(path, module)
+    return modules
+
+
+def _stacks(modules: dict[str, nn.Module]) -> Iterator[Stack]:
     found: list[tuple[str, int]] = []
-    for path, module in base.named_modules():
+    for path, module in modules.items():
         if any(path.startswith(f"{outer}.") for outer, _ in found):
             continue  # experts and the like inside a block are slots of that block
         blocks = [child for name, child in module.named_children() if name.isdigit()]
@@ -152,13 +174,11 @@ def _weight_shapes(block: nn.Module) -> set[tuple[str, torch.Size]]:
     return {(name, parameter.shape) for name, parameter in block.named_parameters() if parameter.dim() == 2 and "." in name}
 
 
-def _sites(base: nn.Module, stacks: tuple[Stack, ...]) -> Iterator[Site]:
+def _sites(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator[Site]:
     paths_of: dict[int, list[str]] = defaultdict(list)
-    modules: dict[str, nn.Module] = {}
-    for path, module in base.named_modules(remove_duplicate=False):
+    for path, module in modules.items():
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and module.weight.dim() == 2:
             paths_of[id(module.weight)].append(path)
-            modules[path] = module
     for paths in paths_of.values():
         path, module = paths[0], modules[paths[0]]
         out_features, in_features = weight_of(module).shape
@@ -189,9 +209,8 @@ def _place(path: str, stacks: tuple[Stack, ...]) -> tuple[Stack | None, int | No
 def _fingerprint(model: nn.Module, sites: tuple[Site, ...]) -> str:
     """A hash of names, shapes and a sample of values, so that a profile or plan of another model is noticed."""
     digest = hashlib.sha256()
-    base, _ = base_of(model)
     for site in sites:
-        weight = weight_of(base.get_submodule(site.path))
+        weight = weight_of(module_at(model, site.path))
         digest.update(f"{site.name}:{tuple(weight.shape)};".encode())
         if not weight.is_meta:
             sample = weight.detach()[:: max(1, weight.shape[0] // 8), :: max(1, weight.shape[1] // 8)]

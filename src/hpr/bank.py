@@ -93,6 +93,8 @@ class SharedSite(nn.Module):
 class SharedLinear(SharedSite):
     """y = Σ_j diag(r) U V diag(c) x + bias; the bias is private. x (…, in) → y (…, out)."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Module, out_features: int, in_features: int):
         super().__init__(bank, terms, out_features, in_features)
         bias = getattr(source, "bias", None)
@@ -100,7 +102,6 @@ class SharedLinear(SharedSite):
 
     def forward(self, x: Tensor) -> Tensor:
         total: Tensor | None = None
-        segments: list[Tensor] = []
         for term in self.terms:
             hidden = x if term.column_scale is None else x * self.bank[term.column_scale][0]
             if term.v is not None:
@@ -110,8 +111,6 @@ class SharedLinear(SharedSite):
                 y = y * self.bank[term.row_scale][0]
             if term.rows is not None and term.rows != (0, self.out_features):
                 y = F.pad(y, (term.rows[0], self.out_features - term.rows[1]))
-            segments.append(y)
-        for y in segments:
             total = y if total is None else total + y
         assert total is not None
         return total if self.bias is None else total + self.bias

@@ -177,7 +177,9 @@ class Plan:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, HprError):
                 raise
-            raise HprError(f"not a plan: {type(error).__name__} at {error}; compare with a plan written by `hpr plan`") from error
+            raise HprError(
+                f"not a plan: {type(error).__name__} at {error}; compare with a plan written by `hpr plan`"
+            ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON atomically."""
