@@ -1,1 +1,33 @@
-"""HPR: Hierarchical Parameter Reuse."""
+"""HPR: Hierarchical Parameter Reuse. Make a pretrained Transformer smaller by letting its layers share parameters."""
+
+from hpr.anatomy import Anatomy, describe
+from hpr.errors import HprError
+from hpr.evaluation import evaluate
+from hpr.hub import load, register, save
+from hpr.pipeline import Compression, compress, profile, refit, rescore
+from hpr.planner import plan
+from hpr.planning.plan import Plan
+from hpr.profiling.profile import Profile
+from hpr.sharing import share, unshare
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anatomy",
+    "Compression",
+    "HprError",
+    "Plan",
+    "Profile",
+    "compress",
+    "describe",
+    "evaluate",
+    "load",
+    "plan",
+    "profile",
+    "refit",
+    "register",
+    "rescore",
+    "save",
+    "share",
+    "unshare",
+]

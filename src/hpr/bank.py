@@ -1,6 +1,6 @@
 """Where factors live, and the Linear and Embedding that read them.
 
-Each factor is one plain bias-free Linear in a ``FactorBank`` that hangs on the base model, so that a checkpoint's prefixes
+Each factor is one bias-free Linear in a ``FactorBank`` that hangs on the base model, so that a checkpoint's prefixes
 resolve from ``AutoModel`` and from head classes alike. A site holds the bank *unregistered* (inside a tuple) and looks its
 factors up by name at every call: references cached at build time go stale when parameters are replaced on load, by PEFT
 or by FSDP. Parameters are shared, never modules.
@@ -8,36 +8,102 @@ or by FSDP. Parameters are shared, never modules.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpr.planning.plan import Term
+from hpr.anatomy import base_of, weight_of
+from hpr.errors import HprError
+from hpr.planning.plan import Entry, FactorShape, Term, entry_to_dict
 
 BANK = "hpr_bank"
+METHOD = "hpr"  # the name under which transformers finds hpr in a configuration
+FORMAT = 1
+MEND = "import hpr before loading this model"  # a buffer's name: loading without hpr lists it as an unexpected key
+
+
+class Factor(nn.Linear):
+    """One stored matrix F (rows, columns). With an identity block only the rest is stored, and the order of its side:
+
+    ``identity="rows"``: F = [I; weight][order]; ``identity="columns"``: F[:, order] = [I, weight].
+    """
+
+    order: Tensor
+
+    def __init__(self, shape: FactorShape, dtype: torch.dtype | None = None):
+        rows, columns = shape.stored
+        super().__init__(columns, rows, bias=False, dtype=dtype)
+        self.shape = shape
+        if shape.identity:
+            self.register_buffer("order", torch.arange(max(shape.rows, shape.columns), dtype=torch.int32))
+
+    def reset_parameters(self) -> None:
+        """Factors are always loaded, never drawn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F·x over the last dimension: (…, columns) → (…, rows)."""
+        if self.shape.identity == "rows":
+            return torch.cat([x, F.linear(x, self.weight)], dim=-1).index_select(-1, self.order)
+        if self.shape.identity == "columns":
+            x = x.index_select(-1, self.order)
+            rank = self.shape.rows
+            return x[..., :rank] + F.linear(x[..., rank:], self.weight)
+        return F.linear(x, self.weight)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows of F by number: (…) → (…, columns)."""
+        if self.shape.identity != "rows":
+            return F.embedding(ids, self.dense())
+        rank = self.shape.columns
+        place = F.embedding(ids, self.order.unsqueeze(-1)).squeeze(-1).long()
+        unit = F.one_hot(place.clamp(max=rank - 1), rank).to(self.weight.dtype)
+        return torch.where((place < rank).unsqueeze(-1), unit, F.embedding((place - rank).clamp(min=0), self.weight))
+
+    def dense(self) -> Tensor:
+        """F itself, (rows, columns)."""
+        identity = torch.eye(min(self.shape[:2]), dtype=self.weight.dtype, device=self.weight.device)
+        if self.shape.identity == "rows":
+            return torch.cat([identity, self.weight]).index_select(0, self.order)
+        if self.shape.identity == "columns":
+            return torch.cat([identity, self.weight], dim=1).index_select(1, self.order.argsort())
+        return self.weight
 
 
 class FactorBank(nn.Module):
-    """Factors by name, each stored once. Shapes: matrices (rows, columns); diagonals (n,), stored as (1, n)."""
+    """Factors by name, each stored once. Raises ``HprError`` where two names give one key, or a name cannot be a key."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None):
+    def __init__(self, shapes: Mapping[str, FactorShape], dtype: torch.dtype | None = None):
         super().__init__()
         self.factors = nn.ModuleDict()
         for name, shape in shapes.items():
-            rows, columns = (1, shape[0]) if len(shape) == 1 else shape
-            self.factors[module_name(name)] = nn.utils.skip_init(nn.Linear, columns, rows, bias=False, dtype=dtype)
+            key = module_name(name)
+            if hasattr(self.factors, key):
+                raise HprError(f"factor {name!r} has the key {key!r}, which is taken: give it another name")
+            self.factors[key] = Factor(shape, dtype)
+        self.register_buffer(MEND, torch.zeros(1, dtype=dtype))
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.factors[module_name(name)].weight  # type: ignore[return-value]
+    def __getitem__(self, name: str) -> Factor:
+        return self.factors[module_name(name)]  # type: ignore[return-value]
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Copy fitted factors in; a diagonal may come as (n,)."""
-        for name, value in values.items():
-            self[name].copy_(value.reshape(self[name].shape))
+        """Copy fitted values in: ``name`` → the stored matrix, ``name.order`` → the order where there is an identity block.
+
+        Raises ``HprError`` where a value is missing, has another shape or is not finite.
+        """
+        fitted = {module_name(name): value for name, value in values.items()}
+        for key, factor in self.factors.items():
+            for part, target in factor.state_dict(keep_vars=True).items():
+                value = fitted.get(key if part == "weight" else f"{key}-{part}")
+                if value is None or value.shape != target.shape or not torch.isfinite(value).all():
+                    found = "missing" if value is None else f"of shape {tuple(value.shape)}, or not finite"
+                    raise HprError(f"factor {key}.{part} is {found}; {tuple(target.shape)} is needed: fit the plan anew")
+                target.copy_(value)
 
 
 def module_name(factor: str) -> str:
@@ -49,34 +115,42 @@ class SharedSite(nn.Module):
     """What a shared Linear and a shared Embedding have in common: their terms and the bank.
 
     The one-element ``weight`` buffer makes loading without hpr fail on its shape instead of silently re-initialising, and
-    serves models that read ``module.weight.dtype``.
+    serves models that read ``module.weight.dtype``. ``source`` is the module replaced; of it a shell without weights is
+    kept, from which ``unshare`` builds the stock module again. ``path`` is the site's path, also at its aliases.
     """
 
     weight: Tensor
 
-    def __init__(self, bank: FactorBank, terms: Sequence[Term], out_features: int, in_features: int):
-        super().__init__()
+    def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str = ""):
+        nn.Module.__init__(self)  # not super(): with a subclass of nn.Embedding mixed in, that one would come next
         self._bank = (bank,)
+        self._shell = (_shell_of(source),)
         self.terms = tuple(terms)
-        self.out_features = out_features
-        self.in_features = in_features
+        self.path = path
+        self.out_features, self.in_features = weight_of(source).shape
         self.register_buffer("weight", torch.zeros(1, dtype=next(iter(bank.parameters())).dtype))
+        self.train(source.training)
 
     @property
     def bank(self) -> FactorBank:
         return self._bank[0]
 
+    @property
+    def shell(self) -> nn.Module:
+        """The module that this one replaces, its parameters on the meta device."""
+        return self._shell[0]
+
     def dense_weight(self) -> Tensor:
         """The (out, in) matrix that the terms add up to."""
         total = torch.zeros(self.out_features, self.in_features, dtype=self.weight.dtype, device=self.weight.device)
         for term in self.terms:
-            product = self.bank[term.u]
+            product = self.bank[term.u].dense()
             if term.v is not None:
-                product = product @ self.bank[term.v]
+                product = product @ self.bank[term.v].dense()
             if term.row_scale is not None:
-                product = product * self.bank[term.row_scale].T
+                product = product * self.bank[term.row_scale].weight.T
             if term.column_scale is not None:
-                product = product * self.bank[term.column_scale]
+                product = product * self.bank[term.column_scale].weight
             start, stop = term.rows or (0, self.out_features)
             total[start:stop] = total[start:stop] + product
         return total
@@ -87,7 +161,7 @@ class SharedSite(nn.Module):
 
     def flops_per_row(self) -> int:
         """Multiply-adds × 2 for one input row."""
-        return 2 * sum(math.prod(self.bank[name].shape) for term in self.terms for name in (term.u, term.v) if name)
+        return 2 * sum(self.bank[name].weight.numel() for term in self.terms for name in (term.u, term.v) if name)
 
 
 class SharedLinear(SharedSite):
@@ -95,20 +169,19 @@ class SharedLinear(SharedSite):
 
     bias: nn.Parameter | None
 
-    def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Module, out_features: int, in_features: int):
-        super().__init__(bank, terms, out_features, in_features)
-        bias = getattr(source, "bias", None)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+    def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str = ""):
+        super().__init__(bank, terms, source, path)
+        self.register_parameter("bias", getattr(source, "bias", None))  # the same one: it may be tied (BERT's decoder)
 
     def forward(self, x: Tensor) -> Tensor:
         total: Tensor | None = None
         for term in self.terms:
-            hidden = x if term.column_scale is None else x * self.bank[term.column_scale][0]
+            y = x if term.column_scale is None else x * self.bank[term.column_scale].weight[0]
             if term.v is not None:
-                hidden = F.linear(hidden, self.bank[term.v])
-            y = F.linear(hidden, self.bank[term.u])
+                y = self.bank[term.v](y)
+            y = self.bank[term.u](y)
             if term.row_scale is not None:
-                y = y * self.bank[term.row_scale][0]
+                y = y * self.bank[term.row_scale].weight[0]
             if term.rows is not None and term.rows != (0, self.out_features):
                 y = F.pad(y, (term.rows[0], self.out_features - term.rows[1]))
             total = y if total is None else total + y
@@ -119,8 +192,8 @@ class SharedLinear(SharedSite):
 class SharedEmbedding(SharedSite):
     """Rows of Σ_j U V looked up by id, without ever building the table. ids (…) → (…, d)."""
 
-    def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Embedding):
-        super().__init__(bank, terms, source.num_embeddings, source.embedding_dim)
+    def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Embedding, path: str = ""):
+        SharedSite.__init__(self, bank, terms, source, path)
         self.num_embeddings = source.num_embeddings
         self.embedding_dim = source.embedding_dim
         self.padding_idx = source.padding_idx
@@ -129,17 +202,77 @@ class SharedEmbedding(SharedSite):
         total: Tensor | None = None
         for term in self.terms:
             start, stop = term.rows or (0, self.out_features)
-            inside = (ids >= start) & (ids < stop)
-            local = (ids - start).clamp(0, stop - start - 1)
-            y = F.embedding(local, self.bank[term.u])
+            local = ids - start
+            if (start, stop) != (0, self.out_features):  # the ends stay open, so that an id beyond the table still raises
+                last = None if stop == self.out_features else stop - start - 1
+                local = local.clamp(min=0 if start else None, max=last)
+            y = self.bank[term.u].lookup(local)
             if term.row_scale is not None:
-                y = y * F.embedding(local, self.bank[term.row_scale].T)
+                y = y * F.embedding(local, self.bank[term.row_scale].weight.T)
             if (start, stop) != (0, self.out_features):
-                y = y * inside.unsqueeze(-1)
+                y = y * ((ids >= start) & (ids < stop)).unsqueeze(-1)
             if term.v is not None:
-                y = F.linear(y, self.bank[term.v].T)
+                y = F.linear(y, self.bank[term.v].dense().T)
             if term.column_scale is not None:
-                y = y * self.bank[term.column_scale][0]
+                y = y * self.bank[term.column_scale].weight[0]
             total = y if total is None else total + y
         assert total is not None
         return total
+
+
+def bank_of(model: nn.Module) -> FactorBank | None:
+    """The bank of a shared model, None for any other."""
+    bank = getattr(base_of(model)[0], BANK, None)
+    return bank if isinstance(bank, FactorBank) else None
+
+
+def specification(model: nn.Module) -> dict[str, Any]:
+    """All that loading needs, as JSON values; it goes into ``config.json``. Paths are relative to the base model.
+
+    Raises ``HprError`` for a model without a bank.
+    """
+    bank = bank_of(model)
+    if bank is None:
+        raise HprError(f"this {type(model).__name__} shares nothing, so there is nothing to write down: share it first")
+    _, prefix = base_of(model)
+    sites: dict[str, list[dict[str, Any]]] = {}
+    aliases: dict[str, list[str]] = {}
+    factors: dict[str, list[Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SharedSite):
+            path = name.removeprefix(prefix)
+            if path != module.path:
+                aliases.setdefault(module.path, []).append(path)
+            sites[module.path] = entry_to_dict(Entry("", module.terms))["terms"]
+            for factor in factors_of(module.terms):
+                factors[factor] = [part for part in bank[factor].shape if part != ""]
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "hpr_version": version("hpr"),
+        "sites": sites,
+        "factors": factors,
+        "aliases": aliases,
+    }
+
+
+def factors_of(terms: Iterable[Term]) -> list[str]:
+    """Names of all factors that some terms use, in order, each once."""
+    named = [name for term in terms for name in (term.u, term.v, term.row_scale, term.column_scale)]
+    return list(dict.fromkeys(name for name in named if name is not None))
+
+
+def is_specification(config: Any) -> bool:
+    """Whether a model's ``quantization_config``, a dict or an object, is hpr's."""
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return method == METHOD
+
+
+def _shell_of(source: nn.Module) -> nn.Module:
+    """A shallow copy of a module whose parameters are on the meta device."""
+    shell = copy.copy(source)
+    shell._parameters = {
+        name: None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for name, parameter in source._parameters.items()
+    }
+    return shell

@@ -1,0 +1,118 @@
+"""The operators: what may become of a group of sites. A new one is one file and one entry here.
+
+Each operator gives its curve (``candidate``: damage and parameters at every rank), its ``terms`` for a choice of ranks, and
+the ``fit`` of its factors; all three see sites in the metric of ``operators.metric``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hpr.anatomy import Anatomy, Site
+from hpr.errors import HprError
+from hpr.operators import basis, delta, hierarchy, keep, lowrank, segments, tie
+from hpr.operators.identity import store
+from hpr.operators.metric import Measured, measure
+from hpr.planning.candidates import Candidate
+from hpr.planning.plan import KEEP, Plan, Term
+from hpr.profiling.profile import Profile
+
+Terms = Mapping[str, tuple[Term, ...]]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """``shared``: for groups of two or more sites; else for single ones. ``candidate`` gives None where it does not apply."""
+
+    shared: bool
+    candidate: Callable[[Sequence[Measured]], Candidate | None]
+    terms: Callable[[Sequence[Site], tuple[int, ...]], dict[str, tuple[Term, ...]]]
+    fit: Callable[[Sequence[Measured], Terms], dict[str, Tensor]]
+
+
+OPERATORS: dict[str, Operator] = {
+    KEEP: Operator(False, keep.candidate, keep.terms, keep.fit),
+    lowrank.NAME: Operator(False, lowrank.candidate, lowrank.terms, lowrank.fit),
+    tie.TIE: Operator(True, tie.candidate, tie.terms, tie.fit),
+    tie.SCALE: Operator(True, tie.scale_candidate, tie.scale_terms, tie.scale_fit),
+    delta.NAME: Operator(True, delta.candidate, delta.terms, delta.fit),
+    basis.INPUT: Operator(True, basis.input_candidate, basis.input_terms, basis.input_fit),
+    basis.OUTPUT: Operator(True, basis.output_candidate, basis.output_terms, basis.output_fit),
+    hierarchy.NAME: Operator(True, hierarchy.candidate, hierarchy.terms, hierarchy.fit),
+}
+FITS = {name: operator.fit for name, operator in OPERATORS.items()} | {segments.NAME: segments.fit}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Factors as the bank stores them, float64, by name; and what to add to the biases of changed sites, by site."""
+
+    factors: dict[str, Tensor]
+    bias_changes: dict[str, Tensor]
+
+
+def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None) -> Fitted:
+    """All factors of a plan in closed form, in the metric of the profile (plain Frobenius without one).
+
+    Biases take up what the change does to the mean output: W E[x] − Ŵ E[x]. Raises ``HprError`` for unknown operators and
+    for terms that do not fit their operator.
+    """
+    if profile is not None:
+        profile.check(anatomy)
+    measured = measure(model, anatomy, profile)
+    raw: dict[str, Tensor] = {}
+    for operator, names in groups(plan):
+        if operator not in FITS:
+            raise HprError(f"{names[0]}: no operator {operator!r}; there are {', '.join(FITS)}")
+        terms = {name: plan.entries[name].terms for name in names}
+        try:
+            raw |= FITS[operator]([measured[name] for name in names], terms)
+        except (ValueError, AssertionError, IndexError) as error:
+            raise HprError(f"{names[0]}: its terms are not those of {operator!r} ({error}); plan this site anew") from error
+    changes = {}
+    for name, entry in plan.entries.items():
+        one = measured[name]
+        if entry.terms and one.mean is not None:
+            changes[name] = (one.weight - product(entry.terms, raw, one.site)) @ one.mean
+    every_term = [term for entry in plan.entries.values() for term in entry.terms]
+    return Fitted(store(raw, every_term, plan.factors(anatomy)), changes)
+
+
+def groups(plan: Plan) -> list[tuple[str, list[str]]]:
+    """(operator, site names in plan order) for every set of sites tied together by common factors."""
+    owner: dict[str, str] = {}
+    leader: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    for name, entry in plan.entries.items():
+        leader[name] = name
+        for term in entry.terms:
+            for factor in (term.u, term.v, term.row_scale, term.column_scale):
+                if factor is not None:
+                    leader[root(name)] = root(owner.setdefault(factor, name))
+    found: dict[str, list[str]] = {}
+    for name, entry in plan.entries.items():
+        if entry.terms:
+            found.setdefault(root(name), []).append(name)
+    return [(plan.entries[names[0]].operator, names) for names in found.values()]
+
+
+def product(terms: Sequence[Term], values: Mapping[str, Tensor], site: Site) -> Tensor:
+    """The (out, in) matrix that terms of plain factors add up to."""
+    total = values[terms[0].u].new_zeros(site.out_features, site.in_features)
+    for term in terms:
+        matrix = values[term.u] if term.v is None else values[term.u] @ values[term.v]
+        if term.row_scale is not None:
+            matrix = values[term.row_scale].T * matrix
+        if term.column_scale is not None:
+            matrix = matrix * values[term.column_scale]
+        start, stop = term.rows or (0, site.out_features)
+        total[start:stop] += matrix
+    return total

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from hpr.anatomy import Anatomy, Site
 from hpr.errors import HprError
@@ -24,12 +24,40 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 _FILE_OVERHEAD = 64 * 1024  # header of a safetensors file and the one-element guards
 
 
+class FactorShape(NamedTuple):
+    """Rows and columns of a factor; a diagonal is (1, n).
+
+    A product U·V is unchanged by U·T⁻¹·T·V, so r rows of U (or r columns of V) can be made an exact identity block that
+    need not be stored (as in an interpolative decomposition, Cheng et al. 2005): ``identity`` says on which side. What is
+    stored then is the rest and the order of the rows (or columns), one integer each, counted like a parameter.
+    """
+
+    rows: int
+    columns: int
+    identity: Literal["", "rows", "columns"] = ""
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Shape of the matrix that is stored."""
+        if self.identity == "rows":
+            return self.rows - self.columns, self.columns
+        if self.identity == "columns":
+            return self.rows, self.columns - self.rows
+        return self.rows, self.columns
+
+    @property
+    def parameters(self) -> int:
+        order = {"": 0, "rows": self.rows, "columns": self.columns}[self.identity]
+        return math.prod(self.stored) + order
+
+
 @dataclass(frozen=True)
 class Term:
     """One product of factors. ``u`` (out, rank) and ``v`` (rank, in); with ``v`` None, ``u`` is the whole (out, in) matrix.
 
     ``row_scale`` (out,) and ``column_scale`` (in,) name diagonals. ``rows`` limits the term to rows [start, stop) of the
-    site, so that the segments of a vocabulary may have ranks of their own.
+    site, so that the segments of a vocabulary may have ranks of their own. ``identity`` names the factor that holds an
+    implicit identity block (see ``FactorShape``).
     """
 
     u: str
@@ -38,21 +66,22 @@ class Term:
     row_scale: str | None = None
     column_scale: str | None = None
     rows: tuple[int, int] | None = None
+    identity: Literal["", "u", "v"] = ""
 
-    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+    def shapes(self, site: Site) -> dict[str, FactorShape]:
         """Factor name → shape, for this term at this site."""
         start, stop = self.rows or (0, site.out_features)
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, FactorShape] = {}
         if self.v is None:
-            shapes[self.u] = (stop - start, site.in_features)
+            shapes[self.u] = FactorShape(stop - start, site.in_features)
         else:
             assert self.rank is not None
-            shapes[self.u] = (stop - start, self.rank)
-            shapes[self.v] = (self.rank, site.in_features)
+            shapes[self.u] = FactorShape(stop - start, self.rank, "rows" if self.identity == "u" else "")
+            shapes[self.v] = FactorShape(self.rank, site.in_features, "columns" if self.identity == "v" else "")
         if self.row_scale is not None:
-            shapes[self.row_scale] = (stop - start,)
+            shapes[self.row_scale] = FactorShape(1, stop - start)
         if self.column_scale is not None:
-            shapes[self.column_scale] = (site.in_features,)
+            shapes[self.column_scale] = FactorShape(1, site.in_features)
         return shapes
 
 
@@ -90,15 +119,15 @@ class Plan:
         """Predicted divergence from the original in nats per example: the sum over sites."""
         return sum(entry.damage for entry in self.entries.values())
 
-    def factors(self, anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+    def factors(self, anatomy: Anatomy) -> dict[str, FactorShape]:
         """Factor name → shape. Raises ``HprError`` where two users of a factor disagree on its shape."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, FactorShape] = {}
         for name, entry in self.entries.items():
             for term in entry.terms:
                 for factor, shape in term.shapes(anatomy[name]).items():
                     if shapes.setdefault(factor, shape) != shape:
                         raise HprError(
-                            f"factor {factor!r} is {shapes[factor]} at one site and {shape} at {name}: "
+                            f"factor {factor!r} is {_spell(shapes[factor])} at one site and {_spell(shape)} at {name}: "
                             f"sites that share a factor need the same rank and size; make them agree"
                         )
         return shapes
@@ -106,7 +135,7 @@ class Plan:
     def parameters(self, anatomy: Anatomy) -> int:
         """Unique parameters of the compressed model: private ones, kept weights and every factor once."""
         kept = sum(anatomy[name].parameters for name, entry in self.entries.items() if entry.operator == KEEP)
-        return self.other_parameters + kept + sum(math.prod(shape) for shape in self.factors(anatomy).values())
+        return self.other_parameters + kept + sum(shape.parameters for shape in self.factors(anatomy).values())
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Sites that share at least one factor, as site names → the factors they share."""
@@ -196,11 +225,13 @@ class Plan:
 
 
 def entry_to_dict(entry: Entry) -> dict[str, Any]:
-    terms = [{key: value for key, value in asdict(term).items() if value is not None} for term in entry.terms]
+    """The JSON form of one entry; what a term does not use is left out."""
+    terms = [{key: value for key, value in asdict(term).items() if value not in (None, "")} for term in entry.terms]
     return {"operator": entry.operator, "damage": entry.damage, "terms": terms}
 
 
 def entry_from_dict(name: str, data: Mapping[str, Any]) -> Entry:
+    """The inverse of ``entry_to_dict``; ``name`` is the site's, for messages. Raises ``HprError`` for unknown fields."""
     terms = []
     for raw in data["terms"]:
         unknown = set(raw) - set(Term.__dataclass_fields__)
@@ -271,6 +302,8 @@ def _validate_entry(site: Site, entry: Entry) -> None:
         limit = min(site.out_features, site.in_features)
         if term.rank is not None and not (isinstance(term.rank, int) and 1 <= term.rank <= limit):
             raise HprError(f"{site.name}: rank {term.rank!r} is not a whole number from 1 to {limit}")
+        if term.identity not in ("", "u", "v") or (term.identity and term.rank is None):
+            raise HprError(f"{site.name}: identity {term.identity!r} is neither 'u' nor 'v' of a term with a rank")
         for factor in (term.u, term.v, term.row_scale, term.column_scale):
             if factor is not None and not (isinstance(factor, str) and factor):
                 raise HprError(f"{site.name}: {factor!r} is no factor name")
@@ -280,6 +313,10 @@ def _validate_entry(site: Site, entry: Entry) -> None:
             start, stop = term.rows
             if not 0 <= start < stop <= site.out_features:
                 raise HprError(f"{site.name}: rows {start} to {stop} do not lie within the site's {site.out_features}")
+        if any(min(shape.stored) < 1 for shape in term.shapes(site).values()):
+            raise HprError(
+                f"{site.name}: rank {term.rank} leaves nothing beside the identity block of {term.identity!r}: lower it"
+            )
         covered.append(term.rows or (0, site.out_features))
     end = 0
     for start, stop in sorted(covered):
@@ -288,3 +325,7 @@ def _validate_entry(site: Site, entry: Entry) -> None:
         end = max(end, stop)
     if entry.terms and end < site.out_features:
         raise HprError(f"{site.name}: rows {end} and above have no term, so their weights would be lost: cover them")
+
+
+def _spell(shape: FactorShape) -> str:
+    return f"{shape.rows}x{shape.columns}" + (f" with identity {shape.identity}" if shape.identity else "")

@@ -1,0 +1,243 @@
+"""From what a user has (text files, tables, arrays) to the batches that everything else reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpr.errors import HprError
+
+_TEXT_COLUMNS = ("text", "sentence")
+Source = str | os.PathLike[str]
+
+
+class Batches(list):
+    """A list of batches. ``order[i]`` is the place in the user's data of the i-th example, counted through all batches."""
+
+    def __init__(self, batches: Iterable[Any], order: Sequence[int]):
+        super().__init__(batches)
+        self.order = list(order)
+
+
+def in_input_order(rows: Tensor, batches: Sequence[Any]) -> Tensor:
+    """Rows that were computed batch by batch, (n, …), in the order of the user's data; unchanged for a plain list."""
+    order = getattr(batches, "order", None)
+    if order is None:
+        return rows
+    if len(order) != len(rows):
+        raise HprError(f"{len(rows)} rows for batches of {len(order)} examples: give one row for each example")
+    restored = torch.empty_like(rows)
+    restored[torch.tensor(order, device=rows.device)] = rows
+    return restored
+
+
+def text_batches(texts: Sequence[str], tokenizer: Any, batch_size: int = 64, max_length: int = 256) -> Batches:
+    """Tokenised batches of ``input_ids``, ``attention_mask`` and what else the tokenizer gives, int64 (batch, positions).
+
+    Texts of like length stand together, so little is padded; the batches themselves are shuffled, always in the same way,
+    so that any few of them are a fair sample. Padding is on the right and masked; a tokenizer without a padding
+    token is left as it is. Raises ``HprError`` for no texts, for what is no string, and for a text without tokens.
+    """
+    if isinstance(texts, str):
+        raise HprError("texts is one string: give a list of strings")
+    if batch_size < 1 or max_length < 1:
+        raise HprError(f"batch_size {batch_size} and max_length {max_length} must both be at least 1")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise HprError(f"text {index} is a {type(text).__name__}, not a string: convert or remove it")
+    if not len(texts):
+        raise HprError("there are no texts: at least one is needed")
+    limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
+    rows = dict(tokenizer(list(texts), truncation=True, max_length=limit))
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    if 0 in lengths:
+        empty = lengths.index(0)
+        raise HprError(f"text {empty} ({texts[empty]!r:.60}) has no tokens: remove it")
+    ordered = sorted(range(len(texts)), key=lengths.__getitem__)
+    groups = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    random.Random(0).shuffle(groups)
+    padding = _padding(tokenizer)
+    rows.setdefault("attention_mask", [[1] * length for length in lengths])
+    rows = {key: row for key, row in rows.items() if [len(values) for values in row] == lengths}
+    batches = [{key: _padded([row[i] for i in group], padding.get(key, 0)) for key, row in rows.items()} for group in groups]
+    return Batches(batches, [index for group in groups for index in group])
+
+
+def read_texts(path: Source, column: str | int | None = None) -> list[str]:
+    """Texts of a file: one a line (empty lines skipped), ``.jsonl`` with a ``text`` field, or a column of ``.csv`` or ``.tsv``.
+
+    ``column`` is a name in the first row, the field of a ``.jsonl``, or a number from 0 for a table without a header; without
+    it the column ``text`` or ``sentence`` is taken, or the only one. Raises ``HprError`` for a missing, empty or
+    undecodable file and for lines that do not hold what they should, by number.
+    """
+    text, kind = _decoded(path), Path(path).suffix.lower()
+    if kind == ".jsonl":
+        texts = _json_texts(path, text, "text" if column is None else str(column))
+    elif kind in (".csv", ".tsv"):
+        texts = _column(path, _table(path, text), column)
+    else:
+        texts = text.splitlines()
+    texts = [line.strip() for line in texts if line.strip()]
+    if not texts:
+        raise HprError(f"{path} holds no text: at least one line is needed")
+    return texts
+
+
+def sts_pairs(path: Source) -> tuple[list[str], list[str], list[float]]:
+    """First sentences, second sentences and scores of an STS benchmark ``.csv`` without a header."""
+    first, second, scores = [], [], []
+    for number, row in enumerate(_table(path, _decoded(path)), 1):
+        try:
+            one, two, score = row
+            scores.append(float(score))
+        except ValueError as error:
+            raise HprError(f"{path}, row {number}: {row!r:.80} is not sentence, sentence, score") from error
+        first.append(one)
+        second.append(two)
+    return first, second, scores
+
+
+def labelled_tsv(path: Source) -> tuple[list[str], list[int]]:
+    """Texts and class numbers of a ``.tsv`` with a header and two columns (SST-2)."""
+    texts, labels = [], []
+    for number, row in enumerate(_table(path, _decoded(path))[1:], 2):
+        if len(row) != 2 or not row[1].strip().isdigit():
+            raise HprError(f"{path}, row {number}: {row!r:.80} is not a text and a class number from 0")
+        texts.append(row[0].strip())
+        labels.append(int(row[1]))
+    if not texts:
+        raise HprError(f"{path} has no rows below its header")
+    return texts, labels
+
+
+def read_array(source: Source | np.ndarray, key: str | None = None) -> np.ndarray:
+    """An array as it is, or from an ``.npy`` file, or the one named ``key`` in an ``.npz`` (its only one needs no name).
+
+    Raises ``HprError`` for a missing or damaged file, an empty array, one without numbers, and non-finite values, by row.
+    """
+    array = source if isinstance(source, np.ndarray) else _load_array(source, key)
+    name = "the array" if isinstance(source, np.ndarray) else f"{source}"
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+        raise HprError(f"{name} has dtype {array.dtype}: numbers of at most 64 bits are needed")
+    if not array.ndim or not array.size:
+        raise HprError(f"{name} has shape {array.shape}: at least one example is needed, and examples along the first axis")
+    finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    if not finite.all():
+        raise HprError(f"{name}: row {int(np.argmin(finite))} is not finite ({int((~finite).sum())} such rows): remove it")
+    return array
+
+
+def array_batches(
+    source: Source | np.ndarray, key: str | None = None, batch_size: int = 64, argument: str | None = None
+) -> Batches:
+    """Tensor batches of an array whose first axis counts examples, in its own order: float32, or int64 for integers.
+
+    ``key`` names the array in an ``.npz``; ``argument`` makes each batch a keyword input of that name (``input_values``).
+    """
+    if batch_size < 1:
+        raise HprError(f"batch_size {batch_size} must be at least 1")
+    array = read_array(source, key)
+    tensor = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
+    if not torch.isfinite(tensor).all():
+        raise HprError("the array has values beyond the range of float32 (3.4e38): scale it")
+    parts = tensor.split(batch_size)
+    return Batches(parts if argument is None else [{argument: part} for part in parts], range(len(tensor)))
+
+
+def _padding(tokenizer: Any) -> dict[str, int]:
+    """What fills up each kind of row. Without a padding token any id does, as it is masked; the end token is always valid."""
+    candidates = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id", "unk_token_id"))
+    token = next((candidate for candidate in candidates if candidate is not None), 0)
+    return {"input_ids": token, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+def _decoded(path: Source) -> str:
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise HprError(f"no file at {path}: check the path") from error
+    except OSError as error:
+        raise HprError(f"{path} cannot be read ({error.strerror}): give a readable file") from error
+    except UnicodeDecodeError as error:
+        raise HprError(f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
+    if not text.strip():
+        raise HprError(f"{path} is empty: at least one example is needed")
+    return text
+
+
+def _json_texts(path: Source, text: str, field: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line separators
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[field]
+        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            raise HprError(f"{path}, line {number}: no JSON object with a field {field!r}") from error
+        if not isinstance(value, str):
+            raise HprError(f"{path}, line {number}: {field!r} is a {type(value).__name__}, not a string")
+        texts.append(value)
+    return texts
+
+
+def _table(path: Source, text: str) -> list[list[str]]:
+    """Rows that are not empty. In a ``.tsv`` quotes are text like any other."""
+    tabs = Path(path).suffix.lower() == ".tsv"
+    lines = io.StringIO(text, newline="")
+    try:
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
+        return [row for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise HprError(f"{path} is no table ({error}): check its quotes and line ends") from error
+
+
+def _column(path: Source, rows: list[list[str]], column: str | int | None) -> list[str]:
+    header = [cell.strip() for cell in rows[0]]
+    if isinstance(column, int):
+        index, body = column, rows
+    else:
+        wanted = [column] if column is not None else [name for name in _TEXT_COLUMNS if name in header]
+        if not wanted and len(header) == 1:
+            index, body = 0, rows
+        elif not wanted or wanted[0] not in header:
+            what = "" if column is None else f" {column!r}"
+            raise HprError(f"{path} has no column{what}, it has {', '.join(header)}: name one, or give its number from 0")
+        else:
+            index, body = header.index(wanted[0]), rows[1:]
+    short = next((number for number, row in enumerate(body) if not 0 <= index < len(row)), None)
+    if short is not None:
+        raise HprError(f"{path}: row {short + 1 + len(rows) - len(body)} has no column number {index}: check its separators")
+    return [row[index] for row in body]
+
+
+def _load_array(path: Source, key: str | None) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            name = loaded.files[0] if key is None and len(loaded.files) == 1 else key
+            if name not in loaded.files:
+                raise HprError(f"{path} has no array {name!r}, it has {', '.join(loaded.files)}: name one of these")
+            return loaded[name]
+    except FileNotFoundError as error:
+        raise HprError(f"no file at {path}: check the path") from error
+    except HprError:
+        raise
+    except Exception as error:  # numpy and zipfile raise many kinds for damaged files
+        raise HprError(f"{path} is no array file or is damaged ({error}): write it with numpy.save or savez") from error

@@ -1,0 +1,143 @@
+"""The metric that every operator plans and fits in: damage = ½ · N · tr(left Δ right Δᵀ), in nats per example.
+
+Moments are damped (a share of their mean diagonal is added) and factorised once as L Lᵀ; in the whitened coordinates
+``L_leftᵀ W L_right`` damage is a plain sum of squares, so truncated SVDs are optimal there. Everything here is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from scipy.ndimage import uniform_filter1d
+from torch import Tensor, nn
+
+from hpr.anatomy import Anatomy, Site, module_at, weight_of
+from hpr.profiling.profile import Profile, SiteStatistics
+
+DAMPING = 1e-3
+
+
+class Side:
+    """One damped second moment, full (n, n) or diagonal (n,), with its square root."""
+
+    def __init__(self, moment: Tensor, damping: float = DAMPING):
+        diagonal = moment if moment.dim() == 1 else moment.diagonal()
+        extra = damping * float(diagonal.mean()) + torch.finfo(torch.float64).tiny
+        self.moment = moment + extra if moment.dim() == 1 else moment + extra * torch.eye(len(moment), dtype=moment.dtype)
+        self.diagonal = moment.dim() == 1
+
+    @cached_property
+    def root(self) -> Tensor:
+        """L with L Lᵀ = moment: lower triangular, or the square roots of a diagonal."""
+        return self.moment.sqrt() if self.diagonal else torch.linalg.cholesky(self.moment)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """moment · matrix, (n, k)."""
+        return self.moment[:, None] * matrix if self.diagonal else self.moment @ matrix
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        """Lᵀ · matrix, (n, k)."""
+        return self.root[:, None] * matrix if self.diagonal else self.root.T @ matrix
+
+    def unwhiten(self, matrix: Tensor) -> Tensor:
+        """L⁻ᵀ · matrix, (n, k)."""
+        if self.diagonal:
+            return matrix / self.root[:, None]
+        return torch.linalg.solve_triangular(self.root.T, matrix, upper=True)
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        """moment⁻¹ · matrix, (n, k)."""
+        return matrix / self.moment[:, None] if self.diagonal else torch.cholesky_solve(matrix, self.root)
+
+    def part(self, start: int, stop: int) -> Side:
+        """The same moment on a range of coordinates."""
+        side = Side.__new__(Side)
+        side.moment = self.moment[start:stop] if self.diagonal else self.moment[start:stop, start:stop]
+        side.diagonal = self.diagonal
+        return side
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A site with its weight (out, in), float64, and the two sides of its metric.
+
+    ``rows`` per example; ``mean`` E[x] (in,) where the site's bias absorbs changes of the mean.
+    """
+
+    site: Site
+    weight: Tensor
+    left: Side
+    right: Side
+    rows: float
+    mean: Tensor | None = None
+
+    @property
+    def live(self) -> bool:
+        return self.rows > 0
+
+    def whitened(self, matrix: Tensor | None = None) -> Tensor:
+        """L_leftᵀ M L_right of a matrix (out, in), by default of the weight."""
+        return self.right.whiten(self.left.whiten(self.weight if matrix is None else matrix).T).T
+
+    def damage(self, change: Tensor) -> float:
+        """Nats per example for W + change."""
+        return 0.5 * self.rows * float(self.whitened(change).square().sum())
+
+    @cached_property
+    def transposed(self) -> Measured:
+        """The same site read the other way round, so that input-side code serves the output side too."""
+        return Measured(self.site, self.weight.T, self.right, self.left, self.rows)
+
+    def segment(self, start: int, stop: int) -> Measured:
+        """The rows [start, stop) alone (their coupling through ``left`` to other rows is left out)."""
+        return Measured(self.site, self.weight[start:stop], self.left.part(start, stop), self.right, self.rows)
+
+
+def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict[str, Measured]:
+    """Every site of a model in its metric; without a profile, in the plain Frobenius metric.
+
+    Where a Linear has a bias, its input moment is centred: the bias takes up what a change does to the mean.
+    """
+    sides: dict[tuple[int, bool], Side] = {}
+    measured = {}
+    for site in anatomy.sites:
+        weight = weight_of(module_at(model, site.path)).detach().cpu().double()
+        known = profile.sites[site.name] if profile else plain_statistics(site)
+        centred = site.has_bias and known.mean is not None
+        key = (id(known.right), centred)
+        if key not in sides:
+            sides[key] = Side(known.right - torch.outer(known.mean, known.mean) if centred else known.right)  # type: ignore[arg-type]
+        left = smooth_frequencies(known.left) if site.kind == "embedding" and known.live else known.left
+        measured[site.name] = Measured(site, weight, Side(left), sides[key], known.rows, known.mean if centred else None)
+    return measured
+
+
+def smooth_frequencies(counts: Tensor, window: int = 255) -> Tensor:
+    """Token frequencies for text other than the calibration text: (V,) → (V,), summing to 1.
+
+    A mixture of what was seen (a fifth), of what was seen around the token's number (three fifths; vocabularies are built
+    in order of frequency, so neighbours are about as frequent; capped at the 98th percentile, so that one word of the
+    calibration domain does not lift its neighbours), and of all tokens alike (a fifth), which no token falls below.
+    """
+    seen = counts / counts.sum()
+    cap = float(torch.quantile(seen[seen > 0], 0.98)) if len(seen) > window else float(seen.max())
+    around = torch.as_tensor(uniform_filter1d(seen.clamp(max=cap).numpy(), min(window, len(seen)), mode="nearest"))
+    return 0.2 * seen + 0.6 * around / around.sum() + 0.2 / len(seen)
+
+
+def plain_statistics(site: Site) -> SiteStatistics:
+    """Identity moments: damage is half the squared Frobenius norm."""
+    return SiteStatistics(torch.ones(site.out_features).double(), torch.ones(site.in_features).double(), 1.0)
+
+
+def eigenvectors(whitened: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values and left singular vectors of a matrix with at most as many rows as columns, largest first."""
+    values, vectors = torch.linalg.eigh(whitened @ whitened.T)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def tails(values: Tensor) -> Tensor:
+    """Sum of what is left after the first r of n squared singular values, r = 0 … n: (n + 1,)."""
+    return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])

@@ -1,0 +1,200 @@
+"""Tie: one matrix for a group of sites, in the metric rather than by averaging; with private diagonals, "tie + scale".
+
+ALBERT and Takase & Kiyono tie from scratch; a pretrained group is tied to the matrix of least damage,
+``argmin Σ N tr(G (M − W) A (M − W)ᵀ)``. The diagonals are those of ResidualTransformer (Wang et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpr.anatomy import Site
+from hpr.operators.metric import Measured, Side
+from hpr.planning.candidates import Candidate
+from hpr.planning.plan import Term
+
+TIE = "tie"
+SCALE = "tie + scale"
+QUICK, THOROUGH = 3, 25  # conjugate-gradient steps for a curve, and for a fit
+
+
+def group_name(sites: Sequence[Site]) -> str:
+    """``encoder.0-2.output.dense`` for a run of one slot; site names joined where there is no run."""
+    first, last = sites[0], sites[-1]
+    if first.stack == last.stack and first.slot == last.slot and first.layer is not None:
+        return f"{first.stack}.{first.layer}-{last.layer}.{first.slot}"
+    return "+".join(site.name for site in sites)
+
+
+def candidate(group: Sequence[Measured]) -> Candidate:
+    """One point: one matrix instead of many."""
+    shared = estimate(tuple(group))
+    damage = sum(one.damage(shared - one.weight) for one in group)
+    names = tuple(one.site.name for one in group)
+    return Candidate(TIE, names, ((),), np.array([group[0].site.parameters]), np.array([damage]))
+
+
+def scale_candidate(group: Sequence[Measured]) -> Candidate:
+    """One point: one matrix, and two diagonals for each site (a bound: the fit also moves the matrix)."""
+    shared, rows, columns = tie_and_scale(group, estimate(tuple(group)), rounds=1)
+    damage = sum(one.damage(r[:, None] * shared * c - one.weight) for one, r, c in zip(group, rows, columns, strict=True))
+    site = group[0].site
+    cost = site.parameters + len(group) * (site.out_features + site.in_features)
+    return Candidate(SCALE, tuple(one.site.name for one in group), ((),), np.array([cost]), np.array([damage]))
+
+
+def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term, ...]]:
+    """The same factor at every site."""
+    return {site.name: (Term(group_name(sites)),) for site in sites}
+
+
+def scale_terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term, ...]]:
+    """The same factor at every site, between private diagonals."""
+    shared = f"{group_name(sites)}.scaled"
+    return {site.name: (Term(shared, row_scale=f"{site.name}.r", column_scale=f"{site.name}.c"),) for site in sites}
+
+
+def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
+    """The tied matrix."""
+    return {terms[group[0].site.name][0].u: tie(group)}
+
+
+def scale_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
+    """The tied matrix and the diagonals, stored as (1, n)."""
+    shared, rows, columns = tie_and_scale(group, tie(group))
+    values = {terms[group[0].site.name][0].u: shared}
+    for one, r, c in zip(group, rows, columns, strict=True):
+        term = terms[one.site.name][0]
+        assert term.row_scale is not None
+        assert term.column_scale is not None
+        values |= {term.row_scale: r[None], term.column_scale: c[None]}
+    return values
+
+
+@lru_cache(maxsize=4)
+def estimate(group: tuple[Measured, ...]) -> Tensor:
+    """The tied matrix to within a few steps: what curves are made of. Several operators ask for it in a row."""
+    return tie(group, steps=QUICK)
+
+
+def tie(
+    group: Sequence[Measured],
+    targets: Sequence[Tensor] | None = None,
+    start: Tensor | None = None,
+    steps: int = THOROUGH,
+) -> Tensor:
+    """The (out, in) matrix of least total damage for the members' weights, or for other targets."""
+    weights = [one.weight for one in group] if targets is None else list(targets)
+    lefts = [one.left for one in group]
+    right_sides = [one.left.times(w) for one, w in zip(group, weights, strict=True)]
+    return solve_shared(group, lefts, right_sides, torch.stack(weights).mean(0) if start is None else start, steps)
+
+
+def tie_and_scale(group: Sequence[Measured], shared: Tensor, rounds: int = 3) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The shared matrix M and each site's diagonals r (out,), c (in,), by alternation from r = c = 1.
+
+    The last round leaves M alone, so the diagonals are the best for it.
+    """
+    rows = [torch.ones(len(shared), dtype=shared.dtype) for _ in group]
+    columns = [torch.ones(shared.shape[1], dtype=shared.dtype) for _ in group]
+    for number in range(rounds):
+        for index, one in enumerate(group):
+            rows[index] = _best_row_scale(one, shared * columns[index])
+            columns[index] = _best_row_scale(one.transposed, (rows[index][:, None] * shared).T)
+        if number == rounds - 1:
+            break
+        scaled = [
+            Measured(one.site, one.weight, _scaled(one.left, r), _scaled(one.right, c), one.rows)
+            for one, r, c in zip(group, rows, columns, strict=True)
+        ]
+        right_sides = [
+            r[:, None] * one.left.times(one.right.times(one.weight.T).T) * c
+            for one, r, c in zip(group, rows, columns, strict=True)
+        ]
+        shared = _solve(scaled, [one.left for one in scaled], right_sides, shared)
+    return shared, rows, columns
+
+
+def solve_shared(
+    group: Sequence[Measured], lefts: Sequence[Side], targets: Sequence[Tensor], start: Tensor, steps: int = THOROUGH
+) -> Tensor:
+    """X with Σ N L_s X A_s = Σ N T_s A_s, for left sides L_s (k, k) and targets T_s (k, in); A_s are the members' inputs'."""
+    right_sides = [one.right.times(target.T).T for one, target in zip(group, targets, strict=True)]
+    return _solve(group, lefts, right_sides, start, steps)
+
+
+def _solve(
+    group: Sequence[Measured], lefts: Sequence[Side], right_sides: Sequence[Tensor], start: Tensor, steps: int = THOROUGH
+) -> Tensor:
+    """Conjugate gradients, preconditioned by (mean left)⁻¹ · (mean right)⁻¹; exact at once where all sides agree."""
+    total = sum(one.rows for one in group)
+    shares = [one.rows / total for one in group]
+    mean_left = _mean(lefts, shares)
+    mean_right = _mean([one.right for one in group], shares)
+    goal = sum(share * side for share, side in zip(shares, right_sides, strict=True))
+    assert isinstance(goal, Tensor)
+
+    def apply(x: Tensor) -> Tensor:
+        parts = [share * one.right.times(left.times(x).T).T for share, one, left in zip(shares, group, lefts, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def precondition(x: Tensor) -> Tensor:
+        return mean_right.solve(mean_left.solve(x).T).T
+
+    return conjugate_gradients(apply, goal, start, precondition, steps)
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor],
+    goal: Tensor,
+    start: Tensor,
+    precondition: Callable[[Tensor], Tensor],
+    steps: int,
+    tolerance: float = 1e-5,
+) -> Tensor:
+    """Solve apply(X) = goal for a symmetric positive definite linear map on matrices."""
+    x = start
+    residual = goal - apply(x)
+    direction = z = precondition(residual)
+    rho = (residual * z).sum()
+    scale = (goal * precondition(goal)).sum()
+    for _ in range(steps):
+        if rho <= tolerance**2 * scale:
+            break
+        image = apply(direction)
+        step = rho / (direction * image).sum()
+        x = x + step * direction
+        residual = residual - step * image
+        z = precondition(residual)
+        rho, before = (residual * z).sum(), rho
+        direction = z + rho / before * direction
+    return x
+
+
+def _mean(sides: Sequence[Side], shares: Sequence[float]) -> Side:
+    moments = [side.moment for side in sides]
+    if any(side.diagonal for side in sides):
+        moments = [m if m.dim() == 1 else m.diagonal() for m in moments]
+    return Side(torch.stack([share * m for share, m in zip(shares, moments, strict=True)]).sum(0), damping=1e-6)
+
+
+def _scaled(side: Side, diagonal: Tensor) -> Side:
+    if side.diagonal:
+        return Side(side.moment * diagonal.square(), damping=1e-9)
+    return Side(side.moment * torch.outer(diagonal, diagonal), damping=1e-9)
+
+
+def _best_row_scale(one: Measured, matrix: Tensor) -> Tensor:
+    """r minimising the damage of diag(r)·matrix − W: one linear system of size out."""
+    weighted = one.right.times(matrix.T)
+    products = matrix @ weighted
+    cross = one.left.times(one.weight @ weighted).diagonal()
+    if one.left.diagonal:
+        return cross / (one.left.moment * products.diagonal()).clamp(min=torch.finfo(torch.float64).tiny)
+    system = one.left.moment * products
+    return torch.linalg.solve(system + 1e-9 * system.diagonal().mean() * torch.eye(len(system)).double(), cross)

@@ -1,0 +1,221 @@
+"""From curves to a plan: every candidate group of a model laid out on tracks, solved, and written down as a ``Plan``.
+
+One track per slot of a stack (its positions are layers) and one per embedding table (its positions are blocks of rows). The
+solver is pure; what it needs of the model is measured here once, as a ``Draft`` that answers for any budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hpr.anatomy import Anatomy, Site, describe
+from hpr.errors import HprError
+from hpr.operators import OPERATORS, segments
+from hpr.operators.metric import Measured, measure
+from hpr.planning import solver
+from hpr.planning.boundaries import boundaries
+from hpr.planning.candidates import Candidate, Choice, Solution, Track, restrict
+from hpr.planning.plan import KEEP, Budget, Entry, Plan, parse_budget
+from hpr.profiling.curvature import Progress, silent
+from hpr.profiling.profile import Profile
+
+LONGEST_GROUP = 3
+
+
+@dataclass(frozen=True)
+class Draft:
+    """All candidates of a model, measured: ``tracks`` for the solver, ``fixed`` sites that stay as they are."""
+
+    anatomy: Anatomy
+    tracks: tuple[Track, ...]
+    fixed: tuple[Site, ...]
+    only: str | None = None
+
+    def limit(self, budget: Budget) -> int:
+        """Parameters left for the sites on the tracks. Raises ``HprError`` where nothing is left, naming the least budget."""
+        limit = budget.parameters - self.untouched
+        if limit < 1:
+            raise HprError(f"a budget of {budget.text} is {budget.parameters:,} parameters, but {self._least()}")
+        return limit
+
+    @property
+    def untouched(self) -> int:
+        """Parameters that no plan changes: biases, norms, sites without gradient and sites outside ``only``."""
+        return self.anatomy.other_parameters + sum(site.parameters for site in self.fixed)
+
+    def budget(self, text: str) -> Budget:
+        """A budget as text (50%, 11M, 45MB) for this model."""
+        return parse_budget(text, self.anatomy, self.only)
+
+    def best(self, budget: Budget) -> Plan:
+        """The plan of least predicted damage, of all searches: all operators together and each one alone."""
+        return self.plan(self._guarded(solver.plan_candidates, budget)[0], budget)
+
+    def alternatives(self, budget: Budget, count: int) -> list[Plan]:
+        """Up to ``count`` plans of distinct structure by predicted damage, then the best of every operator alone."""
+        limit = self.limit(budget)
+        found = [*self._guarded(solver.k_best, budget, count), *solver.plan_candidates(self.tracks, limit)]
+        unique = {solution.structure: solution for solution in reversed(found)}
+        return [self.plan(solution, budget) for solution in sorted(unique.values(), key=lambda one: one.damage)]
+
+    def without(self, operator: str, budget: Budget) -> Plan:
+        """The best plan that does not use one operator."""
+        others = {name for name in (*OPERATORS, segments.NAME) if name != operator}
+        limit = self.limit(budget)
+        return self.plan(solver.plan_candidates(restrict(self.tracks, others), limit)[0], budget)
+
+    def plan(self, solution: Solution, budget: Budget) -> Plan:
+        """Write a solution down, one entry per site in model order."""
+        entries = {site.name: Entry(KEEP) for site in self.fixed}
+        for choice in solution.choices:
+            entries |= _entries(choice, self.anatomy)
+        entries |= _segmented(solution.choices, self.anatomy)
+        diagnostics = {"label": solution.label, "solver": _account(solution), "boundaries": self._boundaries(solution)}
+        return Plan(
+            model_class=self.anatomy.model_class,
+            fingerprint=self.anatomy.fingerprint,
+            budget=budget,
+            dense_parameters=self.anatomy.total_parameters,
+            other_parameters=self.anatomy.other_parameters,
+            entries={site.name: entries[site.name] for site in self.anatomy.sites},
+            diagnostics=diagnostics,
+        )
+
+    def _guarded(self, search: Callable[..., list[Solution]], budget: Budget, *more: int) -> list[Solution]:
+        limit = self.limit(budget)
+        if limit < sum(solver.smallest(track) for track in self.tracks):
+            raise HprError(f"a budget of {budget.text} is {budget.parameters:,} parameters, but {self._least()}")
+        return search(self.tracks, limit, *more)
+
+    def _least(self) -> str:
+        smallest = self.untouched + sum(solver.smallest(track) for track in self.tracks)
+        share = 100 * smallest / self.anatomy.total_parameters
+        return (
+            f"the smallest plan of this model needs {smallest:,} ({share:.1f}% of all): "
+            f"{self.untouched:,} of them are biases, norms and sites that are not to be changed. Raise the budget"
+        )
+
+    def _boundaries(self, solution: Solution) -> dict[str, Any]:
+        """Group-boundary probabilities of a semi-Markov CRF at the solution's multiplier, for tracks of several layers."""
+        if not solution.multiplier:
+            return {}
+        temperature = 0.05 * solution.damage / max(1, len(self.tracks))
+        found = {}
+        for track in self.tracks:
+            if track.length > 1 and temperature > 0:
+                one = boundaries(track, solution.multiplier, temperature)
+                found[track.name] = {"probabilities": one.probabilities.tolist(), "entropy": one.entropy}
+        return found
+
+
+def draft(
+    model: nn.Module,
+    profile: Profile,
+    only: str | None = None,
+    operators: Iterable[str] | None = None,
+    longest_group: int = LONGEST_GROUP,
+    progress: Progress = silent,
+) -> Draft:
+    """Measure every candidate of a model. ``operators``: names to consider, all by default; *keep* is always among them.
+
+    Raises ``HprError`` for a profile of another model, a pattern that matches nothing and operators that do not exist.
+    """
+    anatomy = describe(model)
+    profile.check(anatomy)
+    allowed = set((*OPERATORS, segments.NAME) if operators is None else operators)
+    if unknown := sorted(allowed - {*OPERATORS, segments.NAME}):
+        raise HprError(f"no operator {unknown[0]!r}; there are {', '.join((*OPERATORS, segments.NAME))}")
+    measured = measure(model, anatomy, profile)
+    chosen = {site.name for site in anatomy.select(only) if measured[site.name].live}
+    fixed = tuple(site for site in anatomy.sites if site.name not in chosen)
+    rows = [tuple(site for site in row if site.name in chosen) for row in anatomy.slots().values()]
+    rows = [row for row in rows if row]
+    tracks = []
+    for index, row in enumerate(rows):
+        group = [measured[site.name] for site in row]
+        if row[0].kind == "embedding" and segments.NAME in allowed:
+            tracks.append(segments.track(group[0]))
+        else:
+            tracks.append(_track(group, allowed, longest_group))
+        progress("curves", index + 1, len(rows))
+    if not tracks:
+        raise HprError("no site is left to plan: every one is unused by the objective or outside only=")
+    return Draft(anatomy, tuple(tracks), fixed, only)
+
+
+def plan(
+    model: nn.Module,
+    profile: Profile,
+    budget: str = "50%",
+    only: str | None = None,
+    operators: Iterable[str] | None = None,
+) -> Plan:
+    """The plan of least predicted damage under a budget (``50%``, ``11M`` parameters, ``45MB`` on disk).
+
+    ``only`` is a shell pattern of site names (``encoder.*``); a percentage then counts the selected weights alone. Raises
+    ``HprError`` for an impossible budget, naming the smallest possible.
+    """
+    sketch = draft(model, profile, only, operators)
+    return sketch.best(sketch.budget(budget))
+
+
+def _track(group: Sequence[Measured], allowed: set[str], longest: int) -> Track:
+    """Candidates of one slot: every operator on every run of layers up to ``longest``, and on the whole run."""
+    candidates: dict[tuple[int, int], tuple[Candidate, ...]] = {}
+    for start in range(len(group)):
+        for stop in range(start + 1, len(group) + 1):
+            members = group[start:stop]
+            if len(members) > longest and len(members) < len(group):
+                continue
+            if not _adjacent([one.site for one in members]):
+                continue
+            options = [
+                operator.candidate(members)
+                for name, operator in OPERATORS.items()
+                if operator.shared == (len(members) > 1) and (name in allowed or name == KEEP)
+            ]
+            if kept := tuple(option for option in options if option is not None):
+                candidates[start, stop] = kept
+    first = group[0].site
+    return Track(f"{first.stack} · {first.slot}" if first.stack else first.name, len(group), candidates)
+
+
+def _adjacent(sites: Sequence[Site]) -> bool:
+    layers = [site.layer for site in sites]
+    return len(sites) == 1 or (None not in layers and layers == list(range(layers[0], layers[0] + len(layers))))  # type: ignore[arg-type, operator]
+
+
+def _entries(choice: Choice, anatomy: Anatomy) -> dict[str, Entry]:
+    candidate = choice.candidate
+    if candidate.sites[0].endswith("]"):
+        return {}
+    terms = OPERATORS[candidate.operator].terms([anatomy[name] for name in candidate.sites], choice.ranks)
+    share = choice.damage / len(terms)
+    return {name: Entry(candidate.operator, own, share) for name, own in terms.items()}
+
+
+def _segmented(choices: Sequence[Choice], anatomy: Anatomy) -> dict[str, Entry]:
+    """Entries of the embedding tables, each put together from its runs of rows."""
+    runs: dict[str, list[Choice]] = {}
+    for choice in choices:
+        label = choice.candidate.sites[0]
+        if label.endswith("]"):
+            runs.setdefault(label.rpartition("[")[0], []).append(choice)
+    entries = {}
+    for name, own in runs.items():
+        terms = segments.merge(anatomy[name], [(one.candidate.sites[0], one.ranks) for one in own])
+        entries[name] = Entry(segments.NAME if terms else KEEP, terms, sum(one.damage for one in own))
+    return entries
+
+
+def _account(solution: Solution) -> dict[str, float | None]:
+    return {
+        "damage": solution.damage,
+        "bound": solution.bound,
+        "gap": solution.relative_gap,
+        "multiplier": solution.multiplier,
+    }

@@ -1,0 +1,244 @@
+"""What the solver chooses from and what it answers: candidates on intervals of a track, choices, solutions.
+
+A *track* is a run of layer positions (one slot of one stack, say). A *candidate* is one operator on one group of sites, with
+a curve of (parameters, damage) points, one for each rank it could have. A solution covers every position exactly once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hpr.errors import HprError
+from hpr.planning.plan import KEEP
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One operator on one group of sites. Entry k of the three sequences is one choice of ranks.
+
+    ``choices[k]`` holds the ranks (``()`` for operators without one), ``parameters[k]`` (int64) what that choice stores and
+    ``damages[k]`` (float64) its predicted damage in nats per example. The curve need be neither sorted nor convex. Raises
+    ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not finite.
+    """
+
+    operator: str
+    sites: tuple[str, ...]
+    choices: tuple[tuple[int, ...], ...]
+    parameters: np.ndarray
+    damages: np.ndarray
+
+    def __post_init__(self) -> None:
+        name = f"candidate {self.operator!r} on {', '.join(self.sites)}"
+        damages, given = np.asarray(self.damages, np.float64), np.asarray(self.parameters)
+        if not (given.shape == damages.shape == (len(self.choices),)) or not self.choices:
+            raise HprError(
+                f"{name}: {len(self.choices)} choices, parameters of shape {given.shape}, damages of shape {damages.shape}: "
+                f"give one entry each for at least one choice"
+            )
+        if not np.isfinite(damages).all() or damages.min() < 0:
+            worst = damages[~np.isfinite(damages) | (damages < 0)][0]
+            raise HprError(f"{name}: damage {worst} is no finite number of nats from 0 up: drop that choice")
+        parameters = given.astype(np.int64) if np.isfinite(given).all() else np.zeros(1, np.int64)
+        if parameters.min() < 1 or (parameters != given).any():
+            raise HprError(f"{name}: parameters {given.tolist()} are not all whole numbers from 1 up: drop those choices")
+        object.__setattr__(self, "damages", damages)
+        object.__setattr__(self, "parameters", parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """``length`` positions to be cut into intervals [start, stop), each covered by one candidate registered for it.
+
+    With ``subtracks`` (all of this length) an interval may instead be solved by every subtrack alone, each with its own
+    segmentation: the parent holds what shares a factor among several slots, a subtrack one slot. Register ``keep`` once,
+    in the subtracks. A site outside the layer stacks is a track of length 1; a group that is not contiguous (a cycle) is a
+    candidate for [0, length). Raises ``HprError`` for intervals outside the track and for subtracks of another length.
+    """
+
+    name: str
+    length: int
+    candidates: Mapping[tuple[int, int], tuple[Candidate, ...]]
+    subtracks: tuple[Track, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise HprError(f"track {self.name!r} has length {self.length}: a track has at least one position")
+        for start, stop in self.candidates:
+            if not 0 <= start < stop <= self.length:
+                raise HprError(f"track {self.name!r}: [{start}, {stop}) is no interval of its {self.length} positions")
+        if len({self.name, *(track.name for track in self.subtracks)}) <= len(self.subtracks):
+            raise HprError(f"track {self.name!r} and its subtracks need names of their own: rename those that are equal")
+        for track in self.subtracks:
+            if track.length != self.length:
+                raise HprError(
+                    f"track {self.name!r} has {self.length} positions, subtrack {track.name!r} {track.length}: make them equal"
+                )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point of one candidate's curve."""
+
+    candidate: Candidate
+    index: int
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks chosen, ``()`` for an operator without any."""
+        return self.candidate.choices[self.index]
+
+    @property
+    def parameters(self) -> int:
+        return int(self.candidate.parameters[self.index])
+
+    @property
+    def damage(self) -> float:
+        """Nats per example."""
+        return float(self.candidate.damages[self.index])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Choices that cover every position of every track once, with their total ``damage`` (nats) and ``parameters``.
+
+    ``bound`` (nats) is a lower bound on the damage of any solution within the same limit, ``multiplier`` (nats per
+    parameter) the Lagrange multiplier it was found at, None where none was used. ``label`` says what was searched.
+    """
+
+    choices: tuple[Choice, ...]
+    damage: float
+    parameters: int
+    multiplier: float | None = None
+    bound: float = 0.0
+    label: str = ""
+
+    @property
+    def gap(self) -> float:
+        """How far from optimal the damage can be at most, in nats."""
+        return self.damage - self.bound
+
+    @property
+    def relative_gap(self) -> float:
+        """The gap as a share of the damage, from 0 (proven optimal) to 1."""
+        return self.gap / self.damage if self.damage > 0 else 0.0
+
+    @property
+    def structure(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """The groups and their operators, ranks left out: (operator, sites), sorted."""
+        return tuple(sorted((choice.candidate.operator, choice.candidate.sites) for choice in self.choices))
+
+
+def operators(tracks: Sequence[Track]) -> list[str]:
+    """Names of all operators registered anywhere in the tracks, sorted."""
+    own = {one.operator for track in tracks for several in track.candidates.values() for one in several}
+    return sorted(own.union(*(operators(track.subtracks) for track in tracks)))
+
+
+def restrict(tracks: Sequence[Track], operators: Set[str]) -> tuple[Track, ...]:
+    """The same tracks with the candidates of these operators only; ``keep`` always stays."""
+    allowed = {*operators, KEEP}
+    return tuple(
+        Track(
+            track.name,
+            track.length,
+            {
+                interval: chosen
+                for interval, several in track.candidates.items()
+                if (chosen := tuple(one for one in several if one.operator in allowed))
+            },
+            restrict(track.subtracks, operators),
+        )
+        for track in tracks
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A track as flat arrays over its points (choices of candidates of intervals), so that one numpy call prices them all."""
+
+    track: Track
+    candidates: tuple[Candidate, ...]
+    intervals: np.ndarray  # (intervals, 2)
+    intervals_of: np.ndarray  # (candidates,) number of each candidate's interval
+    owners: np.ndarray  # (points,) number of each point's candidate
+    first_points: np.ndarray  # (candidates + 1,) where each candidate's points begin
+    interval_points: np.ndarray  # (intervals + 1,) where each interval's points begin
+    damages: np.ndarray  # (points,) nats
+    parameters: np.ndarray  # (points,)
+    subtables: tuple[Table, ...]
+
+
+def tabulate(track: Track) -> Table:
+    """Flatten a track and its subtracks, once for all the multipliers that will be tried."""
+    intervals = sorted(interval for interval, several in track.candidates.items() if several)
+    candidates = tuple(one for interval in intervals for one in track.candidates[interval])
+    counts = [len(track.candidates[interval]) for interval in intervals]
+    sizes = [len(one.choices) for one in candidates]
+    first_points = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    return Table(
+        track=track,
+        candidates=candidates,
+        intervals=np.array(intervals, np.int64).reshape(-1, 2),
+        intervals_of=np.repeat(np.arange(len(intervals)), counts),
+        owners=np.repeat(np.arange(len(candidates)), sizes),
+        first_points=first_points,
+        interval_points=first_points[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])],
+        damages=np.concatenate([np.zeros(0), *(one.damages for one in candidates)]),
+        parameters=np.concatenate([np.zeros(0, np.int64), *(one.parameters for one in candidates)]),
+        subtables=tuple(tabulate(subtrack) for subtrack in track.subtracks),
+    )
+
+
+def exhaustive_at(tracks: Sequence[Track], multiplier: float) -> Solution:
+    """The least damage + multiplier · parameters by enumeration. Exponential in everything: for tests."""
+    best = [
+        min(_covers(track, 0, track.length), key=lambda cover: sum(one.damage + multiplier * one.parameters for one in cover))
+        for track in tracks
+    ]
+    return solution(choice for cover in best for choice in cover)
+
+
+def exhaustive(tracks: Sequence[Track], limit: int) -> Solution:
+    """The least damage within ``limit`` parameters by enumeration. Exponential in everything: for tests and tiny models."""
+    covers = [list(_covers(track, 0, track.length)) for track in tracks]
+    damages, parameters = np.zeros(()), np.zeros((), np.int64)
+    for several in covers:
+        damages = np.add.outer(damages, [sum(one.damage for one in cover) for cover in several])
+        parameters = np.add.outer(parameters, [sum(one.parameters for one in cover) for cover in several])
+    if parameters.min() > limit:
+        raise impossible(limit, int(parameters.min()))
+    best = np.unravel_index(np.where(parameters <= limit, damages, np.inf).argmin(), damages.shape)
+    return solution(choice for several, number in zip(covers, best, strict=True) for choice in several[number])
+
+
+def solution(choices: Iterable[Choice]) -> Solution:
+    """Add choices up; the bound is their own damage, as for a solution known to be optimal."""
+    chosen = tuple(choices)
+    damage = math.fsum(choice.damage for choice in chosen)
+    return Solution(chosen, damage, sum(choice.parameters for choice in chosen), bound=damage)
+
+
+def impossible(limit: int, smallest: int) -> HprError:
+    """The error for a budget below the smallest possible total."""
+    return HprError(f"{limit:,} parameters are too few: the smallest possible total is {smallest:,}; raise the budget to that")
+
+
+def _covers(track: Track, start: int, stop: int, after_own: bool = False) -> Iterator[tuple[Choice, ...]]:
+    """Every cover of [start, stop), each once: with ``after_own`` the last arc is not "every subtrack alone"."""
+    if start == stop:
+        yield ()
+    for cut in range(start, stop):
+        ends: list[tuple[Choice, ...]] = [
+            (Choice(one, k),) for one in track.candidates.get((cut, stop), ()) for k in range(len(one.choices))
+        ]
+        if ends:
+            yield from (head + end for head in _covers(track, start, cut) for end in ends)
+        if track.subtracks and not after_own:
+            parts = [list(_covers(subtrack, cut, stop)) for subtrack in track.subtracks]
+            ends = [tuple(choice for part in parts for choice in part) for parts in itertools.product(*parts)]
+            yield from (head + end for head in _covers(track, start, cut, after_own=True) for end in ends)

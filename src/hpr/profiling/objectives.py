@@ -1,0 +1,150 @@
+"""What a model is for, as two functions: a loss whose gradients give the curvature, and a divergence in nats.
+
+Each objective reads the model's outputs as the mean of a distribution; its divergence is that distribution's KL, and its
+loss, drawn from the model itself, has the same Fisher matrix. So predicted damage and measured divergence share a unit:
+nats per example. Embeddings and hidden states are means of unit Gaussians: ½‖e − ê‖² nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from hpr.errors import HprError
+
+Batch = Any  # a mapping of keyword inputs, or one tensor for a plain module
+Draw = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``read(outputs, batch)`` gives the predictions and a (batch, positions) weight; ``loss`` and ``divergence`` see them."""
+
+    name: str
+    read: Callable[[Any, Batch], tuple[Tensor, Tensor]]
+    categorical: bool
+
+    def loss(self, outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The summed loss of a batch against a draw from the model's own output distribution (a scalar, nats)."""
+        predictions, weight = self.read(outputs, batch)
+        if self.categorical:
+            log_probabilities = F.log_softmax(predictions.float(), dim=-1)
+            flat = log_probabilities.detach().exp().reshape(-1, predictions.shape[-1])
+            drawn = torch.multinomial(flat, 1, generator=generator).reshape(*predictions.shape[:-1], 1)
+            return -(log_probabilities.gather(-1, drawn).squeeze(-1) * weight).sum()
+        direction = torch.randn(predictions.shape, generator=generator, dtype=torch.float32).to(predictions.device)
+        return ((predictions.float() * direction).sum(-1) * weight).sum()
+
+    def divergence(self, teacher: Any, student: Any, batch: Batch) -> Tensor:
+        """Nats per example, (batch,): KL for categorical outputs, ½‖·‖² for Gaussian ones."""
+        expected, weight = self.read(teacher, batch)
+        found, _ = self.read(student, batch)
+        expected, found = expected.float(), found.float()
+        if self.categorical:
+            log_p, log_q = F.log_softmax(expected, dim=-1), F.log_softmax(found, dim=-1)
+            distance = (log_p.exp() * (log_p - log_q)).sum(-1)
+        else:
+            distance = 0.5 * (expected - found).square().sum(-1)
+        return (distance * weight).flatten(1).sum(1) if distance.dim() > 1 else distance * weight
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch: keyword inputs for a mapping, one argument otherwise."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def examples_in(batch: Batch) -> int:
+    """Number of examples in a batch."""
+    return len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+
+
+def mask_of(batch: Batch, positions: Tensor) -> Tensor:
+    """(batch, positions) float mask of real tokens; all ones where the batch has no mask of that shape."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is None or mask.shape != positions.shape[:2]:
+        return torch.ones(positions.shape[:2], device=positions.device)
+    return mask.float()
+
+
+def _hidden(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    hidden = getattr(outputs, "last_hidden_state", None)
+    return hidden if isinstance(hidden, Tensor) else outputs[0]
+
+
+def _logits(outputs: Any) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+
+def _read_mean_pooled(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    hidden = _hidden(outputs).float()
+    mask = mask_of(batch, hidden).unsqueeze(-1)
+    pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+    return F.normalize(pooled, dim=-1), torch.ones(len(pooled), device=pooled.device)
+
+
+def _read_first_token(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    hidden = _hidden(outputs).float()
+    return F.normalize(hidden[:, 0], dim=-1), torch.ones(len(hidden), device=hidden.device)
+
+
+def _read_hidden(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    hidden = _hidden(outputs)
+    return hidden, mask_of(batch, hidden)
+
+
+def _read_classes(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    logits = _logits(outputs)
+    return logits, torch.ones(logits.shape[:-1], device=logits.device)
+
+
+def _read_tokens(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    logits = _logits(outputs)
+    return logits, mask_of(batch, logits)
+
+
+def _read_decoder(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    logits = _logits(outputs)
+    labels = batch.get("labels")
+    mask = batch.get("decoder_attention_mask") if labels is None else labels != -100
+    return logits, torch.ones(logits.shape[:2], device=logits.device) if mask is None else mask.float()
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "embedding": Objective("embedding", _read_mean_pooled, categorical=False),
+    "cls-embedding": Objective("cls-embedding", _read_first_token, categorical=False),
+    "classification": Objective("classification", _read_classes, categorical=True),
+    "causal-lm": Objective("causal-lm", _read_tokens, categorical=True),
+    "masked-lm": Objective("masked-lm", _read_tokens, categorical=True),
+    "seq2seq": Objective("seq2seq", _read_decoder, categorical=True),
+    "hidden": Objective("hidden", _read_hidden, categorical=False),
+}
+
+_BY_MAPPING = (
+    ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "seq2seq"),
+    ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "seq2seq"),
+    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal-lm"),
+    ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked-lm"),
+    ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "classification"),
+    ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "classification"),
+    ("MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", "classification"),
+)
+
+
+def objective_for(model: nn.Module, name: str | None = None) -> Objective:
+    """The objective by name, or the one the model's class is listed under in transformers; hidden states otherwise."""
+    if name is not None:
+        if name not in OBJECTIVES:
+            raise HprError(f"no objective {name!r}; there are {', '.join(OBJECTIVES)}")
+        return OBJECTIVES[name]
+    for mapping, objective in _BY_MAPPING:
+        if type(model).__name__ in getattr(modeling_auto, mapping, {}).values():
+            return OBJECTIVES[objective]
+    return OBJECTIVES["hidden"]

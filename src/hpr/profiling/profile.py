@@ -1,0 +1,121 @@
+"""The profile: what the calibration text says about each site and each layer, saved as one safetensors file.
+
+For a site with weight W and a change Δ, the predicted damage in nats per example is ``½ · N · tr(left Δ right Δᵀ)``, with N the
+rows per example. A Linear has left = G = E[g gᵀ] (out × out) and right = A = E[x xᵀ] (in × in); an embedding table has
+left = the diagonal of token frequencies (V,) and right = E[g gᵀ] (d × d). The Kronecker form is that of K-FAC (Martens and
+Grosse, 2015).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpr.anatomy import Anatomy
+from hpr.errors import HprError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Second moments of one site, float64. ``left``: (out, out) or (out,) diagonal; ``right``: (in, in) or (in,) diagonal.
+
+    ``rows``: rows seen per example; ``mean``: E[x], (in,), None for embeddings; a site that got no gradient has rows 0.
+    """
+
+    left: Tensor
+    right: Tensor
+    rows: float
+    mean: Tensor | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether the objective depends on this site at all; a dead one (an unused pooler) is kept."""
+        return self.rows > 0
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """One stack: linear CKA between layers' pooled outputs (L, L), block influence (L,), context dependence (L,)."""
+
+    similarity: list[list[float]]
+    block_influence: list[float]
+    context_dependence: list[float]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions."""
+
+    fingerprint: str
+    sites: Mapping[str, SiteStatistics]
+    layers: Mapping[str, LayerFeatures] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise ``HprError`` unless this profile was taken of that model."""
+        if self.fingerprint != anatomy.fingerprint:
+            raise HprError(
+                f"the profile was taken of a model with fingerprint {self.fingerprint}, this one has {anatomy.fingerprint}: "
+                f"profile this model"
+            )
+        if missing := [site.name for site in anatomy.sites if site.name not in self.sites]:
+            raise HprError(f"the profile lacks {missing[0]} ({len(missing)} sites): profile this model anew")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically; equal moments (query, key, value see the same input) are stored once."""
+        tensors: dict[str, Tensor] = {}
+        stored: dict[int, str] = {}
+        sites: dict[str, Any] = {}
+        for name, statistics in self.sites.items():
+            sites[name] = {"rows": statistics.rows}
+            for part in ("left", "right", "mean"):
+                tensor = getattr(statistics, part)
+                if tensor is not None:
+                    key = stored.setdefault(id(tensor), f"{name}.{part}")
+                    tensors[key] = tensor.contiguous()
+                    sites[name][part] = key
+        header = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "sites": sites,
+            "layers": {name: vars(features) for name, features in self.layers.items()},
+            "about": dict(self.about),
+        }
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata={"hpr_profile": json.dumps(header)})
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Raises ``HprError`` for a file that is missing, damaged or no profile."""
+        if not Path(path).is_file():
+            raise HprError(f"no profile at {path}: `hpr profile` writes one")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["hpr_profile"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error
+        if header["format"] != FORMAT:
+            raise HprError(f"profile format {header['format']} is not the {FORMAT} this version reads: profile anew")
+        sites = {}
+        for name, site in header["sites"].items():
+            parts = {part: tensors[site[part]] for part in ("left", "right", "mean") if part in site}
+            sites[name] = SiteStatistics(rows=site["rows"], **parts)
+        layers = {name: LayerFeatures(**features) for name, features in header["layers"].items()}
+        return cls(header["fingerprint"], sites, layers, header["about"])

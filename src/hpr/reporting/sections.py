@@ -1,0 +1,232 @@
+"""What each section of the report says: rows, figures and one plain sentence of reading, from plan and metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hpr.reporting import figures, readings
+from hpr.reporting.grid import PlanMap, StackMap
+from hpr.reporting.words import ABSENT, count, dig, figure, number, numbers, present, records, seconds, share, table, verdict
+
+Section = dict[str, Any]
+_PLAN_KEYS = ("label", "budget", "parameters", "predicted", "measured", "chosen", "quality")
+
+
+def quality(metrics: Mapping[str, Any]) -> list[Section]:
+    """Every measurement with a verdict in words; ``good`` is None where better and worse cannot be told."""
+    rows = []
+    for row in records(metrics, "quality"):
+        unit, higher = str(row.get("unit") or ""), row.get("higher_is_better")
+        before, after = number(row.get("before")), number(row.get("after"))
+        good = None if None in (before, after) or higher is None else (after > before) == higher or after == before  # type: ignore[operator]
+        rows.append(
+            {
+                "name": present(row.get("name")),
+                "data": present(row.get("data")),
+                "before": "–" if before is None else figure(before, unit),
+                "after": figure(after, unit),
+                "verdict": verdict(row),
+                "good": good,
+            }
+        )
+    return rows
+
+
+def parts(metrics: Mapping[str, Any]) -> Section | None:
+    """Parameters by part of the model, the largest first."""
+    found = [
+        (present(part.get("name")), number(part.get("before")), number(part.get("after"))) for part in records(metrics, "parts")
+    ]
+    if not found:
+        return None
+    found.sort(key=lambda part: -(part[1] or part[2] or 0.0))
+    rows = [
+        _bars(name, [("before", before, count(before)), ("after", after, count(after))], share(after, before))
+        for name, before, after in found
+    ]
+    cuts = [(before - after, name) for name, before, after in found if before is not None and after is not None]
+    saved = sum(cut for cut, _ in cuts)
+    reading = "Nothing was saved in any part that was counted."
+    if saved > 0:
+        most, name = max(cuts)
+        reading = f"Of {count(saved)} parameters saved, {share(most, saved)} come from {name}."
+    return {"rows": _scaled(rows), "reading": reading}
+
+
+def layers(metrics: Mapping[str, Any]) -> list[Section]:
+    """Similarity, block influence and context dependence for every stack that has any of them."""
+    found = table(metrics, "layers")
+    names = dict.fromkeys(
+        name for key in ("names", "similarity", "block_influence", "context_dependence") for name in table(found, key)
+    )
+    sections = []
+    for name in names:
+        matrix = [numbers(row) for row in dig(found, "similarity", name) or [] if isinstance(row, list | tuple)]
+        square = bool(matrix) and all(len(row) == len(matrix) for row in matrix)
+        influence, context = (numbers(dig(found, key, name)) for key in ("block_influence", "context_dependence"))
+        section: Section = {"name": name, "similarity": None, "bars": []}
+        if square:
+            reading = readings.similarity_reading(matrix)
+            section["similarity"] = {
+                "svg": figures.heatmap(matrix, f"Similarity between the layers of {name}. {reading}"),
+                "reading": reading,
+            }
+        for values, title, axis, meaning in (
+            (influence, "Block influence", "1 − cos(input, output)", "how far a layer turns what it is given"),
+            (
+                context,
+                "Context dependence",
+                "shift of the output",
+                "how far a token's output moves when the tokens around it are replaced",
+            ),
+        ):
+            reading = readings.bar_reading(values, meaning)
+            svg = (
+                figures.layer_bars(values, axis, f"{title} of the layers of {name}. {reading}")
+                if any(v is not None for v in values)
+                else None
+            )
+            section["bars"].append({"title": title, "svg": svg, "reading": reading})
+        sections.append(section)
+    return sections
+
+
+def boundaries(plan_map: PlanMap, metrics: Mapping[str, Any]) -> list[Section]:
+    """Group-boundary probabilities by stack and slot, with the boundaries that the plan took."""
+    taken = {(stack.name, row.slot): row.boundaries for stack in plan_map.stacks for row in stack.rows}
+    stacks: dict[str, list[Section]] = {}
+    for key, value in table(metrics, "boundaries").items():
+        stack, _, slot = str(key).partition(" · ")
+        entropy, chosen = number(dig(value, "entropy")), taken.get((stack, slot), ())
+        cells = []
+        for gap, probability in enumerate(numbers(dig(value, "probabilities"))):
+            strength = min(1.0, max(0.0, probability or 0.0))
+            text = "–" if probability is None else f"{100 * strength:.0f}"
+            took = chosen[gap] if gap < len(chosen) else None
+            cells.append(
+                {
+                    "text": text,
+                    "strength": strength,
+                    "shade": figures.shade(strength),
+                    "taken": took,
+                    "known": probability is not None,
+                }
+            )
+        equal = "" if entropy is None else f"≈ {math.exp(min(entropy, 50)):.3g}"
+        if not cells:
+            continue
+        stacks.setdefault(stack, []).append({"slot": slot or stack, "cells": cells, "entropy": figure(entropy), "equal": equal})
+    sections = []
+    for stack, rows in stacks.items():
+        known = [cell["strength"] for row in rows for cell in row["cells"] if cell["known"]]
+        sure = sum(value < 0.1 or value > 0.9 for value in known)
+        reading = (
+            f"{sure} of {len(known)} possible boundaries are settled (below 10 % or above 90 %); "
+            "the others could go either way."
+        )
+        sections.append({"stack": stack, "rows": rows, "gaps": max(len(row["cells"]) for row in rows), "reading": reading})
+    return sections
+
+
+def plans(metrics: Mapping[str, Any]) -> Section:
+    """All plans tried, numbered from the smallest, with the two scatter plots as far as there are points for them."""
+    tried = sorted(records(metrics, "plans"), key=lambda plan: number(plan.get("parameters")) or 0.0)
+    rows = [{**dict.fromkeys(_PLAN_KEYS), **plan, "number": index + 1} for index, plan in enumerate(tried)]
+    result: Section = {"rows": rows, "damage": None, "quality": None}
+    pairs = [(number(row.get("predicted")), number(row.get("measured"))) for row in rows]
+    positive = [(x, y) for x, y in pairs if x is not None and y is not None and x > 0 and y > 0]
+    if positive:
+        reading = readings.damage_reading(positive, len(rows))
+        svg = figures.damage_scatter(rows, f"Predicted against measured damage of {len(positive)} plans. {reading}")
+        result["damage"] = {"svg": svg, "reading": reading}
+    scored = [row for row in rows if number(row.get("quality")) is not None and number(row.get("parameters")) is not None]
+    if scored:
+        name, original = readings.quality_axis(scored, metrics)
+        reading = readings.quality_reading(scored, name)
+        svg = figures.quality_scatter(
+            rows,
+            name,
+            number(dig(metrics, "budget", "parameters")),
+            original,
+            f"{name} against size of {len(scored)} plans. {reading}",
+        )
+        result["quality"] = {"svg": svg, "reading": reading}
+    return result
+
+
+def gains(metrics: Mapping[str, Any]) -> Section | None:
+    """What the plan would lose without each operator."""
+    found = [
+        (present(row.get("operator")), number(row.get("damage_without")), number(row.get("damage_with")))
+        for row in records(metrics, "operator_gains")
+    ]
+    if not found:
+        return None
+    found.sort(key=lambda row: -((row[1] or 0.0) - (row[2] or 0.0)))
+    rows = []
+    for name, without, with_it in found:
+        saved = share(without - with_it, without) if without is not None and with_it is not None else ABSENT
+        rows.append(
+            _bars(name, [("before", without, figure(without, "nats")), ("after", with_it, figure(with_it, "nats"))], saved)
+        )
+    best = next((row for row in rows if row["note"] != ABSENT), None)
+    reading = "No gain could be computed."
+    if best is not None:
+        without_text, with_text = (bar["text"] for bar in best["bars"])
+        reading = f"Most is owed to {best['name']}: without it the damage would be {without_text} instead of {with_text}."
+    return {"rows": _scaled(rows), "reading": reading}
+
+
+def solver(metrics: Mapping[str, Any]) -> Section | None:
+    """How near the plan is to the best one by its own measure."""
+    found = table(metrics, "solver")
+    if not found:
+        return None
+    gap = number(found.get("gap"))
+    rows = [
+        ("Damage of the plan", figure(found.get("damage"), "nats"), "predicted, summed over all sites, per example"),
+        (
+            "Lower bound",
+            figure(found.get("bound"), "nats"),
+            "no plan made of these candidates within this budget can do better",
+        ),
+        ("Gap", ABSENT if gap is None else f"{100 * gap:.2f}\u00a0%", "how far the plan may be from the best one, at most"),
+        ("Multiplier λ", figure(found.get("multiplier"), "nats per parameter"), "what one more parameter would save"),
+    ]
+    reading = "The gap was not recorded, so it is open how far from the best this plan is."
+    if gap is not None:
+        reading = f"By its own measure the plan is within {100 * gap:.2f}\u00a0% of the best that these candidates allow."
+    return {"rows": rows, "reading": reading}
+
+
+def timing(metrics: Mapping[str, Any]) -> Section | None:
+    """Wall-clock seconds by step, in the order they were recorded."""
+    found = [(str(step), number(spent)) for step, spent in table(metrics, "timing").items()]
+    spent = [(time, step) for step, time in found if time is not None]
+    if not spent:
+        return None
+    total = sum(time for time, _ in spent)
+    rows = [_bars(step, [("after", time, seconds(time))], share(time, total)) for step, time in found]
+    reading = f"{seconds(total)} in all, most of it ({share(max(spent)[0], total)}) in the step “{max(spent)[1]}”."
+    return {"rows": _scaled(rows), "reading": reading}
+
+
+def stack_note(stack: StackMap) -> str:
+    """The size of a stack's map: ``6 layers × 4 slots``."""
+    return (
+        f"{stack.layers} layer{'s' if stack.layers != 1 else ''} × {len(stack.rows)} slot{'s' if len(stack.rows) != 1 else ''}"
+    )
+
+
+def _bars(name: str, bars: Sequence[tuple[str, float | None, str]], note: str) -> Section:
+    return {"name": name, "note": note, "bars": [{"kind": kind, "value": value, "text": text} for kind, value, text in bars]}
+
+
+def _scaled(rows: list[Section]) -> list[Section]:
+    """Give every bar its width in per cent of the longest."""
+    longest = max((bar["value"] or 0.0 for row in rows for bar in row["bars"]), default=0.0)
+    for bar in (bar for row in rows for bar in row["bars"]):
+        bar["width"] = f"{100 * max(bar['value'] or 0.0, 0.0) / longest if longest > 0 else 0.0:.2f}"
+    return rows

