@@ -193,7 +193,7 @@ def test_the_model_is_left_as_it_was(build: Build) -> None:
     model.encoder.layer[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = [module.training for module in model.modules()]
-    with pytest.raises(HprError, match="layer 0 of encoder.*batch 0"):
+    with pytest.raises(HprError, match=r"layer 0 of encoder.*batch 0"):
         measure_layers(model, describe(model), [{"inputs_embeds": torch.full((2, 3, 16), float("nan"))}])
     calls = []
     measure_layers(model, describe(model), token_batches(), progress=lambda *call: calls.append(call))

@@ -44,9 +44,10 @@ def in_input_order(rows: Tensor, batches: Sequence[Any]) -> Tensor:
 def text_batches(texts: Sequence[str], tokenizer: Any, batch_size: int = 64, max_length: int = 256) -> Batches:
     """Tokenised batches of ``input_ids``, ``attention_mask`` and what else the tokenizer gives, int64 (batch, positions).
 
-    Texts of like length stand together, so little is padded; the batches themselves are shuffled, always in the same way,
-    so that any few of them are a fair sample. Padding is on the right and masked; a tokenizer without a padding
-    token is left as it is. Raises ``HprError`` for no texts, for what is no string, and for a text without tokens.
+    Texts of like length stand together, so little is padded (a batch is smaller where the next text is twice as long as
+    its first); the batches are shuffled, always in the same way, so that any few are a fair sample. Padding is on the
+    right and masked; a tokenizer without a padding token is left as it is. Raises ``HprError`` for no texts, for what is
+    no string, and for a text without tokens.
     """
     if isinstance(texts, str):
         raise HprError("texts is one string: give a list of strings")
@@ -63,8 +64,7 @@ def text_batches(texts: Sequence[str], tokenizer: Any, batch_size: int = 64, max
     if 0 in lengths:
         empty = lengths.index(0)
         raise HprError(f"text {empty} ({texts[empty]!r:.60}) has no tokens: remove it")
-    ordered = sorted(range(len(texts)), key=lengths.__getitem__)
-    groups = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    groups = _groups(lengths, batch_size)
     random.Random(0).shuffle(groups)
     padding = _padding(tokenizer)
     rows.setdefault("attention_mask", [[1] * length for length in lengths])
@@ -147,11 +147,22 @@ def array_batches(
     if batch_size < 1:
         raise HprError(f"batch_size {batch_size} must be at least 1")
     array = read_array(source, key)
-    tensor = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
+    with np.errstate(over="ignore"):  # what overflows is found below
+        tensor = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
     if not torch.isfinite(tensor).all():
         raise HprError("the array has values beyond the range of float32 (3.4e38): scale it")
     parts = tensor.split(batch_size)
     return Batches(parts if argument is None else [{argument: part} for part in parts], range(len(tensor)))
+
+
+def _groups(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Places of texts that go into one batch, by length. A few very long ones would otherwise pad a whole batch."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or len(groups[-1]) == batch_size or lengths[place] > 2 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(place)
+    return groups
 
 
 def _padding(tokenizer: Any) -> dict[str, int]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +132,17 @@ def save(
     student: nn.Module,
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | Callable[[Path], Mapping[str, str]] | None = None,
     source: Path | None = None,
 ) -> Path:
     """Write a model with all that belongs to it into ``folder``, at once: a crash leaves the old folder or none.
 
-    ``files``: name → text (``plan.json``, ``README.md``). ``source``: the original's folder, from which the files of a
+    ``files``: name → text (``plan.json``, ``README.md``), or a function that gives them once it sees the folder with the
+    weights in it (to hash them). ``source``: the original's folder, from which the files of a
     sentence encoder (``modules.json``, pooling) are copied. A folder written by HPR before is replaced, what else lies in
     it stays; any other folder with content raises ``HprError``. Returns the folder.
     """
-    target = Path(folder).resolve()
-    if target.exists() and not is_output(target):
-        raise HprError(f"{target} has content that is not from HPR: choose another output folder, or empty this one")
+    target = check_folder(folder)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -153,11 +152,19 @@ def save(
             tokenizer.save_pretrained(partial)
         if source is not None:
             copy_sentence_files(Path(source), partial)
-        for name, text in (files or {}).items():
+        for name, text in (files(partial) if callable(files) else files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         replace(target, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def check_folder(folder: str | os.PathLike[str]) -> Path:
+    """Where ``save`` would write. Raises ``HprError`` for a folder with content that is not from HPR."""
+    target = Path(folder).resolve()
+    if target.exists() and not is_output(target):
+        raise HprError(f"{target} has content that is not from HPR: choose another output folder, or empty this one")
     return target
 
 

@@ -50,8 +50,8 @@ class Comparison:
 def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], objective: Objective) -> Comparison:
     """Run both models once over the batches.
 
-    Raises ``HprError`` for no batches, for outputs that are not finite (naming model and batch) and for outputs of
-    different shape.
+    Raises ``HprError`` for no batches, for outputs that are not finite (naming model and batch), for outputs of different
+    shape and for an objective that does not fit them.
     """
     divergences, kept = [], []
     matching, losses = _Share(), (_Share(), _Share())
@@ -63,6 +63,9 @@ def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], ob
             if expected.shape != found.shape:
                 shapes = f"{tuple(found.shape)}, the teacher's {tuple(expected.shape)}"
                 raise HprError(f"on batch {index} the student's output has shape {shapes}: compare models of the same task")
+            if weight.shape != expected.shape[:-1]:
+                shape = tuple(expected.shape)
+                raise HprError(f"objective {objective.name!r} does not fit outputs of shape {shape}: name another")
             _check_finite(expected, weight, "teacher", index)
             _check_finite(found, weight, "student", index)
             divergences.append(objective.divergence(outputs[0], outputs[1], batch).double())

@@ -12,7 +12,7 @@ from hpr.errors import HprError
 from hpr.evaluation.latency import latency, peak_memory
 from hpr.evaluation.metrics import Comparison, accuracy, compare, neighbour_agreement
 from hpr.evaluation.sizes import parts, sizes
-from hpr.profiling.objectives import Batch, Objective, objective_for
+from hpr.profiling.objectives import Batch, Objective, examples_in, objective_for
 
 
 def evaluate(
@@ -27,15 +27,15 @@ def evaluate(
     """Quality, sizes and parts of a student beside its teacher: JSON values, as the report reads them.
 
     ``labels`` (a classifier's, in the order of the user's data) add its accuracy; ``data`` names the examples in the
-    report. Latency and peak memory are those of one batch, the middle of the list; ``repeats=0`` leaves them out.
+    report. Latency and peak memory are those of one full batch, the middle one; ``repeats=0`` leaves them out.
     Raises ``HprError`` for no batches, outputs that are not finite or differ in shape, and labels that do not fit.
     """
     objective = objective or objective_for(teacher)
+    if labels is not None and objective.name != "classification":
+        raise HprError(f"labels were given, but the objective is {objective.name!r}: name 'classification', or leave them out")
     found = compare(student, teacher, batches, objective)
     quality = _quality(found)
-    if labels is not None:
-        if objective.name != "classification" or found.teacher is None or found.student is None:
-            raise HprError(f"labels were given, but the objective is {objective.name!r}: pass OBJECTIVES['classification']")
+    if labels is not None and found.teacher is not None and found.student is not None:
         before, after = accuracy(found.teacher, labels), accuracy(found.student, labels)
         quality.insert(0, _row("Accuracy", before, after, "", higher=True))
     anatomy = describe(teacher)
@@ -43,7 +43,9 @@ def evaluate(
         "before": {**sizes(teacher, anatomy)},
         "after": {**sizes(student, anatomy)},
     }
-    middle = batches[len(batches) // 2]
+    largest = max(examples_in(batch) for batch in batches)
+    full = [batch for batch in batches if examples_in(batch) == largest]
+    middle = full[len(full) // 2]
     timing = latency(student, teacher, middle, repeats) if repeats else None
     for side, model in (("before", teacher), ("after", student)):
         cost[side]["latency_ms"] = None if timing is None else timing.teacher_ms if side == "before" else timing.student_ms

@@ -97,13 +97,13 @@ def alternate(group: Sequence[Measured], rank: int, sweeps: int = SWEEPS) -> tup
     can only lower the damage.
     """
     shared = pooled_basis(group)[:rank]
-    private = [_best_private(one, shared) for one in group]
+    private = [best_private(one, shared) for one in group]
     damage = _total(group, private, shared)
     for _ in range(sweeps):
         lefts = [Side(u.T @ one.left.times(u), damping=1e-9) for one, u in zip(group, private, strict=True)]
         targets = [u.T @ one.left.times(one.weight) for one, u in zip(group, private, strict=True)]
         updated = solve_shared(group, lefts, targets, start=shared)
-        candidates = [_best_private(one, updated) for one in group]
+        candidates = [best_private(one, updated) for one in group]
         found = _total(group, candidates, updated)
         if not found < damage:
             break
@@ -113,7 +113,8 @@ def alternate(group: Sequence[Measured], rank: int, sweeps: int = SWEEPS) -> tup
     return private, shared
 
 
-def _best_private(one: Measured, shared: Tensor) -> Tensor:
+def best_private(one: Measured, shared: Tensor) -> Tensor:
+    """U (out, rank) of least damage for a given V (rank, in)."""
     weighted = one.right.times(shared.T)
     return torch.linalg.solve(shared @ weighted, (one.weight @ weighted).T).T
 

@@ -96,21 +96,13 @@ class Measured:
 
 
 def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict[str, Measured]:
-    """Every site of a model in its metric; without a profile, in the plain Frobenius metric.
-
-    Where a Linear has a bias, its input moment is centred: the bias takes up what a change does to the mean.
-    """
-    sides: dict[tuple[int, bool], Side] = {}
+    """Every site of a model in its metric; without a profile, in the plain Frobenius metric."""
     measured = {}
     for site in anatomy.sites:
         weight = weight_of(module_at(model, site.path)).detach().cpu().double()
         known = profile.sites[site.name] if profile else plain_statistics(site)
-        centred = site.has_bias and known.mean is not None
-        key = (id(known.right), centred)
-        if key not in sides:
-            sides[key] = Side(known.right - torch.outer(known.mean, known.mean) if centred else known.right)  # type: ignore[arg-type]
-        left = smooth_frequencies(known.left) if site.kind == "embedding" and known.live else known.left
-        measured[site.name] = Measured(site, weight, Side(left), sides[key], known.rows, known.mean if centred else None)
+        left = smooth_frequencies(known.left) if profile and site.kind == "embedding" and known.live else known.left
+        measured[site.name] = Measured(site, weight, Side(left), Side(known.right), known.rows, known.mean)
     return measured
 
 

@@ -28,11 +28,10 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def memory_needed(anatomy: Anatomy) -> int:
-    """Bytes that the second moments of all sites take, known before the first batch (float64)."""
-    return 8 * sum(
-        (site.out_features if site.kind == "embedding" else _entries(site.out_features)) + _entries(site.in_features)
-        for site in anatomy.sites
-    )
+    """Bytes that the sums of all sites take, known before the first batch (float64)."""
+    linears = sum(_entries(site.out_features) + _entries(site.in_features) for site in anatomy.sites if site.kind == "linear")
+    tables = sum(site.out_features + _entries(site.in_features) for site in anatomy.sites if site.kind == "embedding")
+    return 8 * (2 * linears + tables)
 
 
 def measure_curvature(
@@ -45,24 +44,52 @@ def measure_curvature(
 ) -> tuple[dict[str, SiteStatistics], int]:
     """Statistics of every site over the batches, and the number of examples.
 
-    Raises ``HprError`` for no batches, and for a loss that is not finite (naming the batch).
+    A first look at a sixteenth of the batches gives the mean inputs around which the moments are then taken. Raises
+    ``HprError`` for no batches, and for a loss that is not finite (naming the batch).
     """
     if not batches:
         raise HprError("no calibration batches: at least one is needed")
     generator = torch.Generator().manual_seed(seed)
-    moments = {site.name: _Moments(site) for site in anatomy.sites}
-    shared: dict[tuple[int, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
-    examples = 0
-    with _frozen(model), _hooks(model, anatomy, moments, shared):
+    first_look = {site.name: _Moments(site) for site in anatomy.sites}
+    looked_at = max(1, len(batches) // 16)
+    total = looked_at + len(batches)
+    with _frozen(model):
+        _run(
+            model,
+            anatomy,
+            batches[:looked_at],
+            objective,
+            generator,
+            first_look,
+            lambda done: progress("curvature", done, total),
+        )
+        moments = {name: _Moments(seen.site, centre=seen.centre_found()) for name, seen in first_look.items()}
+        for name, seen in first_look.items():
+            if seen.head is not None:
+                moments[name].head = _Moments(seen.site)
+        _run(
+            model, anatomy, batches, objective, generator, moments, lambda done: progress("curvature", looked_at + done, total)
+        )
+    examples = sum(examples_in(batch) for batch in batches)
+    return {name: moment.finish(examples) for name, moment in moments.items()}, examples
+
+
+def _run(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Batch],
+    objective: Objective,
+    generator: torch.Generator,
+    moments: dict[str, _Moments],
+    progress: Callable[[int], None],
+) -> None:
+    with _hooks(model, anatomy, moments):
         for index, batch in enumerate(batches):
             loss = objective.loss(call(model, batch), batch, generator)
             if not torch.isfinite(loss):
                 raise HprError(f"the loss of calibration batch {index} is {loss.item()}: remove non-finite inputs from it")
             loss.backward()
-            shared.clear()
-            examples += examples_in(batch)
-            progress("curvature", index + 1, len(batches))
-    return _deduplicated({name: moment.finish(examples) for name, moment in moments.items()}), examples
+            progress(index + 1)
 
 
 def peak_memory() -> int:
@@ -76,36 +103,47 @@ def _entries(side: int) -> int:
 
 @dataclass
 class _Moments:
-    """Sums over live rows for one site; tied modules add to the same sums."""
+    """Running sums for one site, float64. Tied modules add to the same sums; a tied head has sums of its own.
+
+    For a Linear, per example with rows g, x and dW = Σ g xᵀ: ``gradients`` Σ g gᵀ, ``inputs`` Σ ‖g‖² x xᵀ, and across rows
+    ``outer`` Σ dW dWᵀ, ``inner`` Σ dWᵀ dW. ``centre`` (in,) is taken off x where a bias can absorb it.
+    """
 
     site: Site
-    left: Tensor | None = None
-    right: Tensor | None = None
-    mean: Tensor | None = None
+    centre: Tensor | None = None
+    sums: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
-    head: _Moments | None = field(default=None)
+    head: _Moments | None = None
 
-    def add(self, left: Tensor, right: Tensor, mean: Tensor | None, rows: int) -> None:
-        self.left = left.double() if self.left is None else self.left + left
-        self.right = right.double() if self.right is None else self.right + right
-        if mean is not None:
-            self.mean = mean.double() if self.mean is None else self.mean + mean
+    def add(self, rows: int, **parts: Tensor) -> None:
         self.rows += rows
+        for name, part in parts.items():
+            self.sums[name] = self.sums[name] + part if name in self.sums else part.double()
+
+    def centre_found(self) -> Tensor | None:
+        return (self.sums["mean"] / self.rows).float() if self.site.has_bias and "mean" in self.sums else None
 
     def finish(self, examples: int) -> SiteStatistics:
         if self.head is not None and self.head.rows:
-            return _combined(self.own(examples), self.head.finish(examples))
-        return self.own(examples)
+            return _combined(self._own(examples), self.head.finish(examples))
+        return self._own(examples)
 
-    def own(self, examples: int) -> SiteStatistics:
-        if not self.rows or self.left is None or self.right is None or not float(self.left.sum()):
+    def _own(self, examples: int) -> SiteStatistics:
+        sums = {name: part.cpu() for name, part in self.sums.items()}
+        if not self.rows or not sums or not float(_trace(sums["gradients"])):
             left, right = torch.zeros(self.site.out_features), torch.zeros(self.site.in_features)
             return SiteStatistics(left.double(), right.double(), 0.0)
-        parts = (self.left, self.right) if self.mean is None else (self.left, self.right, self.mean)
-        if not all(torch.isfinite(part).all() for part in parts):
+        if not all(torch.isfinite(part).all() for part in sums.values()):
             raise HprError(f"{self.site.name}: its activations or gradients are not finite on the calibration data")
-        mean = None if self.mean is None else (self.mean / self.rows).cpu()
-        return SiteStatistics((self.left / self.rows).cpu(), (self.right / self.rows).cpu(), self.rows / examples, mean)
+        rows = self.rows / examples
+        if "counts" in sums:
+            return SiteStatistics(sums["counts"] / self.rows, sums["gradients"] / self.rows, rows)
+        # Two estimates of one Fisher matrix, averaged: rows taken as independent (K-FAC, inputs weighted by their gradient),
+        # and whole examples (Shampoo, Gupta et al. 2018), which sees how rows add up. The trace of the second is exact.
+        trace = _trace(sums["outer"]) / examples
+        left = (_unit(sums["gradients"]) + _unit(sums["outer"])) * (trace / 2 / rows)
+        right = (_unit(sums["inputs"]) + _unit(sums["inner"])) / 2
+        return SiteStatistics(left, right, rows, sums["mean"] / self.rows if self.centre is not None else None)
 
 
 def _combined(table: SiteStatistics, head: SiteStatistics) -> SiteStatistics:
@@ -114,11 +152,15 @@ def _combined(table: SiteStatistics, head: SiteStatistics) -> SiteStatistics:
         return head
     masses = [part.rows * _trace(part.left) * _trace(part.right) for part in (table, head)]
     shares = [mass / sum(masses) for mass in masses]
-    left = sum(share * part.left / _trace(part.left) for share, part in zip(shares, (table, head), strict=True))
-    right = sum(share * part.right / _trace(part.right) for share, part in zip(shares, (table, head), strict=True))
-    assert isinstance(left, Tensor)
-    assert isinstance(right, Tensor)
-    return SiteStatistics(left, right, sum(masses), None)
+    left, right = (
+        torch.stack([share * _unit(getattr(part, side)) for share, part in zip(shares, (table, head), strict=True)]).sum(0)
+        for side in ("left", "right")
+    )
+    return SiteStatistics(left, right, sum(masses))
+
+
+def _unit(moment: Tensor) -> Tensor:
+    return moment / _trace(moment)
 
 
 def _trace(moment: Tensor) -> float:
@@ -143,16 +185,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments], shared: dict) -> Iterator[None]:
+def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> Iterator[None]:
     handles = []
     for site in anatomy.sites:
         for path in (site.path, *site.aliases):
             module = module_at(model, path)
             target = moments[site.name]
-            if site.kind == "embedding" and isinstance(module, nn.Linear):  # a tied head: another use, another product
+            if site.kind == "embedding" and not isinstance(module, nn.Embedding):  # a tied head is another use
                 target.head = target.head or _Moments(site)
                 target = target.head
-            handles.append(module.register_forward_hook(_recorder(target, shared)))
+            handles.append(module.register_forward_hook(_recorder(target)))
     try:
         yield
     finally:
@@ -160,60 +202,60 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments], sha
             handle.remove()
 
 
-def _recorder(target: _Moments, shared: dict) -> Callable:
+def _recorder(target: _Moments) -> Callable:
     def record(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         x = inputs[0].detach()
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # nothing below has a graph; cloned so that += stays legal
         if isinstance(module, nn.Embedding):
-            output.register_hook(lambda gradient: _add_embedding(target, module, x, gradient))
+            output.register_hook(lambda gradient: _add_embedding(target, x, gradient))
         else:
-            output.register_hook(lambda gradient: _add_linear(target, x, gradient, shared))
+            output.register_hook(lambda gradient: _add_linear(target, x, gradient))
         return output
 
     return record
 
 
-def _add_linear(target: _Moments, x: Tensor, gradient: Tensor, shared: dict) -> None:
-    gradient = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-    live = gradient.abs().amax(dim=1) > 0
-    rows = int(live.sum())
-    if not rows:
+def _add_linear(target: _Moments, x: Tensor, gradient: Tensor) -> None:
+    g = _by_example(gradient.detach().float())  # B: examples, T: rows of one example, O: out, I: in
+    x = _by_example(x.float())
+    flat_g, flat_x = g.flatten(0, 1), x.flatten(0, 1)
+    weight = flat_g.square().sum(1)
+    live = weight > 0
+    if not (rows := int(live.sum())):
         return
-    key = (x.data_ptr(), *x.shape)  # query, key and value read the same tensor: their input moment is computed once
-    known = next((entry for entry in shared.setdefault(key, []) if torch.equal(entry[0], live)), None)
-    if known is None:
-        x_live = x.reshape(-1, x.shape[-1])[live].float()
-        known = (live, _moment(x_live), x_live.sum(0))
-        shared[key].append(known)
-    target.add(_moment(gradient[live]), known[1], known[2], rows)
+    mean = flat_x[live].sum(0)
+    if target.centre is not None:
+        x = x - target.centre
+        flat_x = x.flatten(0, 1)
+    across_x = (x @ x.transpose(1, 2)) @ g  # [B, T, O]; its product with g is Σ dW dWᵀ, dW itself is never formed
+    across_g = (g @ g.transpose(1, 2)) @ x  # [B, T, I]
+    target.add(
+        rows,
+        mean=mean,
+        gradients=_product(flat_g, flat_g),
+        inputs=_product(flat_x, flat_x * weight[:, None]),
+        outer=_product(flat_g, across_x.flatten(0, 1)),
+        inner=_product(flat_x, across_g.flatten(0, 1)),
+    )
 
 
-def _add_embedding(target: _Moments, module: nn.Embedding, ids: Tensor, gradient: Tensor) -> None:
+def _add_embedding(target: _Moments, ids: Tensor, gradient: Tensor) -> None:
     gradient = gradient.detach().reshape(-1, gradient.shape[-1]).float()
     ids = ids.reshape(-1)
     if len(ids) != len(gradient):  # a learned-position table that is called with other than its ids
         return
     live = gradient.abs().amax(dim=1) > 0
     if rows := int(live.sum()):
-        counts = torch.bincount(ids[live], minlength=module.num_embeddings)
-        target.add(counts.double(), _moment(gradient[live]), None, rows)
+        counts = torch.bincount(ids[live], minlength=target.site.out_features)
+        target.add(rows, counts=counts, gradients=_product(gradient, gradient))
 
 
-def _moment(rows: Tensor) -> Tensor:
-    return rows.T @ rows if rows.shape[1] <= DIAGONAL_ABOVE else rows.square().sum(0)
+def _by_example(rows: Tensor) -> Tensor:
+    """(B, …, d) → (B, T, d); (B, d) is one row an example."""
+    return rows.reshape(len(rows), -1, rows.shape[-1])
 
 
-def _deduplicated(sites: dict[str, SiteStatistics]) -> dict[str, SiteStatistics]:
-    """The same values become the same object, so that they are factorised and stored once."""
-    seen: dict[tuple[int, ...], list[Tensor]] = {}
-    result = {}
-    for name, site in sites.items():
-        for known in seen.setdefault(tuple(site.right.shape), []):
-            if torch.equal(known, site.right):
-                site = SiteStatistics(site.left, known, site.rows, site.mean)
-                break
-        else:
-            seen[tuple(site.right.shape)].append(site.right)
-        result[name] = site
-    return result
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """Σ over rows of first secondᵀ, (n, n), or its diagonal (n,) where n is too large."""
+    return first.T @ second if first.shape[1] <= DIAGONAL_ABOVE else (first * second).sum(0)

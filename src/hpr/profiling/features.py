@@ -76,15 +76,13 @@ class _Stack:
 
     stack: Stack
     blocks: list[nn.Module]
-    pooled: list[list[Tensor]] = field(default_factory=list)
-    influence: list[_Mean] = field(default_factory=list)
-    context: list[_Mean] = field(default_factory=list)
+    pooled: list[list[Tensor]] = field(init=False)
+    influence: list[_Mean] = field(init=False)
+    context: list[_Mean] = field(init=False)
 
     def __post_init__(self) -> None:
-        for _ in self.blocks:
-            self.pooled.append([])
-            self.influence.append(_Mean())
-            self.context.append(_Mean())
+        self.pooled = [[] for _ in self.blocks]
+        self.influence, self.context = ([_Mean() for _ in self.blocks] for _ in range(2))
 
     def features(self) -> LayerFeatures:
         pooled = [torch.cat(parts)[:POOLED_EXAMPLES] for parts in self.pooled]
@@ -283,13 +281,11 @@ def _spread(batches: Sequence[Batch], limit: int) -> list[int]:
 
 
 def _first_examples(batch: Batch, count: int) -> Batch:
-    if not isinstance(batch, Mapping):
-        return batch[:count]
+    def cut(value: Any) -> Any:
+        return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
     size = examples_in(batch)
-    return {
-        key: value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-        for key, value in batch.items()
-    }
+    return {key: cut(value) for key, value in batch.items()} if isinstance(batch, Mapping) else cut(batch)
 
 
 @contextmanager

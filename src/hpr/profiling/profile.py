@@ -1,9 +1,9 @@
 """The profile: what the calibration text says about each site and each layer, saved as one safetensors file.
 
 For a site with weight W and a change Δ, the predicted damage in nats per example is ``½ · N · tr(left Δ right Δᵀ)``, with N the
-rows per example. A Linear has left = G = E[g gᵀ] (out × out) and right = A = E[x xᵀ] (in × in); an embedding table has
-left = the diagonal of token frequencies (V,) and right = E[g gᵀ] (d × d). The Kronecker form is that of K-FAC (Martens and
-Grosse, 2015).
+rows per example. A Linear has left ≈ G = E[g gᵀ] (out × out) and right ≈ A = cov(x) (in × in); an embedding table has
+left = the counts of its tokens as shares (V,) and right = E[g gᵀ] (d × d). The Kronecker form is that of K-FAC (Martens and
+Grosse, 2015); ``curvature`` says how it is estimated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ FORMAT = 1
 class SiteStatistics:
     """Second moments of one site, float64. ``left``: (out, out) or (out,) diagonal; ``right``: (in, in) or (in,) diagonal.
 
-    ``rows``: rows seen per example; ``mean``: E[x], (in,), None for embeddings; a site that got no gradient has rows 0.
+    ``rows``: rows seen per example; ``mean``: E[x], (in,), where a bias can absorb what a change does to the mean (``right``
+    is then centred), else None; a site that got no gradient has rows 0.
     """
 
     left: Tensor

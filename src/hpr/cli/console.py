@@ -1,0 +1,89 @@
+"""What all verbs have in common: where output goes, progress bars, exit codes."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+from typer.core import TyperGroup
+
+from hpr.errors import HprError
+
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Verbs(TyperGroup):
+    """Turns errors into exit codes, for every verb at once. What nobody foresaw keeps its traceback and exits with 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HprError as error:
+            _say(str(error))
+            raise typer.Exit(BAD_INPUT) from error
+        except OSError as error:
+            if error.filename is None:
+                raise  # a closed pipe, say
+            _say(f"{error.filename}: {error.strerror}; give another path")
+            raise typer.Exit(BAD_INPUT) from error
+        except KeyboardInterrupt as error:
+            _say("interrupted; no file was left half-written", "")
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def show(result: Any, as_json: bool, *tables: RenderableType) -> None:
+    """Print a result: JSON for scripts, tables for people."""
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        for table in tables:
+            out.print(table)
+
+
+def lines(*texts: str) -> Text:
+    """Plain lines of text, in which nothing is taken for markup."""
+    return Text("\n".join(texts), overflow="fold")
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback that shows one bar for every stage on stderr, with the time left."""
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=err) as progress:
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield advance
+
+
+def quiet() -> None:
+    """Keep warnings of other libraries off the console; their errors stay."""
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _say(message: str, kind: str = "error: ") -> None:
+    err.print(Text.assemble((kind, "bold red"), message), soft_wrap=True)

@@ -1,0 +1,131 @@
+"""Results as tables that fit 80 columns. Numbers are written as in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.columns import Columns
+from rich.table import Table
+
+from hpr.reporting.grid import Cell, read_plan
+from hpr.reporting.words import byte_count, exact, figure, present, records, seconds, share, size_rows, table
+
+
+def parts_table(anatomy: Mapping[str, Any]) -> Table:
+    """Slots with shapes, counts and parameters."""
+    grid = _grid(
+        f"{anatomy['class']}: {exact(anatomy['parameters'])} unique parameters",
+        "part",
+        ">sites",
+        ">shape",
+        ">parameters",
+        ">share",
+    )
+    for part in anatomy["parts"]:
+        shape = "×".join(map(str, part["shape"])) if part["shape"] else ""
+        sites = str(part["sites"]) if part["sites"] else ""
+        grid.add_row(part["name"], sites, shape, exact(part["parameters"]), share(part["parameters"], anatomy["parameters"]))
+    return grid
+
+
+def layers_table(layers: Mapping[str, Any]) -> Table:
+    """Per layer: block influence, context dependence, similarity to the layer above."""
+    grid = _grid("Layers", "layer", ">block influence", ">context dependence", ">similar to the next")
+    for stack, features in layers.items():
+        similarity = features["similarity"]
+        rows = zip(features["block_influence"], features["context_dependence"], strict=True)
+        for layer, (influence, context) in enumerate(rows):
+            above = figure(similarity[layer][layer + 1]) if layer + 1 < len(similarity) else ""
+            grid.add_row(f"{stack}.{layer}", figure(influence), figure(context), above)
+    return grid
+
+
+def operators_table(plan: Mapping[str, Any]) -> Table:
+    """What becomes of how many sites, and what it is predicted to cost."""
+    grid = _grid("Operators", "operator", "short", ">sites", ">predicted damage")
+    for operator in read_plan(plan).operators:
+        grid.add_row(operator.name, operator.code, str(operator.sites), figure(operator.damage, "nats"))
+    return grid
+
+
+def plan_table(plan: Mapping[str, Any], stacks: Sequence[str] = ()) -> Table:
+    """The plan, one line for each slot: layers, operator and rank of every group."""
+    found = read_plan(plan, stacks)
+    grid = _grid("Plan (layers: operator rank)", "part", "groups")
+    for stack in found.stacks:
+        for row in stack.rows:
+            grid.add_row(f"{stack.name} · {row.slot}", Columns(_runs(row.cells), padding=(0, 2)))
+    for cell in found.outside:
+        grid.add_row(cell.site, _word(cell))
+    return grid
+
+
+def before_after(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Table]:
+    """Sizes and quality of original and compressed model."""
+    sizes = _grid("Size", "what is counted", ">original", ">compressed", ">ratio")
+    for size in size_rows(plan, metrics):
+        if size["known"]:
+            sizes.add_row(size["label"], size["before"], size["after"], size["kept"])
+    rows = records(metrics, "quality")
+    places = {present(row.get("data")) for row in rows}
+    quality = _grid(f"Quality on {places.pop()}" if len(places) == 1 else "Quality", "measure", ">original", ">compressed")
+    for row in rows:
+        name = present(row.get("name")) + (f" ({row['unit']})" if row.get("unit") else "")
+        name += f" on {row.get('data')}" if places else ""
+        quality.add_row(name, "–" if row.get("before") is None else figure(row["before"]), figure(row.get("after")))
+    return [sizes, quality] if rows else [sizes]
+
+
+def profile_lines(about: Mapping[str, Any]) -> list[str]:
+    """One line on what a profile was made of."""
+    return [
+        f"{exact(about['examples'])} examples, {exact(about['tokens'])} tokens, objective {about['objective']}; "
+        f"{seconds(about['seconds'])}, peak memory {byte_count(about['peak_memory_bytes'])}"
+    ]
+
+
+def solver_line(plan: Mapping[str, Any], parameters: int) -> str:
+    """Parameters against the budget, predicted damage, and how far it may be from the least possible."""
+    budget = plan["budget"]
+    gap = table(plan, "diagnostics", "solver").get("gap")
+    bound = "" if gap is None else f", at most {100 * gap:.2f} % above the least possible"
+    return (
+        f"{exact(parameters)} parameters ({share(parameters, plan['model']['dense_parameters'])} of the original); "
+        f"budget {budget['text']} = {exact(budget['parameters'])}, {share(parameters, budget['parameters'])} of it used\n"
+        f"predicted damage {figure(plan['predicted_damage'], 'nats')} per example{bound}"
+    )
+
+
+def _runs(cells: Sequence[Cell | None]) -> list[str]:
+    """``0–1: sib 93`` for every group of neighbours, and for neighbours that are all kept."""
+    runs: list[list[tuple[int, Cell]]] = []
+    for layer, cell in enumerate(cells):
+        if cell is None:
+            continue
+        before = runs[-1][-1] if runs else None
+        if before and before[0] == layer - 1 and (cell.joins_left or cell.kind == before[1].kind == "keep"):
+            runs[-1].append((layer, cell))
+        else:
+            runs.append([(layer, cell)])
+    texts = []
+    for run in runs:
+        first, last = run[0][0], run[-1][0]
+        words = [word for word, _ in groupby(_word(cell) for _, cell in run)]
+        texts.append(f"{first if first == last else f'{first}–{last}'}: {' | '.join(words)}")
+    return texts
+
+
+def _word(cell: Cell) -> str:
+    return "keep" if cell.kind == "keep" else f"{cell.code} {cell.rank}"
+
+
+def _grid(title: str, *columns: str) -> Table:
+    """A table without side borders; a column whose name starts with > holds numbers."""
+    grid = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        right = name.startswith(">")
+        grid.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return grid

