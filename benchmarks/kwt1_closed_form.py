@@ -10,16 +10,16 @@ import json
 import sys
 import time
 
-import kwt1
 import numpy as np
-import peers
 import torch
-from paths import shared
 
 import hpr
+import kwt1
+import peers
 from hpr.evaluation.metrics import accuracy, compare, divergence
 from hpr.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
+from paths import shared
 
 GOAL = OBJECTIVES["classification"]
 ONLY = "encoder.*"
@@ -74,7 +74,9 @@ def main() -> None:
             hpr.refit(student, model, plan, profile, profiled)
             scores[index, True] = divergence(student, model, choosing, GOAL).mean
         best, refitted = min(scores, key=scores.__getitem__)
-        print(json.dumps({"budget": budget, "on the 150 clips": {str(key): value for key, value in scores.items()}}), flush=True)
+        print(
+            json.dumps({"budget": budget, "on the 150 clips": {str(key): value for key, value in scores.items()}}), flush=True
+        )
         plan = final_sketch.alternatives(limit, 4)[best]
         used = plan.parameters(sketch.anatomy) / limit.parameters
         student = hpr.share(model, plan, final)

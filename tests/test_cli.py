@@ -286,10 +286,10 @@ def test_terminated_runs_leave_through_the_same_door():
     assert caught.value.code == 143
 
 
-def test_unexpected_errors_keep_their_traceback(home, monkeypatch):
+def test_unexpected_errors_keep_their_traceback(home, tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(hpr.sharing, "share", broken)
-    result = run("share", home / "model", "--plan", home / "plan.json", code=1)
+    result = run("share", home / "model", "--plan", home / "plan.json", "-o", tmp_path / "out", code=1)
     assert isinstance(result.exception, RuntimeError)

@@ -46,14 +46,11 @@ class Factor(nn.Linear):
         """Factors are always loaded, never drawn."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """F·x over the last dimension: (…, columns) → (…, rows)."""
-        if self.shape.identity == "rows":
-            return torch.cat([x, F.linear(x, self.weight)], dim=-1).index_select(-1, self.order)
-        if self.shape.identity == "columns":
-            x = x.index_select(-1, self.order)
-            rank = self.shape.rows
-            return x[..., :rank] + F.linear(x[..., rank:], self.weight)
-        return F.linear(x, self.weight)
+        """F·x over the last dimension: (…, columns) → (…, rows).
+
+        F is put together first: permuting a weight costs less than permuting the activations of many rows.
+        """
+        return F.linear(x, self.dense())
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows of F by number: (…) → (…, columns)."""
@@ -160,8 +157,9 @@ class SharedSite(nn.Module):
         return f"out_features={self.out_features}, in_features={self.in_features}, ranks=[{ranks}]"
 
     def flops_per_row(self) -> int:
-        """Multiply-adds × 2 for one input row."""
-        return 2 * sum(self.bank[name].weight.numel() for term in self.terms for name in (term.u, term.v) if name)
+        """Multiply-adds × 2 for one input row; identity blocks are multiplied by like the rest."""
+        shapes = [self.bank[name].shape for term in self.terms for name in (term.u, term.v) if name]
+        return 2 * sum(shape.rows * shape.columns for shape in shapes)
 
 
 class SharedLinear(SharedSite):

@@ -26,8 +26,8 @@ from hpr.evaluation.metrics import Estimate, divergence
 from hpr.models import OpenModel, open_model
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import measure
-from hpr.planner import Draft, draft
-from hpr.planning.plan import KEEP, Plan
+from hpr.planner import Draft, draft, known_operators
+from hpr.planning.plan import KEEP, Plan, parse_budget
 from hpr.profiling.curvature import Progress, measure_curvature, peak_memory, silent
 from hpr.profiling.features import measure_layers
 from hpr.profiling.objectives import Batch, Objective, objective_for
@@ -164,6 +164,8 @@ def compress(
     if output is not None:
         hub.check_folder(output)
     goal = objective_for(opened.model, objective or opened.objective)
+    parse_budget(budget, describe(opened.model), only)  # a budget that is none, or operators that are none, are said at once
+    known_operators(operators)
     with clock("data"):
         texts = prepare(data, opened.tokenizer, examples)
     with clock("profile"):
@@ -171,7 +173,7 @@ def compress(
     with clock("plan"):
         sketch = draft(opened.model, found, only, operators, progress=progress)
         limit = sketch.budget(budget)
-        tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))[: max(1, plans)]]
+        tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))]
         tried += _other_budgets(sketch, limit.parameters) if plans > 1 else []
     with clock("rescore"):
         scores = rescore(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal, progress)

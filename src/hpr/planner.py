@@ -7,7 +7,7 @@ solver is pure; what it needs of the model is measured here once, as a ``Draft``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,7 @@ from hpr.planning.candidates import Candidate, Choice, Solution, Track, restrict
 from hpr.planning.plan import KEEP, Budget, Entry, Plan, parse_budget
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.profile import Profile
+from hpr.sharing import unshareable
 
 LONGEST_GROUP = 3
 
@@ -34,6 +35,13 @@ class Draft:
     tracks: tuple[Track, ...]
     fixed: tuple[Site, ...]
     only: str | None = None
+
+    def narrowed(self, only: str) -> Draft:
+        """The same candidates for some sites alone; all others stay as they are."""
+        chosen = {site.name for site in self.anatomy.select(only)}
+        tracks = tuple(track for track in self.tracks if _sites(track) <= chosen)
+        planned = {name for track in tracks for name in _sites(track)}
+        return Draft(self.anatomy, tracks, tuple(site for site in self.anatomy.sites if site.name not in planned), only)
 
     def limit(self, budget: Budget) -> int:
         """Parameters left for the sites on the tracks. Raises ``HprError`` where nothing is left, naming the least budget."""
@@ -56,17 +64,29 @@ class Draft:
         return self.plan(self._guarded(solver.plan_candidates, budget)[0], budget)
 
     def alternatives(self, budget: Budget, count: int) -> list[Plan]:
-        """Up to ``count`` plans of distinct structure by predicted damage, then the best of every operator alone."""
-        limit = self.limit(budget)
-        found = [*self._guarded(solver.k_best, budget, count), *solver.plan_candidates(self.tracks, limit)]
-        unique = {solution.structure: solution for solution in reversed(found)}
-        return [self.plan(solution, budget) for solution in sorted(unique.values(), key=lambda one: one.damage)]
+        """Up to ``count`` plans worth measuring, unlike each other, the best by its own measure first.
+
+        In turn: the best plan, the best without each operator that it uses (an operator whose damage is predicted too low
+        shows up there), then the best structures of the K-best search.
+        """
+        found = [self._guarded(solver.plan_candidates, budget)[0]]
+        used = sorted({choice.candidate.operator for choice in found[0].choices} - {KEEP, segments.NAME})
+        if len(used) > 1:
+            found += [self._without(operator, budget) for operator in used]
+        found += self._guarded(solver.k_best, budget, count)
+        unique: dict[Any, Solution] = {}
+        for solution in found:
+            unique.setdefault(solution.structure, solution)
+        return [self.plan(solution, budget) for solution in list(unique.values())[:count]]
 
     def without(self, operator: str, budget: Budget) -> Plan:
-        """The best plan that does not use one operator."""
+        """The best plan that does not use one operator. Raises ``HprError`` where there is none."""
+        return self.plan(self._without(operator, budget), budget)
+
+    def _without(self, operator: str, budget: Budget) -> Solution:
         others = {name for name in (*OPERATORS, segments.NAME) if name != operator}
-        limit = self.limit(budget)
-        return self.plan(solver.plan_candidates(restrict(self.tracks, others), limit)[0], budget)
+        best = solver.plan_candidates(restrict(self.tracks, others), self.limit(budget))[0]
+        return replace(best, label=f"without {operator}")
 
     def plan(self, solution: Solution, budget: Budget) -> Plan:
         """Write a solution down, one entry per site in model order."""
@@ -126,11 +146,10 @@ def draft(
     """
     anatomy = describe(model)
     profile.check(anatomy)
-    allowed = set((*OPERATORS, segments.NAME) if operators is None else operators)
-    if unknown := sorted(allowed - {*OPERATORS, segments.NAME}):
-        raise HprError(f"no operator {unknown[0]!r}; there are {', '.join((*OPERATORS, segments.NAME))}")
+    allowed = known_operators(operators)
     measured = measure(model, anatomy, profile)
-    chosen = {site.name for site in anatomy.select(only) if measured[site.name].live}
+    bound = unshareable(model, anatomy)
+    chosen = {site.name for site in anatomy.select(only) if measured[site.name].live and site.name not in bound}
     fixed = tuple(site for site in anatomy.sites if site.name not in chosen)
     rows = [tuple(site for site in row if site.name in chosen) for row in anatomy.slots().values()]
     rows = [row for row in rows if row]
@@ -145,6 +164,14 @@ def draft(
     if not tracks:
         raise HprError("no site is left to plan: every one is unused by the objective or outside only=")
     return Draft(anatomy, tuple(tracks), fixed, only)
+
+
+def known_operators(names: Iterable[str] | None) -> set[str]:
+    """The operators to consider, all for None. Raises ``HprError`` for one that does not exist."""
+    allowed = set((*OPERATORS, segments.NAME) if names is None else names)
+    if unknown := sorted(allowed - {*OPERATORS, segments.NAME}):
+        raise HprError(f"no operator {unknown[0]!r}; there are {', '.join((*OPERATORS, segments.NAME))}")
+    return allowed
 
 
 def plan(
@@ -187,6 +214,11 @@ def _track(group: Sequence[Measured], allowed: set[str], longest: int) -> Track:
 def _adjacent(sites: Sequence[Site]) -> bool:
     layers = [site.layer for site in sites]
     return len(sites) == 1 or (None not in layers and layers == list(range(layers[0], layers[0] + len(layers))))  # type: ignore[arg-type, operator]
+
+
+def _sites(track: Track) -> set[str]:
+    labels = {label for several in track.candidates.values() for one in several for label in one.sites}
+    return {label.rpartition("[")[0] if label.endswith("]") else label for label in labels}
 
 
 def _entries(choice: Choice, anatomy: Anatomy) -> dict[str, Entry]:

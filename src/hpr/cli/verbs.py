@@ -149,7 +149,7 @@ def share(
     profile: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Fit in the metric of this profile; else plain least squares.")
     ] = None,
-    output: Output = Path("out"),
+    output: Output = Path("out/compressed"),
     as_json: Json = False,
 ) -> None:
     """Carry out a plan: write the smaller model, which transformers loads after `import hpr`."""
@@ -213,7 +213,7 @@ def report(folder: Folder, as_json: Json = False) -> None:
 def compress(
     model: Model = None,
     budget: Budget = "50%",
-    output: Output = Path("out"),
+    output: Output = Path("out/compressed"),
     data: Data = None,
     only: Only = None,
     operators: Operators = None,

@@ -17,6 +17,7 @@ from hpr.anatomy import Anatomy, Site, module_at, weight_of
 from hpr.profiling.profile import Profile, SiteStatistics
 
 DAMPING = 1e-3
+OUTPUT_DAMPING = 0.05  # output directions without gradient are flat to first order only: a fit must not run off along them
 
 
 class Side:
@@ -102,7 +103,8 @@ def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict
         weight = weight_of(module_at(model, site.path)).detach().cpu().double()
         known = profile.sites[site.name] if profile else plain_statistics(site)
         left = smooth_frequencies(known.left) if profile and site.kind == "embedding" and known.live else known.left
-        measured[site.name] = Measured(site, weight, Side(left), Side(known.right), known.rows, known.mean)
+        damping = OUTPUT_DAMPING if site.kind == "linear" else DAMPING
+        measured[site.name] = Measured(site, weight, Side(left, damping), Side(known.right), known.rows, known.mean)
     return measured
 
 

@@ -248,7 +248,7 @@ def parse_budget(text: str, anatomy: Anatomy, only: str | None = None, bytes_per
     A percentage counts all unique parameters, embeddings included; with ``only`` it counts the weights of the selected
     sites, and everything else stays on top. Raises ``HprError`` for what is no budget.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGB]?|[KMG]?i?B)\s*", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGB]?|[KMG]i?B)\s*", text, flags=re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise HprError(f"{text!r} is no budget: write a share (50%), parameters (11M) or a size on disk (45MB)")
     value, unit = float(match[1]), match[2].upper()
@@ -258,12 +258,12 @@ def parse_budget(text: str, anatomy: Anatomy, only: str | None = None, bytes_per
         selected = sum(site.parameters for site in anatomy.select(only))
         whole = anatomy.total_parameters if only is None else selected
         limit = int(whole * value / 100) + (anatomy.total_parameters - whole)
-    elif unit.endswith("B") and unit != "B":
+    elif unit[0:1] in ("K", "M", "G") and unit.endswith("B"):
         size = value * (1024 if "I" in unit else 1000) ** ("KMG".index(unit[0]) + 1)
         limit = int((size - _FILE_OVERHEAD) // bytes_per_parameter)
     else:
         limit = int(value * _UNITS[unit])
-    return Budget(text.strip(), min(limit, anatomy.total_parameters))
+    return Budget(text.strip(), max(0, min(limit, anatomy.total_parameters)))
 
 
 def keep_all(anatomy: Anatomy) -> Plan:
@@ -300,7 +300,7 @@ def _validate_entry(site: Site, entry: Entry) -> None:
         if (term.v is None) != (term.rank is None):
             raise HprError(f"{site.name}: a term has either both v and rank or neither (u is then the whole matrix)")
         limit = min(site.out_features, site.in_features)
-        if term.rank is not None and not (isinstance(term.rank, int) and 1 <= term.rank <= limit):
+        if term.rank is not None and not (type(term.rank) is int and 1 <= term.rank <= limit):
             raise HprError(f"{site.name}: rank {term.rank!r} is not a whole number from 1 to {limit}")
         if term.identity not in ("", "u", "v") or (term.identity and term.rank is None):
             raise HprError(f"{site.name}: identity {term.identity!r} is neither 'u' nor 'v' of a term with a rank")
