@@ -1,6 +1,5 @@
 # `make demo` and `make test` work from nothing: Python 3.11 or later with pip is all that a machine needs.
-# On Linux, PyPI's torch brings CUDA along; for the small one that runs on the processor alone:
-#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Options for pip (another index, say) go into PIP_FLAGS.
 
 PYTHON ?= python3
 PIP_FLAGS ?=

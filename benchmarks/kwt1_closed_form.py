@@ -55,11 +55,19 @@ def main() -> None:
 
     report("dense", model, 1.0)
     start = time.perf_counter()
-    profile = hpr.profile(model, profiled, "classification")
+    generator = torch.Generator().manual_seed(0)
+    for batch in whole:
+        GOAL.loss(model(batch), batch, generator).backward()
+    model.zero_grad()
+    step = time.perf_counter() - start
+    start = time.perf_counter()
     final = hpr.profile(model, whole, "classification")
-    sketch = draft(model, profile, ONLY)
     final_sketch = draft(model, final, ONLY)
-    print(json.dumps({"seconds": {"profile and curves, twice": time.perf_counter() - start}}), flush=True)
+    hpr.share(model, final_sketch.best(final_sketch.budget("50%")), final)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"forward and backward": step, "statistics, plan, fits": seconds, "ratio": seconds / step}), flush=True)
+    profile = hpr.profile(model, profiled, "classification")
+    sketch = draft(model, profile, ONLY)
     sites = [site for site in sketch.anatomy.sites if site.stack == "encoder"]
     for budget in (0.5, 0.3):
         limit = sketch.budget(f"{budget:.0%}")
@@ -68,22 +76,25 @@ def main() -> None:
         lone = draft(model, final, ONLY, ["low rank"])
         report("private low rank only", hpr.share(model, lone.best(limit), final), budget)
         scores = {}
-        for index, plan in enumerate(sketch.alternatives(limit, 4)[:4]):
+        for plan in sketch.alternatives(limit, 4):
+            label = plan.diagnostics["label"]
             student = hpr.share(model, plan, profile)
-            scores[index, False] = divergence(student, model, choosing, GOAL).mean
+            scores[label, "plain"] = divergence(student, model, choosing, GOAL).mean
             hpr.refit(student, model, plan, profile, profiled)
-            scores[index, True] = divergence(student, model, choosing, GOAL).mean
-        best, refitted = min(scores, key=scores.__getitem__)
+            scores[label, "refit"] = divergence(student, model, choosing, GOAL).mean
+        label, chosen = min(scores, key=scores.__getitem__)
         print(
-            json.dumps({"budget": budget, "on the 150 clips": {str(key): value for key, value in scores.items()}}), flush=True
+            json.dumps({"budget": budget, "on the 150 clips": {" / ".join(key): value for key, value in scores.items()}}),
+            flush=True,
         )
-        plan = final_sketch.alternatives(limit, 4)[best]
+        plan = next(one for one in final_sketch.alternatives(limit, 4) if one.diagnostics["label"] == label)
         used = plan.parameters(sketch.anatomy) / limit.parameters
         student = hpr.share(model, plan, final)
-        report("hpr, plain", student, budget, used=used, predicted=plan.damage)
+        report("hpr, plain" + " (chosen)" * (chosen == "plain"), student, budget, used=used, predicted=plan.damage)
+        start = time.perf_counter()
         hpr.refit(student, model, plan, final, whole)
-        report("hpr, refit", student, budget, used=used)
-        print(json.dumps({"budget": budget, "chosen": "refit" if refitted else "plain", "operators": count(plan)}), flush=True)
+        report("hpr, refit" + " (chosen)" * (chosen == "refit"), student, budget, seconds=time.perf_counter() - start)
+        print(json.dumps({"budget": budget, "plan": label, "operators": count(plan)}), flush=True)
 
 
 def count(plan: hpr.Plan) -> dict[str, int]:

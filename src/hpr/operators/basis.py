@@ -22,6 +22,7 @@ from hpr.planning.plan import Term
 INPUT = "shared input basis"
 OUTPUT = "shared output basis"
 SWEEPS = 12
+_STEPS = 6  # of conjugate gradients in one sweep, from where the last one ended
 
 
 def input_candidate(group: Sequence[Measured]) -> Candidate | None:
@@ -102,7 +103,7 @@ def alternate(group: Sequence[Measured], rank: int, sweeps: int = SWEEPS) -> tup
     for _ in range(sweeps):
         lefts = [Side(u.T @ one.left.times(u), damping=1e-9) for one, u in zip(group, private, strict=True)]
         targets = [u.T @ one.left.times(one.weight) for one, u in zip(group, private, strict=True)]
-        updated = solve_shared(group, lefts, targets, start=shared)
+        updated = solve_shared(group, lefts, targets, start=shared, steps=_STEPS)
         candidates = [best_private(one, updated) for one in group]
         found = _total(group, candidates, updated)
         if not found < damage:

@@ -34,7 +34,7 @@ def candidate(group: Sequence[Measured]) -> Candidate | None:
     choices, costs, found = [], [], []
     for base_rank in sorted({max(1, full // 8), max(1, full // 3)}):
         base = _inherited(group, [one.weight for one in group], base_rank)
-        for block_rank in sorted({max(1, full // 12), max(1, full // 4)}):
+        for block_rank in (max(1, full // 8),):
             rests = [weight for _, weight in _after_blocks(group, base, block_rank)]
             curves = np.sum([damages(one, rest) for one, rest in zip(group, rests, strict=True)], axis=0)
             blocks = len(list(_blocks(group)))

@@ -20,6 +20,7 @@ from hpr.profiling.objectives import Batch, Objective, call, examples_in
 from hpr.profiling.profile import SiteStatistics
 
 DIAGONAL_ABOVE = 8192
+_FLUSH = 8  # batches added up in float32 before they go into float64
 Progress = Callable[[str, int, int], None]
 
 
@@ -114,13 +115,31 @@ class _Moments:
     sums: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
     head: _Moments | None = None
+    recent: dict[str, Tensor] = field(default_factory=dict)
+    calls: int = 0
 
-    def add(self, rows: int, **parts: Tensor) -> None:
+    def add(self, rows: int, **parts: tuple[Tensor, ...]) -> None:
+        """Add Σ first secondᵀ for pairs of (rows, n), or a vector, in float32; into float64 every few calls."""
         self.rows += rows
+        self.calls += 1
         for name, part in parts.items():
-            self.sums[name] = self.sums[name] + part if name in self.sums else part.double()
+            if len(part) == 1 or part[0].shape[1] > DIAGONAL_ABOVE:
+                vector = part[0] if len(part) == 1 else (part[0] * part[1]).sum(0)
+                self.recent[name] = self.recent[name] + vector if name in self.recent else vector
+            elif name in self.recent:
+                self.recent[name].addmm_(part[0].T, part[1])  # in place: the sums are as large as the weights
+            else:
+                self.recent[name] = part[0].T @ part[1]
+        if self.calls % _FLUSH == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        for name, part in self.recent.items():
+            self.sums[name] = self.sums[name].add_(part) if name in self.sums else part.double()
+        self.recent = {}
 
     def centre_found(self) -> Tensor | None:
+        self._flush()
         return (self.sums["mean"] / self.rows).float() if self.site.has_bias and "mean" in self.sums else None
 
     def finish(self, examples: int) -> SiteStatistics:
@@ -129,6 +148,7 @@ class _Moments:
         return self._own(examples)
 
     def _own(self, examples: int) -> SiteStatistics:
+        self._flush()
         sums = {name: part.cpu() for name, part in self.sums.items()}
         if not self.rows or not sums or not float(_trace(sums["gradients"])):
             left, right = torch.zeros(self.site.out_features), torch.zeros(self.site.in_features)
@@ -232,11 +252,11 @@ def _add_linear(target: _Moments, x: Tensor, gradient: Tensor) -> None:
     across_g = (g @ g.transpose(1, 2)) @ x  # [B, T, I]
     target.add(
         rows,
-        mean=mean,
-        gradients=_product(flat_g, flat_g),
-        inputs=_product(flat_x, flat_x * weight[:, None]),
-        outer=_product(flat_g, across_x.flatten(0, 1)),
-        inner=_product(flat_x, across_g.flatten(0, 1)),
+        mean=(mean,),
+        gradients=(flat_g, flat_g),
+        inputs=(flat_x, flat_x * weight[:, None]),
+        outer=(flat_g, across_x.flatten(0, 1)),
+        inner=(flat_x, across_g.flatten(0, 1)),
     )
 
 
@@ -248,14 +268,9 @@ def _add_embedding(target: _Moments, ids: Tensor, gradient: Tensor) -> None:
     live = gradient.abs().amax(dim=1) > 0
     if rows := int(live.sum()):
         counts = torch.bincount(ids[live], minlength=target.site.out_features)
-        target.add(rows, counts=counts, gradients=_product(gradient, gradient))
+        target.add(rows, counts=(counts,), gradients=(gradient, gradient))
 
 
 def _by_example(rows: Tensor) -> Tensor:
     """(B, …, d) → (B, T, d); (B, d) is one row an example."""
     return rows.reshape(len(rows), -1, rows.shape[-1])
-
-
-def _product(first: Tensor, second: Tensor) -> Tensor:
-    """Σ over rows of first secondᵀ, (n, n), or its diagonal (n,) where n is too large."""
-    return first.T @ second if first.shape[1] <= DIAGONAL_ABOVE else (first * second).sum(0)

@@ -30,7 +30,7 @@ from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.objectives import Batch, call, examples_in, mask_of
 from hpr.profiling.profile import LayerFeatures
 
-POOLED_EXAMPLES = 1024
+POOLED_EXAMPLES = 512
 CONTEXT_BATCHES = 8
 CONTEXT_EXAMPLES = 16  # of each of those batches: all layers' hidden states are held at once
 Visit = Callable[[int, Tensor, Tensor], None]  # layer, its input and its output, both (B, T, D)
@@ -41,7 +41,7 @@ def measure_layers(
 ) -> dict[str, LayerFeatures]:
     """Features of every stack whose blocks the model calls, by stack name. The model is left as it was.
 
-    At most 1,024 examples are read, from batches spread evenly over all (they may be sorted by length), and 16 examples of
+    At most 512 examples are read, from batches spread evenly over all (they may be sorted by length), and 16 examples of
     at most 8 batches for context dependence; ``seed`` draws the positions to replace. Raises ``HprError`` for no
     batches, for hidden states that are not finite (naming layer and batch), and for outputs that hold no hidden states.
     """

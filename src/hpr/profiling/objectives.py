@@ -36,7 +36,8 @@ class Objective:
         if self.categorical:
             log_probabilities = F.log_softmax(predictions.float(), dim=-1)
             flat = log_probabilities.detach().exp().reshape(-1, predictions.shape[-1])
-            drawn = torch.multinomial(flat, 1, generator=generator).reshape(*predictions.shape[:-1], 1)
+            drawn = torch.multinomial(flat.to(generator.device), 1, generator=generator).to(predictions.device)
+            drawn = drawn.reshape(*predictions.shape[:-1], 1)
             return -(log_probabilities.gather(-1, drawn).squeeze(-1) * weight).sum()
         direction = torch.randn(predictions.shape, generator=generator, dtype=torch.float32).to(predictions.device)
         return ((predictions.float() * direction).sum(-1) * weight).sum()
