@@ -24,8 +24,8 @@ import peers
 from hpr.data import sts_pairs, text_batches
 from hpr.evaluation.metrics import compare
 from hpr.evaluation.tasks import embedder, sts_correlation
-from hpr.models import open_model
-from hpr.pipeline import prepare, rescore
+from hpr.models import open_model, open_splits
+from hpr.pipeline import rescore
 from hpr.planner import Draft, draft
 from hpr.planning import solver
 from hpr.planning.plan import Plan
@@ -60,7 +60,7 @@ class Run:
     def __init__(self) -> None:
         opened = open_model(None)
         self.model, self.tokenizer, self.folder = opened.model, opened.tokenizer, opened.folder
-        self.texts = prepare(None, self.tokenizer, EXAMPLES)
+        self.texts = open_splits(None, opened, EXAMPLES)
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
         for batch in self.texts.calibration:

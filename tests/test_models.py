@@ -165,7 +165,7 @@ def test_data_from_texts_files_arrays_and_docstrings(folder, tmp_path):
     assert len(open_data(["a layer", "a text", "a factor"], opened, examples=2)[0].order) == 2
     np.save(tmp_path / "ids.npy", np.full((7, 5), 3))
     batches, label = open_data(tmp_path / "ids.npy", opened, examples=5, batch_size=4)
-    assert [batch["input_ids"].shape for batch in batches] == [(4, 5), (3, 5)]
+    assert [batch["input_ids"].shape for batch in batches] == [(4, 5), (1, 5)]
     with pytest.raises(HprError, match="examples is 0"):
         open_data(None, opened, examples=0)
 

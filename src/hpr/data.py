@@ -41,6 +41,17 @@ def in_input_order(rows: Tensor, batches: Sequence[Any]) -> Tensor:
     return restored
 
 
+def first_batches(batches: Sequence[Any], examples: int) -> list[Any]:
+    """The batches, whole, that hold at least the first ``examples``."""
+    kept, count = [], 0
+    for batch in batches:
+        if count >= examples:
+            break
+        kept.append(batch)
+        count += len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
+    return kept
+
+
 def text_batches(texts: Sequence[str], tokenizer: Any, batch_size: int = 64, max_length: int = 256) -> Batches:
     """Tokenised batches of ``input_ids``, ``attention_mask`` and what else the tokenizer gives, int64 (batch, positions).
 

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hpr.corpora import Split, docstrings
-from hpr.data import Batches, Source, array_batches, read_texts, text_batches
+from hpr.data import Batches, Source, array_batches, read_array, read_texts, text_batches
 from hpr.errors import HprError
 from hpr.folders import CONFIG, read_config
 from hpr.hub import register
@@ -32,6 +32,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _ARRAYS = (".npy", ".npz")
+RESCORED = 256  # examples that plans are re-scored on
+EVALUATED = 1024  # held-out examples for the final figures
 _POOLINGS = {"mean": "embedding", "cls": "cls-embedding"}  # as sentence-transformers names them
 
 
@@ -84,33 +86,73 @@ def open_data(
     """
     if examples < 1:
         raise HprError(f"examples is {examples}: at least one is needed")
+    rows: Any
+    if data is None:
+        rows, label = docstrings(split), f"docstrings of Python's standard library ({split} part)"
+    elif isinstance(data, str | os.PathLike):
+        rows = read_array(data) if Path(data).suffix.lower() in _ARRAYS else read_texts(data)
+        label = Path(data).name
+    else:
+        rows, label = list(data), "texts given"
+    return _batches(rows, opened, examples, batch_size, max_length), label
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Batches for the three uses of data, disjoint: profiled, re-scored on, and held out for the figures.
+
+    ``own``: the user brought the data, so a refit to it is a refit to what the model will see.
+    """
+
+    calibration: Batches
+    rescoring: Batches
+    heldout: Batches
+    source: str
+    own: bool
+
+
+def open_splits(data: Source | Sequence[str] | None, opened: OpenModel, examples: int = 4096) -> Splits:
+    """Data for a whole compression: at most ``examples`` to profile, 256 to re-score on and 1,024 held out.
+
+    The user's data is dealt out by turns of eight, so that a sorted file is split fairly; docstrings have a held-out part of
+    their own. Raises ``HprError`` for fewer than eight examples, and as ``open_data`` does.
+    """
+    if examples < 2:
+        raise HprError(f"examples is {examples}: at least 2 are needed")
+    own = data is not None
     if isinstance(data, str | os.PathLike) and Path(data).suffix.lower() in _ARRAYS:
-        array = array_batches(data, batch_size=batch_size, argument=getattr(opened.model, "main_input_name", None))
-        return _first(array, examples), Path(data).name
+        rows: Any = read_array(data)
+    elif isinstance(data, str | os.PathLike):
+        rows = read_texts(data)
+    else:
+        rows = docstrings("calibration") if data is None else list(data)
+    if len(rows) < 8:
+        raise HprError(f"{len(rows)} examples are too few to profile, re-score and evaluate on: bring at least 8")
+    turns = [index % 8 for index in range(len(rows))]
+    parts = [[i for i, turn in enumerate(turns) if turn in wanted] for wanted in ((0, 2, 4, 5, 6, 7), (1,), (3,))]
+    if not own:
+        parts[0] = [i for i, turn in enumerate(turns) if turn != 1]
+    shares = [rows[part] if not isinstance(rows, list) else [rows[i] for i in part] for part in parts]
+    if not own:
+        shares[2] = docstrings("heldout")
+    limits = (examples, min(RESCORED, examples), min(EVALUATED, examples))
+    first, second, third = (_batches(share, opened, limit) for share, limit in zip(shares, limits, strict=True))
+    name = Path(data).name if isinstance(data, str | os.PathLike) else "the texts given"
+    return Splits(first, second, third, name if own else "docstrings of Python's standard library", own)
+
+
+def _batches(rows: Any, opened: OpenModel, examples: int, batch_size: int = 64, max_length: int = 256) -> Batches:
+    """The first examples of a list of texts or of an array, as the model takes them."""
+    rows = rows[:examples]
+    if not isinstance(rows, list):
+        return array_batches(rows, batch_size=batch_size, argument=getattr(opened.model, "main_input_name", None))
     if opened.tokenizer is None:
         raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
-    if data is None:
-        texts, label = docstrings(split)[:examples], f"docstrings of Python's standard library ({split} part)"
-    elif isinstance(data, str | os.PathLike):
-        texts, label = read_texts(data)[:examples], Path(data).name
-    else:
-        texts, label = list(data)[:examples], "texts given"
-    batches = text_batches(texts, opened.tokenizer, batch_size, max_length)
+    batches = text_batches(rows, opened.tokenizer, batch_size, max_length)
     if opened.objective == "seq2seq":
         for batch in batches:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    return batches, label
-
-
-def _first(batches: Batches, examples: int) -> Batches:
-    """The batches that hold the first examples, whole."""
-    kept, count = [], 0
-    for batch in batches:
-        if count >= examples:
-            break
-        kept.append(batch)
-        count += len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
-    return Batches(kept, range(count))
+    return batches
 
 
 def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:

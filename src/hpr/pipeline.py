@@ -18,12 +18,11 @@ from torch import nn
 
 from hpr import hub
 from hpr.anatomy import describe
-from hpr.corpora import docstrings
-from hpr.data import read_texts, text_batches
+from hpr.data import first_batches
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.evaluation.metrics import Estimate, divergence
-from hpr.models import OpenModel, open_model
+from hpr.models import OpenModel, Splits, open_model, open_splits
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import measure
 from hpr.planner import Draft, draft, known_operators
@@ -36,8 +35,6 @@ from hpr.refitting import refit_stacks
 from hpr.reporting import render_card, render_report
 from hpr.sharing import share
 
-RESCORED = 256  # examples that plans are re-scored on, of the calibration text but not profiled
-EVALUATED = 1024  # held-out examples for the final figures
 REFITTED = 1024  # examples a refit regresses on
 _OTHER_BUDGETS = (0.6, 0.8, 1.25, 1.5)  # of the one asked for: what the report shows of quality against size
 
@@ -50,17 +47,6 @@ class Compression:
     plan: Plan
     metrics: dict[str, Any]
     output: Path | None
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Batches for the three uses of data, disjoint: profiled, re-scored on, and held out for the figures."""
-
-    calibration: Sequence[Batch]
-    rescoring: Sequence[Batch]
-    heldout: Sequence[Batch]
-    source: str
-    own: bool  # brought by the user, so a refit to it is a refit to what the model will see
 
 
 @dataclass
@@ -154,9 +140,9 @@ def compress(
     """Compress a model without training: profile, plan, share, choose by measurement, evaluate, and write a folder.
 
     ``model``: a folder, a name, a module (with its ``tokenizer``), or None for the packaged all-MiniLM-L6-v2. ``data``: a
-    text file, a list of texts, or None for the standard library's docstrings. ``plans`` of least predicted damage are
-    re-scored end to end. ``refit="auto"`` refits where the data is the user's own and re-scoring finds it better. Raises
-    ``HprError`` before anything is written where an input does not serve.
+    text file, a list of texts, an ``.npy`` or ``.npz`` file, or None for the standard library's docstrings. Up to ``plans``
+    plans are re-scored end to end. ``refit="auto"`` refits where the data is the user's own and re-scoring finds it better.
+    Raises ``HprError`` before anything is written where an input does not serve.
     """
     clock = _Clock()
     torch.manual_seed(seed)
@@ -167,7 +153,7 @@ def compress(
     parse_budget(budget, describe(opened.model), only)  # a budget that is none, or operators that are none, are said at once
     known_operators(operators)
     with clock("data"):
-        texts = prepare(data, opened.tokenizer, examples)
+        texts = open_splits(data, opened, examples)
     with clock("profile"):
         found = profile(opened.model, texts.calibration, goal.name, seed, progress)
     with clock("plan"):
@@ -224,33 +210,6 @@ def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str,
     return hub.save(student, output, opened.tokenizer, texts, opened.folder)
 
 
-def prepare(data: str | Path | Sequence[str] | None, tokenizer: Any, examples: int) -> Texts:
-    """Calibration, re-scoring and held-out batches from the user's texts, or from docstrings.
-
-    Raises ``HprError`` for fewer than four texts, and where there is no tokenizer to read them with.
-    """
-    if tokenizer is None:
-        raise HprError("this model has no tokenizer, so text cannot calibrate it: use hpr.profile with batches of your own")
-    if examples < 2:
-        raise HprError(f"examples={examples} is too few to calibrate on: at least 2")
-    if data is None:
-        available = docstrings("calibration")
-        rest = min(RESCORED, max(1, len(available) // 8))
-        calibration, rescoring = available[: min(examples, len(available) - rest)], available[-rest:]
-        heldout = docstrings("heldout")[: min(EVALUATED, examples)]
-        source = "docstrings of Python's standard library"
-    else:
-        texts = read_texts(data) if isinstance(data, str | Path) else list(data)
-        if len(texts) < 4:
-            raise HprError(f"{len(texts)} texts are too few to profile, re-score and evaluate on: bring at least 4")
-        heldout = texts[3::8][:EVALUATED]  # every eighth, so that a sorted file is split fairly
-        rescoring = (texts[1::8] if len(texts) > 8 else texts[1:2])[:RESCORED]
-        calibration = [text for index, text in enumerate(texts) if index % 8 not in (1, 3)][:examples]
-        source = Path(data).name if isinstance(data, str | Path) else "the user's texts"
-    first, second, third = (text_batches(part, tokenizer) for part in (calibration, rescoring, heldout))
-    return Texts(first, second, third, source, own=data is not None)
-
-
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {"python": platform.python_version(), **{name: version(name) for name in ("hpr", "torch", "transformers")}}
@@ -281,27 +240,21 @@ def _refitted(
     teacher: nn.Module,
     plan: Plan,
     found: Profile,
-    texts: Texts,
+    texts: Splits,
     goal: Objective,
     before: Estimate,
     wish: bool | str,
     progress: Progress,
 ) -> tuple[nn.Module, bool]:
     """The refitted student where the user insists or it measures better on re-scoring text; else the student as it was."""
-    count, chosen = 0, []
-    for batch in texts.calibration:
-        chosen.append(batch)
-        count += len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
-        if count >= REFITTED:
-            break
-    refit(student, teacher, plan, found, chosen, progress)
+    refit(student, teacher, plan, found, first_batches(texts.calibration, REFITTED), progress)
     if wish is True or divergence(student, teacher, texts.rescoring, goal).mean < before.mean:
         return student, True
     return share(teacher, plan, found), False
 
 
 def _metrics(
-    opened: OpenModel, plan: Plan, found: Profile, texts: Texts, figures: dict[str, Any], clock: _Clock, seed: int
+    opened: OpenModel, plan: Plan, found: Profile, texts: Splits, figures: dict[str, Any], clock: _Clock, seed: int
 ) -> dict[str, Any]:
     return {
         "format": 1,
