@@ -1,0 +1,223 @@
+"""Plans of a tiny BERT from its real profile: within the budget, all of it used, reproducible, as restricted as asked."""
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+
+import hpr
+from hpr.operators import OPERATORS, segments
+from hpr.planner import LONGEST_GROUP, Draft, draft, known_operators
+from hpr.planning import solver
+from hpr.planning.plan import KEEP, Plan
+
+NAMES = (*OPERATORS, segments.NAME)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = tf.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=200,
+        max_position_embeddings=24,
+    )
+    return tf.BertModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def profile(model):
+    draw = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 200, (8, 10), generator=draw)} for _ in range(4)]
+    return hpr.profile(model, batches, "embedding")
+
+
+@pytest.fixture(scope="module")
+def sketch(model, profile) -> Draft:
+    return draft(model, profile)
+
+
+def least(sketch: Draft) -> int:
+    return sketch.untouched + sum(solver.smallest(track) for track in sketch.tracks)
+
+
+def as_json(plan: Plan) -> str:
+    return json.dumps(plan.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("percent", [80, 65, 50])
+def test_plans_fit_the_budget_and_use_it(sketch: Draft, percent: int) -> None:
+    budget = sketch.budget(f"{percent}%")
+    plan = sketch.best(budget)
+    plan.validate(sketch.anatomy)
+    used = plan.parameters(sketch.anatomy)
+    assert 0.995 * budget.parameters <= used <= budget.parameters
+    assert budget.parameters == int(sketch.anatomy.total_parameters * percent / 100)
+    assert list(plan.entries) == [site.name for site in sketch.anatomy.sites]
+    assert plan.damage == pytest.approx(plan.diagnostics["solver"]["damage"])
+    assert plan.diagnostics["solver"]["bound"] <= plan.damage * (1 + 1e-9)
+    assert plan.entries["pooler.dense"].operator == KEEP  # which an embedding never reads
+
+
+def test_damage_falls_with_the_budget_to_nothing(sketch: Draft) -> None:
+    damages = [sketch.best(sketch.budget(text)).damage for text in ("30%", "50%", "65%", "80%", "100%")]
+    assert damages == sorted(damages, reverse=True)
+    assert damages[-1] == 0
+    assert all(entry.operator == KEEP for entry in sketch.best(sketch.budget("100%")).entries.values())
+
+
+def test_two_runs_give_the_same_plan(model, profile) -> None:
+    first, second = (hpr.plan(model, profile, "65%") for _ in range(2))
+    assert as_json(first) == as_json(second)
+
+
+def test_json_round_trip_shares_to_the_same_model(model, profile, tmp_path) -> None:
+    plan = hpr.plan(model, profile, "50%")
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert as_json(loaded) == as_json(plan)
+    one, two = (hpr.share(model, each, profile).state_dict() for each in (plan, loaded))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert sum(p.numel() for p in hpr.share(model, plan, profile).parameters()) <= plan.budget.parameters
+
+
+def test_predicted_damage_bounds_that_of_the_fit(model, profile, sketch: Draft) -> None:
+    plan = sketch.best(sketch.budget("50%"))
+    dense = hpr.unshare(hpr.share(model, plan, profile))
+    measured = hpr.operators.measure(model, sketch.anatomy, profile)
+    total = 0.0
+    for site in sketch.anatomy.sites:
+        one = measured[site.name]
+        change = dense.get_submodule(site.path).weight.detach().double() - one.weight
+        damage = one.damage(change)
+        assert (damage == 0) == (plan.entries[site.name].operator == KEEP) or not one.live
+        total += damage
+    assert total <= plan.damage * (1 + 1e-3)
+
+
+def test_impossible_budgets_name_the_smallest(sketch: Draft) -> None:
+    smallest = least(sketch)
+    for parameters in (1, sketch.untouched, smallest - 1):
+        for ask in (sketch.best, lambda budget: sketch.alternatives(budget, 3)):
+            with pytest.raises(hpr.HprError, match=f"{smallest:,}"):
+                ask(sketch.budget(str(parameters)))
+    assert sketch.best(sketch.budget(str(smallest))).parameters(sketch.anatomy) == smallest
+
+
+@pytest.mark.parametrize("extra", [0, 20, 100, 500])
+def test_alternatives_at_the_smallest_budgets(sketch: Draft, extra: int) -> None:
+    budget = sketch.budget(str(least(sketch) + extra))
+    plans = sketch.alternatives(budget, 4)
+    assert plans
+    assert all(plan.parameters(sketch.anatomy) <= budget.parameters for plan in plans)
+
+
+def test_only_leaves_all_others_alone(model, profile, sketch: Draft) -> None:
+    pattern = "encoder.*.attention.*"
+    plan = hpr.plan(model, profile, "50%", only=pattern)
+    chosen = {site.name for site in sketch.anatomy.select(pattern)}
+    assert all(entry.operator == KEEP for name, entry in plan.entries.items() if name not in chosen)
+    assert any(entry.operator != KEEP for entry in plan.entries.values())
+    weights = sum(site.parameters for site in sketch.anatomy.sites if site.name in chosen)
+    rest = sketch.anatomy.total_parameters - weights
+    used = plan.parameters(sketch.anatomy) - rest
+    assert 0.99 * weights / 2 <= used <= weights / 2
+    narrowed = sketch.narrowed(pattern)
+    assert as_json(narrowed.best(narrowed.budget("50%"))) == as_json(plan)
+    assert narrowed.untouched == rest
+    with pytest.raises(hpr.HprError, match="matches no site"):
+        draft(model, profile, only="decoder.*")
+    with pytest.raises(hpr.HprError, match="no site is left"):
+        draft(model, profile, only="pooler.*")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operators_can_be_restricted(model, profile, sketch: Draft, name: str) -> None:
+    alone = draft(model, profile, operators=[name])
+    if name == KEEP:
+        with pytest.raises(hpr.HprError, match="smallest plan"):
+            alone.best(alone.budget("80%"))
+        return
+    plan = alone.best(alone.budget("90%"))
+    plan.validate(sketch.anatomy)
+    assert {entry.operator for entry in plan.entries.values()} <= {name, KEEP}
+    assert any(entry.operator == name for entry in plan.entries.values())
+    for percent in ("90%", "60%"):
+        try:
+            single = alone.best(alone.budget(percent))
+        except hpr.HprError:
+            continue
+        assert sketch.best(sketch.budget(percent)).damage <= single.damage * (1 + 1e-9)
+
+
+def test_without_an_operator(sketch: Draft) -> None:
+    budget = sketch.budget("50%")
+    best = sketch.best(budget)
+    for name in sorted({entry.operator for entry in best.entries.values()} - {KEEP}):
+        plan = sketch.without(name, budget)
+        assert name not in {entry.operator for entry in plan.entries.values()}
+        assert plan.damage >= best.damage * (1 - 1e-9)
+        assert plan.parameters(sketch.anatomy) <= budget.parameters
+        assert plan.diagnostics["label"] == f"without {name}"
+
+
+def test_alternatives_are_distinct_and_within_the_budget(sketch: Draft) -> None:
+    budget = sketch.budget("50%")
+    plans = sketch.alternatives(budget, 6)
+    assert 2 <= len(plans) <= 6
+    assert as_json(plans[0]) == as_json(sketch.best(budget))
+    assert len({json.dumps(plan.to_dict()["sites"]) for plan in plans}) == len(plans)
+    for plan in plans:
+        plan.validate(sketch.anatomy)
+        assert 0.99 * budget.parameters < plan.parameters(sketch.anatomy) <= budget.parameters
+    assert len(sketch.alternatives(budget, 1)) == 1
+
+
+def test_unknown_operators() -> None:
+    with pytest.raises(hpr.HprError, match="no operator 'svd'; there are keep, low rank"):
+        known_operators(["low rank", "svd"])
+    assert known_operators(None) == set(NAMES)
+
+
+def test_tracks(sketch: Draft) -> None:
+    stack = [track for track in sketch.tracks if "·" in track.name]
+    assert [track.length for track in stack] == [4] * 6
+    for track in stack:
+        assert all(stop - start <= LONGEST_GROUP or (start, stop) == (0, 4) for start, stop in track.candidates)
+        whole = {one.operator for one in track.candidates[0, 4]}
+        assert whole == {name for name, operator in OPERATORS.items() if operator.shared}
+    assert {site.name for site in sketch.fixed} == {"pooler.dense"}
+    assert len(sketch.tracks) == 6 + 3
+
+
+def test_boundaries_are_probabilities(sketch: Draft) -> None:
+    found = sketch.best(sketch.budget("50%")).diagnostics["boundaries"]
+    assert set(found) <= {track.name for track in sketch.tracks}
+    assert found
+    for one in found.values():
+        assert all(0 <= p <= 1 + 1e-9 for p in one["probabilities"])
+        assert one["entropy"] >= 0
+
+
+def test_groups_do_not_leap_over_sites_that_are_not_planned(model, profile, sketch: Draft) -> None:
+    some = draft(model, profile, only="encoder.0.*,encoder.2.*,encoder.3.*")
+    for track in some.tracks:
+        assert set(track.candidates) == {(0, 1), (1, 2), (2, 3), (1, 3)}
+    plan = some.best(some.budget("50%"))
+    plan.validate(sketch.anatomy)
+    groups = plan.groups()
+    assert all({"2", "3"} == {name.split(".")[1] for name in names} for names in groups)
+
+
+def test_another_models_profile_is_refused(profile) -> None:
+    torch.manual_seed(1)
+    other = tf.BertModel(
+        tf.BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, vocab_size=200)
+    )
+    with pytest.raises(hpr.HprError, match="fingerprint"):
+        draft(other, profile)
