@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 
 import hpr
+from hpr import models
 from hpr.anatomy import describe
 from hpr.models import EVALUATED, RESCORED, OpenModel, Splits, open_splits
 from hpr.pipeline import Compression, profile, rescore
@@ -63,11 +64,11 @@ def test_examples_limit_the_calibration_alone(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("examples", [2, 100])
-def test_docstrings_stand_in_for_texts(tokenizer, examples: int) -> None:
+def test_docstrings_stand_in_for_texts(tokenizer, examples: int, monkeypatch) -> None:
+    monkeypatch.setattr(models, "docstrings", lambda split: [f"{text} {split}" for text in TEXTS * 3])
     texts = prepare(None, tokenizer, examples)
     assert not texts.own
     assert len(rows(texts.calibration)) == examples
-    assert len(set(rows(texts.calibration))) > 1
     assert 0 < len(rows(texts.rescoring)) <= RESCORED
     assert 0 < len(rows(texts.heldout)) <= min(EVALUATED, examples)
 
@@ -132,6 +133,7 @@ def test_compress_a_module_without_writing(model, tokenizer) -> None:
     assert isinstance(result.student, tf.BertModel)
     anatomy = describe(model)
     used = sum(parameter.numel() for parameter in result.student.parameters())
+    used += sum(buffer.numel() for name, buffer in result.student.named_buffers() if name.endswith(".order"))
     assert used == result.plan.parameters(anatomy) <= 0.6 * anatomy.total_parameters
     metrics = result.metrics
     assert {"format", "model", "budget", "plans", "refit", "operator_gains", "timing", "calibration", "layers"} <= set(metrics)

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def first_batches(batches: Sequence[Any], examples: int) -> list[Any]:
         if count >= examples:
             break
         kept.append(batch)
-        count += len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
+        count += len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch)
     return kept
 
 

@@ -7,6 +7,7 @@ solver is pure; what it needs of the model is measured here once, as a ``Draft``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +73,9 @@ class Draft:
         found = [self._guarded(solver.plan_candidates, budget)[0]]
         used = sorted({choice.candidate.operator for choice in found[0].choices} - {KEEP, segments.NAME})
         if len(used) > 1:
-            found += [self._without(operator, budget) for operator in used]
+            for operator in used:
+                with suppress(HprError):  # the budget cannot be met without it
+                    found.append(self._without(operator, budget))
         found += self._guarded(solver.k_best, budget, count)
         unique: dict[Any, Solution] = {}
         for solution in found:

@@ -157,10 +157,10 @@ def _enter(model: nn.Module, stack: Stack, batch: Batch) -> _Entry:
 
 def _stages(block: nn.Module, stack: Stack, layer: int, sites: Sequence[Site], pair: _Pair) -> Iterator[list[Site]]:
     """Sites in the order they are called; those that read the same tensor (query, key, value) together."""
-    order: list[tuple[int, Site]] = []
+    order: list[tuple[Tensor, Site]] = []  # inputs are held, so that none comes to lie where another was
 
     def note(site: Site) -> Callable:
-        return lambda module, inputs: order.append((inputs[0].data_ptr(), site))
+        return lambda module, inputs: order.append((inputs[0], site))
 
     handles = [block.get_submodule(_within(site, stack, layer)).register_forward_pre_hook(note(site)) for site in sites]
     try:
@@ -170,12 +170,12 @@ def _stages(block: nn.Module, stack: Stack, layer: int, sites: Sequence[Site], p
             handle.remove()
     stage: list[Site] = []
     last = None
-    for pointer, site in order:
-        if stage and pointer != last:
+    for x, site in order:
+        if stage and x.data_ptr() != last:
             yield stage
             stage = []
         stage.append(site)
-        last = pointer
+        last = x.data_ptr()
     if stage:
         yield stage
 
@@ -289,7 +289,8 @@ def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Meas
 def _resolve_shared(bank: FactorBank, plan: Plan, anatomy: Anatomy, targets: dict[str, Measured]) -> None:
     shapes = plan.factors(anatomy)
     for operator, names in groups(plan):
-        if len(names) > 1 and all(name in targets for name in names):
+        low_rank = all(term.v is not None for name in names for term in plan.entries[name].terms)
+        if len(names) > 1 and low_rank and all(name in targets for name in names):  # a full matrix follows its text too closely
             terms = {name: plan.entries[name].terms for name in names}
             values = FITS[operator]([targets[name] for name in names], terms)
             _put(bank, store(values, [term for name in names for term in terms[name]], shapes))

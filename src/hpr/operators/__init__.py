@@ -69,9 +69,15 @@ def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None)
             raise HprError(f"{names[0]}: no operator {operator!r}; there are {', '.join(FITS)}")
         terms = {name: plan.entries[name].terms for name in names}
         try:
-            raw |= FITS[operator]([measured[name] for name in names], terms)
-        except (ValueError, AssertionError, IndexError) as error:
+            values = FITS[operator]([measured[name] for name in names], terms)
+            for name in names:
+                for term in terms[name]:
+                    for factor, shape in term.shapes(anatomy[name]).items():
+                        if values[factor].shape != shape[:2]:
+                            raise ValueError(f"{factor} would be {tuple(values[factor].shape)}, not {shape[:2]}")
+        except (ValueError, AssertionError, IndexError, KeyError) as error:
             raise HprError(f"{names[0]}: its terms are not those of {operator!r} ({error}); plan this site anew") from error
+        raw |= values
     changes = {}
     for name, entry in plan.entries.items():
         one = measured[name]

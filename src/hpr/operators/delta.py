@@ -25,12 +25,10 @@ _ANCHORS = (0.2,)  # ranks, as shares of the full one, that tied matrices are se
 
 def candidate(group: Sequence[Measured]) -> Candidate:
     """Every rank of the corrections; the least damage over tied matrices settled for a few ranks (a bound for the fit)."""
-    shared = estimate(tuple(group))
-    ranks = np.arange(1, min(shared.shape))
-    costs = shared.numel() + len(group) * rank_costs(shared.shape, ranks)
-    total = _curve(group, shared)
-    for share in _ANCHORS:
-        total = np.minimum(total, _curve(group, _settled(group, shared, max(1, int(share * min(shared.shape))))))
+    starts = _starts(group)
+    ranks = np.arange(1, min(starts[0].shape))
+    costs = starts[0].numel() + len(group) * rank_costs(starts[0].shape, ranks)
+    total = np.min([_curve(group, shared) for shared in starts], axis=0)
     return Candidate(NAME, tuple(one.site.name for one in group), rank_choices(ranks), costs, total[ranks])
 
 
@@ -42,12 +40,13 @@ def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """Alternate: corrections given the tied matrix, tied matrix given the corrections."""
-    rank = terms[group[0].site.name][1].rank
-    assert rank is not None
-    shared = tie(group)
+    ranks = [terms[one.site.name][1].rank or 0 for one in group]
+    shared = min(
+        _starts(group), key=lambda start: sum(_damage(one, start, rank) for one, rank in zip(group, ranks, strict=True))
+    )
     for _ in range(_ROUNDS):
-        shared = _settled(group, shared, rank)
-    deltas = [truncate(one, rank, one.weight - shared) for one in group]
+        shared = _settled(group, shared, ranks)
+    deltas = [truncate(one, rank, one.weight - shared) for one, rank in zip(group, ranks, strict=True)]
     values = {terms[group[0].site.name][0].u: shared}
     for one, (u, v) in zip(group, deltas, strict=True):
         term = terms[one.site.name][1]
@@ -60,7 +59,18 @@ def _curve(group: Sequence[Measured], shared: Tensor) -> np.ndarray:
     return np.sum([damages(one, one.weight - shared) for one in group], axis=0)
 
 
-def _settled(group: Sequence[Measured], shared: Tensor, rank: int) -> Tensor:
+def _starts(group: Sequence[Measured]) -> list[Tensor]:
+    """Tied matrices: as it is, and settled for a few ranks."""
+    shared = estimate(tuple(group))
+    anchors = [max(1, int(share * min(shared.shape))) for share in _ANCHORS]
+    return [shared, *(_settled(group, shared, [rank] * len(group)) for rank in anchors)]
+
+
+def _damage(one: Measured, shared: Tensor, rank: int) -> float:
+    return float(damages(one, one.weight - shared)[rank])
+
+
+def _settled(group: Sequence[Measured], shared: Tensor, ranks: Sequence[int]) -> Tensor:
     """The tied matrix, given corrections of some rank to what it was."""
-    deltas = [truncate(one, rank, one.weight - shared) for one in group]
+    deltas = [truncate(one, rank, one.weight - shared) for one, rank in zip(group, ranks, strict=True)]
     return tie(group, [one.weight - u @ v for one, (u, v) in zip(group, deltas, strict=True)], start=shared, steps=QUICK)

@@ -197,4 +197,5 @@ def _best_row_scale(one: Measured, matrix: Tensor) -> Tensor:
     if one.left.diagonal:
         return cross / (one.left.moment * products.diagonal()).clamp(min=torch.finfo(torch.float64).tiny)
     system = one.left.moment * products
-    return torch.linalg.solve(system + 1e-9 * system.diagonal().mean() * torch.eye(len(system)).double(), cross)
+    ridge = 1e-9 * float(system.diagonal().mean()) + torch.finfo(torch.float64).tiny  # a matrix of zeros has any scale
+    return torch.linalg.solve(system + ridge * torch.eye(len(system)).double(), cross)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -151,8 +151,7 @@ class _Moments:
         self._flush()
         sums = {name: part.cpu() for name, part in self.sums.items()}
         if not self.rows or not sums or not float(_trace(sums["gradients"])):
-            left, right = torch.zeros(self.site.out_features), torch.zeros(self.site.in_features)
-            return SiteStatistics(left.double(), right.double(), 0.0)
+            return self._dead()
         if not all(torch.isfinite(part).all() for part in sums.values()):
             raise HprError(f"{self.site.name}: its activations or gradients are not finite on the calibration data")
         rows = self.rows / examples
@@ -161,15 +160,23 @@ class _Moments:
         # Two estimates of one Fisher matrix, averaged: rows taken as independent (K-FAC, inputs weighted by their gradient),
         # and whole examples (Shampoo, Gupta et al. 2018), which sees how rows add up. The trace of the second is exact.
         trace = _trace(sums["outer"]) / examples
+        if not (trace > 0 and _trace(sums["inputs"]) > 0):  # inputs that never vary: the bias takes up any change
+            return self._dead()
         left = (_unit(sums["gradients"]) + _unit(sums["outer"])) * (trace / 2 / rows)
         right = (_unit(sums["inputs"]) + _unit(sums["inner"])) / 2
         return SiteStatistics(left, right, rows, sums["mean"] / self.rows if self.centre is not None else None)
 
+    def _dead(self) -> SiteStatistics:
+        left, right = torch.zeros(self.site.out_features), torch.zeros(self.site.in_features)
+        return SiteStatistics(left.double(), right.double(), 0.0)
+
 
 def _combined(table: SiteStatistics, head: SiteStatistics) -> SiteStatistics:
     """One Kronecker product for a matrix used both as embedding and as output head, weighted by each use's mass."""
-    if not table.live:
-        return head
+    if head.left.dim() == 2:  # a small vocabulary: frequencies are a diagonal, so the head keeps its own
+        head = replace(head, left=head.left.diagonal().clone())
+    if not (table.live and head.live):
+        return head if head.live else table
     masses = [part.rows * _trace(part.left) * _trace(part.right) for part in (table, head)]
     shares = [mass / sum(masses) for mass in masses]
     left, right = (

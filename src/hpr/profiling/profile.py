@@ -112,11 +112,14 @@ class Profile:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error
-        if header["format"] != FORMAT:
-            raise HprError(f"profile format {header['format']} is not the {FORMAT} this version reads: profile anew")
-        sites = {}
-        for name, site in header["sites"].items():
-            parts = {part: tensors[site[part]] for part in ("left", "right", "mean") if part in site}
-            sites[name] = SiteStatistics(rows=site["rows"], **parts)
-        layers = {name: LayerFeatures(**features) for name, features in header["layers"].items()}
-        return cls(header["fingerprint"], sites, layers, header["about"])
+        try:
+            if header["format"] != FORMAT:
+                raise HprError(f"profile format {header['format']} is not the {FORMAT} this version reads: profile anew")
+            sites = {}
+            for name, site in header["sites"].items():
+                parts = {part: tensors[site[part]] for part in ("left", "right", "mean") if part in site}
+                sites[name] = SiteStatistics(rows=site["rows"], **parts)
+            layers = {name: LayerFeatures(**features) for name, features in header["layers"].items()}
+            return cls(header["fingerprint"], sites, layers, header["about"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error
