@@ -82,7 +82,7 @@ class Run:
         plans = sketch.alternatives(sketch.budget(budget), 3)
         middle = time.perf_counter()
         scores = rescore(self.model, self.profile, plans, self.texts.rescoring, GOAL)
-        chosen = plans[min(range(len(plans)), key=lambda index: scores[index].mean)]
+        chosen = plans[min(range(len(plans)), key=lambda index: scores[index].divergence.mean)]
         return chosen, middle - start, time.perf_counter() - middle
 
 
@@ -166,7 +166,7 @@ def damage(run: Run) -> None:
         unique = {solution.structure: solution for solution in found}
         plans = [run.sketch.plan(solution, limit) for solution in unique.values()]
         scores = rescore(run.model, run.profile, plans, run.texts.rescoring, GOAL)
-        pairs = [(plan.damage, score.mean) for plan, score in zip(plans, scores, strict=True)]
+        pairs = [(plan.damage, score.divergence.mean) for plan, score in zip(plans, scores, strict=True)]
         rows += pairs
         inside.append(float(spearmanr(*zip(*pairs, strict=True)).statistic))
         say(section="damage", budget=budget, plans=len(pairs), spearman=inside[-1], pairs=pairs)

@@ -249,7 +249,16 @@ def _settle(sites: Sequence[SharedSite]) -> None:
 def _write_model(student: nn.Module, folder: Path) -> None:
     if isinstance(student, PreTrainedModel):
         student.save_pretrained(folder)
+        _readable(folder)
         return
     config = {} if bank_of(student) is None else {"quantization_config": specification(student)}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     save_model(student, str(folder / WEIGHTS))  # tied parameters once
+    _readable(folder)
+
+
+def _readable(folder: Path) -> None:
+    """Weights with the rights of any new file: safetensors writes them for their owner alone."""
+    mode = (folder / CONFIG).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)

@@ -21,7 +21,7 @@ from hpr.anatomy import describe
 from hpr.data import first_batches
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
-from hpr.evaluation.metrics import Estimate, divergence
+from hpr.evaluation.metrics import Comparison, Estimate, compare, divergence
 from hpr.models import OpenModel, Splits, open_model, open_splits
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import measure
@@ -113,11 +113,11 @@ def rescore(
     batches: Sequence[Batch],
     objective: Objective,
     progress: Progress = silent,
-) -> list[Estimate]:
-    """The true divergence of every plan from the model, in nats per example: each is shared, run and dropped."""
+) -> list[Comparison]:
+    """Every plan beside the model, its true divergence in nats per example foremost: each is shared, run and dropped."""
     measured = []
     for index, plan in enumerate(plans):
-        measured.append(divergence(share(model, plan, profile), model, batches, objective))
+        measured.append(compare(share(model, plan, profile), model, batches, objective))
         progress("re-score", index + 1, len(plans))
     return measured
 
@@ -164,14 +164,16 @@ def compress(
     with clock("rescore"):
         scores = rescore(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal, progress)
     own = [index for index, (text, _) in enumerate(tried) if text == budget]
-    best = min(own, key=lambda index: scores[index].mean)
+    best = min(own, key=lambda index: scores[index].divergence.mean)
     plan = tried[best][1]
     with clock("fit"):
         student = share(opened.model, plan, found)
     refitted = False
     if refit is True or (refit == "auto" and texts.own):
         with clock("refit"):
-            student, refitted = _refitted(student, opened.model, plan, found, texts, goal, scores[best], refit, progress)
+            student, refitted = _refitted(
+                student, opened.model, plan, found, texts, goal, scores[best].divergence, refit, progress
+            )
     with clock("evaluate"):
         figures = evaluate(student, opened.model, texts.heldout, goal, data=f"{texts.source}, held out")
     metrics = _metrics(opened, plan, found, texts, figures, clock, seed)
@@ -181,11 +183,13 @@ def compress(
             "budget": text,
             "parameters": one.parameters(sketch.anatomy),
             "predicted": one.damage,
-            "measured": score.mean,
+            "measured": score.divergence.mean,
+            "quality": score.agreement if score.cosine is None else score.cosine,
             "chosen": index == best,
         }
         for index, ((text, one), score) in enumerate(zip(tried, scores, strict=True))
     ]
+    metrics["plan_quality"] = "cosine to the original" if scores[best].cosine is not None else "agreement with the original"
     metrics["refit"] = refitted
     metrics["operator_gains"] = _gains(sketch, plan)
     folder = None

@@ -129,7 +129,7 @@ class Draft:
         temperature = 0.05 * solution.damage / max(1, len(self.tracks))
         found = {}
         for track in self.tracks:
-            if track.length > 1 and temperature > 0:
+            if len(_sites(track)) > 1 and temperature > 0:
                 one = boundaries(track, solution.multiplier, temperature)
                 found[track.name] = {"probabilities": one.probabilities.tolist(), "entropy": one.entropy}
         return found

@@ -70,7 +70,7 @@ def quality_axis(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
         if chosen is not None and after is not None and math.isclose(chosen, after, rel_tol=1e-6):
             unit = str(row.get("unit") or "")
             return f"{present(row.get('name'))}{f' ({unit})' if unit else ''}", number(row.get("before"))
-    return "quality score of the run", None
+    return str(metrics.get("plan_quality") or "quality score of the run"), None
 
 
 def quality_reading(scored: Sequence[Mapping[str, Any]], name: str) -> str:
