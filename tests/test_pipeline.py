@@ -113,7 +113,7 @@ def test_rescoring_measures_every_plan(model, tokenizer) -> None:
     plans = [keep_all(sketch.anatomy), *(sketch.best(sketch.budget(text)) for text in ("70%", "30%"))]
     scores = rescore(model, found, plans, texts.rescoring, OBJECTIVES["embedding"])
     assert scores[0].divergence.mean == pytest.approx(0, abs=1e-6)
-    assert scores[0].divergence.mean < scores[1].mean < scores[2].mean
+    assert scores[0].divergence.mean < scores[1].divergence.mean < scores[2].divergence.mean
 
 
 def test_compress_a_module_without_writing(model, tokenizer) -> None:
