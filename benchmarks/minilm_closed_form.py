@@ -156,13 +156,13 @@ def damage(run: Run) -> None:
     rows, inside = [], []
     for budget in ("80%", "65%", "50%", "40%", "30%"):
         limit = run.sketch.budget(budget)
-        found = []
+        found = [*solver.plan_candidates(run.sketch.tracks, run.sketch.limit(limit))]
+        found += solver.k_best(run.sketch.tracks, run.sketch.limit(limit), 3)
         for name in OPERATORS:  # tables are always segmented: no operator alone could meet the smaller budgets
             for beside in (set(), {"low rank"}):
                 with suppress(hpr.HprError):
                     tracks = restrict(run.sketch.tracks, {name, "segments", *beside})
                     found.append(solver.solve(tracks, run.sketch.limit(limit)))
-        found.append(solver.solve(run.sketch.tracks, run.sketch.limit(limit)))
         unique = {solution.structure: solution for solution in found}
         plans = [run.sketch.plan(solution, limit) for solution in unique.values()]
         scores = rescore(run.model, run.profile, plans, run.texts.rescoring, GOAL)
@@ -192,7 +192,7 @@ def reload(run: Run) -> None:
         with torch.no_grad():
             expected = student(**batch).last_hidden_state
         original = SentenceTransformer(str(run.folder), device="cpu")
-        original[0].auto_model = student
+        original[0].model = student
         torch.save((batch, expected, texts, original.encode(texts, convert_to_tensor=True)), out / "expected.pt")
         answer = subprocess.run(
             [sys.executable, "-c", _FRESH, str(out), str(out / "expected.pt")], capture_output=True, text=True

@@ -20,7 +20,7 @@ from hpr.planning.plan import Term
 
 TIE = "tie"
 SCALE = "tie + scale"
-QUICK, THOROUGH = 3, 25  # conjugate-gradient steps for a curve, and for a fit
+QUICK, THOROUGH = 2, 25  # conjugate-gradient steps for a curve, and for a fit
 
 
 def group_name(sites: Sequence[Site]) -> str:
