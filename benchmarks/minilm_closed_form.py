@@ -174,7 +174,12 @@ def damage(run: Run) -> None:
     say(section="damage", plans=len(rows), spearman=overall, median_within=median(inside))
     limit = run.sketch.budget("50%")
     best = run.sketch.best(limit)
-    gains = {name: run.sketch.without(name, limit).damage / best.damage - 1 for name in count(best) if name != "keep"}
+    gains: dict[str, float | None] = {}
+    for name in count(best).keys() - {"keep"}:
+        try:
+            gains[name] = run.sketch.without(name, limit).damage / best.damage - 1
+        except hpr.HprError:
+            gains[name] = None  # without it this budget cannot be met
     say(section="damage", budget="50%", extra_damage_without=gains)
 
 
