@@ -256,8 +256,7 @@ def specification(model: nn.Module) -> dict[str, Any]:
 
 def factors_of(terms: Iterable[Term]) -> list[str]:
     """Names of all factors that some terms use, in order, each once."""
-    named = [name for term in terms for name in (term.u, term.v, term.row_scale, term.column_scale)]
-    return list(dict.fromkeys(name for name in named if name is not None))
+    return list(dict.fromkeys(name for term in terms for name in term.factors))
 
 
 def is_specification(config: Any) -> bool:

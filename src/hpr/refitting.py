@@ -23,7 +23,7 @@ from hpr.operators.basis import best_private
 from hpr.operators.identity import store
 from hpr.operators.lowrank import truncate
 from hpr.operators.metric import Measured, Side
-from hpr.planning.plan import Plan, Term
+from hpr.planning.plan import Plan
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.objectives import Batch, call, mask_of
 
@@ -41,7 +41,8 @@ def refit_stacks(
 ) -> None:
     """Refit every compressed Linear inside the stacks, in place; kept sites, embeddings and heads stay as they are.
 
-    A second sweep follows where factors are shared: they are re-solved over all their users on the first sweep's targets.
+    A second sweep follows where factors are shared: low-rank ones are first re-solved over all their users, on the first
+    sweep's targets.
     """
     bank = bank_of(student)
     if bank is None:
@@ -75,9 +76,8 @@ def refit_stacks(
 
 @dataclass
 class _Sums:
-    """Weighted sums for one site over all rows: inputs x̂ (in,), targets t (out,), their products."""
+    """Sums for one site over all rows: inputs x̂ (in,), targets t (out,), their products."""
 
-    residual: bool
     rows: float = 0.0
     x: Any = 0.0
     t: Any = 0.0
@@ -195,7 +195,7 @@ def _observe(
             for seen, output in ((teacher, outputs[0]), (student, outputs[1])):
                 seen.later.append(output)
             place = teacher.residual_place()
-            found = sums.setdefault(site, _Sums(place is not None))
+            found = sums.setdefault(site, _Sums())
             t = teacher.output
             if place is not None:
                 t = teacher.later[place] - (student.later[place] - student.output)
@@ -266,7 +266,7 @@ def _within(site: Site, stack: Stack, layer: int) -> str:
 def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Measured, sums: _Sums) -> None:
     """New private factors for one site, then its bias."""
     terms = plan.entries[target.site.name].terms
-    values = {name: bank[name].dense().detach().double() for term in terms for name in _names(term)}
+    values = {name: bank[name].dense().detach().double() for term in terms for name in term.factors}
     owners = _owners(plan)
     own = terms[-1]
     if own.v is not None and own.rank is not None:
@@ -304,14 +304,10 @@ def _put(bank: FactorBank, values: dict[str, Tensor]) -> None:
             bank[name].weight.copy_(value)
 
 
-def _names(term: Term) -> list[str]:
-    return [name for name in (term.u, term.v, term.row_scale, term.column_scale) if name is not None]
-
-
 def _owners(plan: Plan) -> dict[str, int]:
     owners: dict[str, set[str]] = {}
     for name, entry in plan.entries.items():
         for term in entry.terms:
-            for factor in _names(term):
+            for factor in term.factors:
                 owners.setdefault(factor, set()).add(name)
     return {factor: len(sites) for factor, sites in owners.items()}

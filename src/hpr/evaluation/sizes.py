@@ -138,9 +138,8 @@ def _stored(model: nn.Module, site: Site) -> Iterator[tuple[Hashable, int]]:
     module = _find(model, site.path)
     if isinstance(module, SharedSite):
         for term in module.terms:
-            for factor in (term.u, term.v, term.row_scale, term.column_scale):
-                if factor is not None:
-                    yield factor, module.bank[factor].shape.parameters
+            for factor in term.factors:
+                yield factor, module.bank[factor].shape.parameters
     elif module is not None:
         weight: Tensor = module.weight  # type: ignore[assignment]
         yield _storage(weight), weight.numel()

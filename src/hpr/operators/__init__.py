@@ -100,9 +100,8 @@ def groups(plan: Plan) -> list[tuple[str, list[str]]]:
     for name, entry in plan.entries.items():
         leader[name] = name
         for term in entry.terms:
-            for factor in (term.u, term.v, term.row_scale, term.column_scale):
-                if factor is not None:
-                    leader[root(name)] = root(owner.setdefault(factor, name))
+            for factor in term.factors:
+                leader[root(name)] = root(owner.setdefault(factor, name))
     found: dict[str, list[str]] = {}
     for name, entry in plan.entries.items():
         if entry.terms:

@@ -68,6 +68,11 @@ class Term:
     rows: tuple[int, int] | None = None
     identity: Literal["", "u", "v"] = ""
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Names of the factors it uses."""
+        return tuple(name for name in (self.u, self.v, self.row_scale, self.column_scale) if name is not None)
+
     def shapes(self, site: Site) -> dict[str, FactorShape]:
         """Factor name → shape, for this term at this site."""
         start, stop = self.rows or (0, site.out_features)
@@ -142,8 +147,8 @@ class Plan:
         owners: dict[str, list[str]] = {}
         for name, entry in self.entries.items():
             for term in entry.terms:
-                for factor in (term.u, term.v, term.row_scale, term.column_scale):
-                    if factor is not None and name not in owners.setdefault(factor, []):
+                for factor in term.factors:
+                    if name not in owners.setdefault(factor, []):
                         owners[factor].append(name)
         shared: dict[tuple[str, ...], list[str]] = {}
         for factor, sites in owners.items():
@@ -304,8 +309,8 @@ def _validate_entry(site: Site, entry: Entry) -> None:
             raise HprError(f"{site.name}: rank {term.rank!r} is not a whole number from 1 to {limit}")
         if term.identity not in ("", "u", "v") or (term.identity and term.rank is None):
             raise HprError(f"{site.name}: identity {term.identity!r} is neither 'u' nor 'v' of a term with a rank")
-        for factor in (term.u, term.v, term.row_scale, term.column_scale):
-            if factor is not None and not (isinstance(factor, str) and factor):
+        for factor in term.factors:
+            if not (isinstance(factor, str) and factor):
                 raise HprError(f"{site.name}: {factor!r} is no factor name")
         if term.rows is not None:
             if len(term.rows) != 2 or not all(isinstance(row, int) for row in term.rows):
