@@ -61,13 +61,17 @@ def batches_with_padding(bare: bool = False) -> list[Tensor]:
 
 
 def brute_force(model: Net, batches: Sequence[Tensor]) -> dict[str, dict[str, Tensor | float]]:
-    """Sums by autograd, one example at a time, float64; inputs around the mean that the first batch shows."""
+    """Sums by autograd, one example at a time, float64; inputs around the mean that the first batch shows.
+
+    ``left`` and ``right`` are put together with the traces of the first batch.
+    """
     model = model.double()
     centres: dict[str, Tensor] = {}
     found: dict[str, dict[str, Tensor | float]] = {}
-    for final in (False, True):
+    sizes: dict[str, dict[str, float]] = {}
+    for stage in ("mean", "sizes", "all"):
         found = {}
-        for batch in batches if final else batches[:1]:
+        for batch in batches if stage == "all" else batches[:1]:
             for example in batch.double():
                 inputs = {"first": example[None], "second": torch.tanh(model.first(example[None]))}
                 outputs = {"first": model.first(example[None])}
@@ -88,14 +92,23 @@ def brute_force(model: Net, batches: Sequence[Tensor]) -> dict[str, dict[str, Te
                     sums["x"] = sums["x"] + (x * g.square().sum(1, keepdim=True)).T @ x
                     sums["outer"] = sums["outer"] + weight_gradient @ weight_gradient.T
                     sums["inner"] = sums["inner"] + weight_gradient.T @ weight_gradient
-        if not final and model.first.bias is not None:
+        if stage == "mean" and model.first.bias is not None:
             centres = {name: sums["mean"] / sums["rows"] for name, sums in found.items()}
+        if stage == "sizes":
+            sizes = {name: {part: float(sums[part].trace()) for part in ("g", "x", "outer")} for name, sums in found.items()}
+    for name, sums in found.items():
+        sums["left"] = sums["g"] / sizes[name]["g"] + sums["outer"] / sizes[name]["outer"]
+        sums["right"] = sums["x"] / sizes[name]["x"] + sums["inner"] / sizes[name]["outer"]
     return found
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bare", [True, False])
-def test_sums_are_those_of_autograd_example_by_example(bias: bool, bare: bool) -> None:
+@pytest.mark.parametrize("formed", [True, False])
+def test_sums_are_those_of_autograd_example_by_example(
+    bias: bool, bare: bool, formed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curvature, "_worth_forming", lambda *_: formed)
     batches = batches_with_padding(bare)
     found, examples = measure_curvature(Net(bias), describe(Net(bias)), batches, fixed())
     assert examples == 12
@@ -104,8 +117,8 @@ def test_sums_are_those_of_autograd_example_by_example(bias: bool, bare: bool) -
         rows = sums["rows"] / examples
         trace = float(sums["outer"].trace()) / examples  # of the Fisher matrix: E ‖Σ g xᵀ‖²
         assert one.rows == pytest.approx(rows)
-        left = (sums["g"] / sums["g"].trace() + sums["outer"] / sums["outer"].trace()) * trace / 2 / rows
-        right = (sums["x"] / sums["x"].trace() + sums["inner"] / sums["inner"].trace()) / 2
+        left = sums["left"] / sums["left"].trace() * trace / rows
+        right = sums["right"] / sums["right"].trace()
         torch.testing.assert_close(one.left, left, rtol=1e-4, atol=1e-5 * float(left.abs().max()))
         torch.testing.assert_close(one.right, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
         assert one.rows * float(one.left.trace() * one.right.trace()) == pytest.approx(trace, rel=1e-4)
@@ -128,12 +141,12 @@ def test_sites_without_gradient_have_no_rows() -> None:
 
 
 def test_results_do_not_depend_on_the_batches() -> None:
-    """But for the first look, which here sees one mean in either case: no bias, no centring."""
+    """But for the first look, which here sees the same first batch."""
     whole = torch.cat(batches_with_padding())
     anatomy = describe(Net(False))
-    one, count = measure_curvature(Net(False), anatomy, [whole], fixed())
+    one, count = measure_curvature(Net(False), anatomy, [whole[:4], whole[4:]], fixed())
     for size in (1, 5):
-        other, again = measure_curvature(Net(False), anatomy, list(whole.split(size)), fixed())
+        other, again = measure_curvature(Net(False), anatomy, [whole[:4], *whole[4:].split(size)], fixed())
         assert count == again == 12
         for name in ("first", "second"):
             assert one[name].rows == pytest.approx(other[name].rows)
@@ -148,6 +161,13 @@ def test_many_batches_lose_nothing_between_flushes() -> None:
     assert found["second"].rows == pytest.approx(2)
     expected = float(sums["outer"].trace()) / examples
     assert found["second"].rows * float(found["second"].left.trace()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_sums_in_bands_are_the_upper_triangle() -> None:
+    a = drawn(50, 500)
+    total = torch.zeros(500, 500)
+    curvature._add_upper(total, a, 2 * a)
+    torch.testing.assert_close(curvature._mirrored(total), 2 * a.T @ a, rtol=1e-4, atol=1e-3)
 
 
 def test_the_same_seed_gives_the_same_statistics() -> None:
@@ -170,8 +190,8 @@ def test_wide_sides_keep_their_diagonal(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(found["first"].left, full["first"].left.diagonal(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found["first"].right, full["first"].right, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found["second"].right, full["second"].right.diagonal(), rtol=1e-4, atol=1e-6)
-    assert memory_needed(describe(Net())) == 8 * 2 * (7 + 25 + 16 + 7 + 4 + 9)
-    assert entire == 8 * 2 * (49 + 25 + 16 + 49 + 4 + 9)
+    assert memory_needed(describe(Net())) == 8 * (7 + 25 + 16 + 7 + 4 + 9)
+    assert entire == 8 * (49 + 25 + 16 + 49 + 4 + 9)
 
 
 @pytest.mark.parametrize("batch", [torch.ones(1, 5), torch.ones(2, 3, 5), torch.zeros(2, 3, 5)])
