@@ -165,7 +165,7 @@ def test_what_cannot_be_compared_is_named() -> None:
     with pytest.raises(HprError, match="labels were given"):
         evaluate(Linear(), Linear(), batches, labels=[0] * 20)
     with pytest.raises(HprError, match="does not fit"):
-        evaluate(Linear(), Linear(), batches, OBJECTIVES["hidden"])
+        evaluate(Linear(), Linear(), batches, OBJECTIVES["embedding"])
 
 
 def test_sts_with_a_fake_embedder() -> None:

@@ -96,7 +96,7 @@ class FactorBank(nn.Module):
         fitted = {module_name(name): value for name, value in values.items()}
         for key, factor in self.factors.items():
             for part, target in factor.state_dict(keep_vars=True).items():
-                value = fitted.get(key if part == "weight" else f"{key}-{part}")
+                value = fitted.get(key if part == "weight" else module_name(f"{key}.{part}"))
                 if value is None or value.shape != target.shape or not torch.isfinite(value).all():
                     found = "missing" if value is None else f"of shape {tuple(value.shape)}, or not finite"
                     raise HprError(f"factor {key}.{part} is {found}; {tuple(target.shape)} is needed: fit the plan anew")
@@ -104,8 +104,11 @@ class FactorBank(nn.Module):
 
 
 def module_name(factor: str) -> str:
-    """A factor's key in the bank: module names cannot hold dots."""
-    return factor.replace(".", "-")
+    """A factor's key in the bank: module names cannot hold dots.
+
+    In capitals, because transformers renames parts of keys (``v_proj`` to ``value``) on saving and loading, wherever they are.
+    """
+    return factor.replace(".", "-").upper()
 
 
 class SharedSite(nn.Module):

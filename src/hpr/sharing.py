@@ -41,6 +41,15 @@ if TYPE_CHECKING:
     from hpr.profiling.profile import Profile
 
 
+_NO_COMPUTATION = (
+    "__init__",
+    "_init_weights",
+    "_reset_parameters",
+    "reset_parameters",
+    "tie_weights",
+)  # read no weights to use
+
+
 def share(model: nn.Module, plan: Plan, profile: Profile | None = None) -> nn.Module:
     """A copy of ``model`` whose sites read shared factors as the plan says; the model itself is untouched.
 
@@ -117,9 +126,16 @@ def attach(
 
 
 def unshareable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-    """Site name → why its module cannot be replaced; a plan has to keep these sites."""
+    """Site name → why it has to be kept: its module cannot be replaced, or it is a table that is not of hidden states."""
     reasons: dict[str, str] = {}
+    read_by_linears = {site.in_features for site in anatomy.sites if site.kind == "linear"}
+    all_frozen = not any(parameter.requires_grad for parameter in model.parameters())
     for site in anatomy.sites:
+        if site.kind == "embedding":
+            if site.in_features not in read_by_linears:
+                reasons[site.name] = f"{site.path} has rows that no Linear reads, like a table of relative positions: it stays"
+            elif not (all_frozen or module_at(model, site.path).weight.requires_grad):
+                reasons[site.name] = f"{site.path} is a fixed table (it takes no gradient): it stays"
         try:
             for path in (site.path, *site.aliases):
                 _check_replaceable(model, path, module_at(model, path))
@@ -237,8 +253,26 @@ def _check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
     elif kind.forward not in (nn.Linear.forward, Conv1D.forward):
         raise HprError(f"{path} is a {kind.__name__} with a forward of its own: {mend}")
     for parent in model.modules():
-        if isinstance(parent, nn.MultiheadAttention) and module is parent.out_proj:
-            raise HprError(f"{path} belongs to torch's MultiheadAttention, which reads its weight past the module: {mend}")
+        for name in _read_past(type(parent)):  # type: ignore[arg-type]  # a class is hashable
+            if parent._modules.get(name) is module:
+                raise HprError(f"{path} belongs to a {type(parent).__name__}, which reads its weight past the module: {mend}")
+
+
+@functools.cache
+def _read_past(kind: Any) -> frozenset[str]:
+    """Names of children whose ``weight`` a class reads itself, for more than its dtype: torch's MultiheadAttention does."""
+    found = set()
+    for owner in kind.__mro__:
+        for name, function in vars(owner).items():
+            if name in _NO_COMPUTATION or not inspect.isfunction(function):
+                continue
+            steps = [step.argval for step in dis.get_instructions(inspect.unwrap(function))]
+            for place in range(len(steps) - 4):
+                origin, child, weight, *after = steps[place : place + 5]
+                harmless = after[0] in ("dtype", "device", "shape") or after == ["torch", "Tensor"]  # the last: isinstance
+                if origin == "self" and weight == "weight" and not harmless:
+                    found.add(child)
+    return frozenset(found)
 
 
 def _delegates(kind: type[nn.Module]) -> bool:

@@ -26,8 +26,10 @@ _STEPS = 6  # of conjugate gradients in one sweep, from where the last one ended
 
 
 def input_candidate(group: Sequence[Measured]) -> Candidate | None:
-    """Every rank below full, from the pooled start (so a bound: the fit only lowers the damage)."""
+    """Every rank below full, from the pooled start (so a bound: the fit only lowers the damage); None for one column."""
     rows, columns = group[0].weight.shape
+    if columns < 2:
+        return None
     basis = pooled_basis(group)
     ranks = np.arange(1, min(len(basis), rows, columns - 1) + 1)
     damages = sum(_damages(one, basis) for one in group)
@@ -39,8 +41,7 @@ def input_candidate(group: Sequence[Measured]) -> Candidate | None:
 def output_candidate(group: Sequence[Measured]) -> Candidate | None:
     """The same with the sites read the other way round."""
     mirrored = input_candidate([one.transposed for one in group])
-    assert mirrored is not None
-    return Candidate(OUTPUT, mirrored.sites, mirrored.choices, mirrored.parameters, mirrored.damages)
+    return mirrored and Candidate(OUTPUT, mirrored.sites, mirrored.choices, mirrored.parameters, mirrored.damages)
 
 
 def input_terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term, ...]]:

@@ -23,8 +23,13 @@ _ROUNDS = 3
 _ANCHORS = (0.2,)  # ranks, as shares of the full one, that tied matrices are settled for
 
 
-def candidate(group: Sequence[Measured]) -> Candidate:
-    """Every rank of the corrections; the least damage over tied matrices settled for a few ranks (a bound for the fit)."""
+def candidate(group: Sequence[Measured]) -> Candidate | None:
+    """Every rank of the corrections; the least damage over tied matrices settled for a few ranks (a bound for the fit).
+
+    None for a single row or column.
+    """
+    if min(group[0].weight.shape) < 2:
+        return None
     starts = _starts(group)
     ranks = np.arange(1, min(starts[0].shape))
     costs = starts[0].numel() + len(group) * rank_costs(starts[0].shape, ranks)

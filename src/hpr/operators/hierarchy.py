@@ -26,10 +26,10 @@ SHORTEST = 4
 
 def candidate(group: Sequence[Measured]) -> Candidate | None:
     """A few ranks of base and block, every sixteenth of the private ones; None for groups too short to have blocks."""
-    if len(group) < SHORTEST:
-        return None
     rows, columns = group[0].weight.shape
     full = min(rows, columns)
+    if len(group) < SHORTEST or full < 2:
+        return None
     private = np.unique(np.linspace(1, full - 1, 16).astype(int))
     choices, costs, found = [], [], []
     for base_rank in sorted({max(1, full // 8), max(1, full // 3)}):

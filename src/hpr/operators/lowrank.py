@@ -30,9 +30,11 @@ def rank_costs(shape: Sequence[int], ranks: np.ndarray) -> np.ndarray:
     return ranks * (rows + columns - ranks) + min(rows, columns)
 
 
-def candidate(group: Sequence[Measured]) -> Candidate:
-    """Every rank from 1 to full − 1, its damage from one factorisation."""
+def candidate(group: Sequence[Measured]) -> Candidate | None:
+    """Every rank from 1 to full − 1, its damage from one factorisation; None for a single row or column."""
     (one,) = group
+    if min(one.weight.shape) < 2:
+        return None
     ranks = np.arange(1, min(one.weight.shape))
     return Candidate(NAME, (one.site.name,), rank_choices(ranks), rank_costs(one.weight.shape, ranks), damages(one)[ranks])
 

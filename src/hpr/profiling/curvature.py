@@ -10,9 +10,12 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hpr.anatomy import Anatomy, Site, module_at
 from hpr.errors import HprError
@@ -207,33 +210,56 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> Iterator[None]:
     handles = []
+    tables: dict[int, _Moments] = {}
     for site in anatomy.sites:
         for path in (site.path, *site.aliases):
             module = module_at(model, path)
             target = moments[site.name]
-            if site.kind == "embedding" and not isinstance(module, nn.Embedding):  # a tied head is another use
+            if isinstance(module, nn.Embedding):
+                tables[id(module.weight)] = target
+                continue
+            if site.kind == "embedding":  # a tied head is another use
                 target.head = target.head or _Moments(site)
                 target = target.head
             handles.append(module.register_forward_hook(_recorder(target)))
     try:
-        yield
+        with _LookUps(tables):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+class _LookUps(TorchFunctionMode):
+    """Records what is looked up in tables, by the weight's identity: embedding modules compute ids or scale rows themselves."""
+
+    def __init__(self, tables: dict[int, _Moments]):
+        super().__init__()
+        self.tables = tables
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        target = self.tables.get(id(args[1])) if func is F.embedding else None
+        if target is not None and torch.is_grad_enabled():  # some models look up fixed tables without gradients
+            ids = args[0]
+            output = _with_graph(output)
+            output.register_hook(lambda gradient: _add_embedding(target, ids, gradient))
+        return output
+
+
 def _recorder(target: _Moments) -> Callable:
     def record(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         x = inputs[0].detach()
-        if not output.requires_grad:
-            output = output.detach().requires_grad_().clone()  # nothing below has a graph; cloned so that += stays legal
-        if isinstance(module, nn.Embedding):
-            output.register_hook(lambda gradient: _add_embedding(target, x, gradient))
-        else:
-            output.register_hook(lambda gradient: _add_linear(target, x, gradient))
+        output = _with_graph(output)
+        output.register_hook(lambda gradient: _add_linear(target, x, gradient))
         return output
 
     return record
+
+
+def _with_graph(output: Tensor) -> Tensor:
+    """The output itself, or where nothing below has a graph, one that starts here; cloned so that += stays legal."""
+    return output if output.requires_grad else output.detach().requires_grad_().clone()
 
 
 def _add_upper(total: Tensor, first: Tensor, second: Tensor) -> None:
@@ -304,8 +330,6 @@ def _merged(
 def _add_embedding(target: _Moments, ids: Tensor, gradient: Tensor) -> None:
     gradient = gradient.detach().reshape(-1, gradient.shape[-1]).float()
     ids = ids.reshape(-1)
-    if len(ids) != len(gradient):  # a learned-position table that is called with other than its ids
-        return
     live = gradient.abs().amax(dim=1) > 0
     if target.sizes is not None and (rows := int(live.sum())):
         counts = torch.bincount(ids[live], minlength=target.site.out_features)

@@ -66,10 +66,10 @@ def examples_in(batch: Batch) -> int:
 
 
 def mask_of(batch: Batch, positions: Tensor) -> Tensor:
-    """(batch, positions) float mask of real tokens; all ones where the batch has no mask of that shape."""
+    """(batch, positions) float mask of real tokens; ones, one a prediction, where the batch has none of that shape."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is None or mask.shape != positions.shape[:2]:
-        return torch.ones(positions.shape[:2], device=positions.device)
+    if mask is None or positions.dim() != 3 or mask.shape != positions.shape[:2]:
+        return torch.ones(positions.shape[:-1], device=positions.device)
     return mask.float()
 
 
@@ -146,6 +146,7 @@ def objective_for(model: nn.Module, name: str | None = None) -> Objective:
             raise HprError(f"no objective {name!r}; there are {', '.join(OBJECTIVES)}")
         return OBJECTIVES[name]
     for mapping, objective in _BY_MAPPING:
-        if type(model).__name__ in getattr(modeling_auto, mapping, {}).values():
+        classes = getattr(modeling_auto, mapping, {}).values()
+        if any(type(model).__name__ in ((names,) if isinstance(names, str) else names) for names in classes):
             return OBJECTIVES[objective]
     return OBJECTIVES["hidden"]
