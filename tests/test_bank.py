@@ -73,7 +73,7 @@ def written_out(bank: FactorBank, name: str) -> Tensor:
         for row, place in enumerate(factor.order.tolist()):
             full[row] = torch.eye(shape.columns)[place] if place < shape.columns else stored[place - shape.columns]
     else:
-        for place, column in enumerate(factor.order.tolist()):
+        for column, place in enumerate(factor.order.tolist()):
             full[:, column] = torch.eye(shape.rows)[place] if place < shape.rows else stored[:, place - shape.rows]
     return full
 

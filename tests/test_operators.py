@@ -331,7 +331,7 @@ def test_products_survive_storing_also_in_float32(name: str, shape: tuple[int, i
         terms = OPERATORS[name].terms(sites, candidate.choices[index])
         values = OPERATORS[name].fit(group, terms)
         shapes = {factor: s for site in sites for term in terms[site.name] for factor, s in term.shapes(site).items()}
-        stored = store(values, [term for site in sites for term in terms[site.name]], shapes)
+        stored = store(values, [term for site in sites for term in terms[site.name]])
         assert all(stored[factor].shape == s.stored for factor, s in shapes.items())
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
             bank = FactorBank(shapes, dtype)
@@ -347,8 +347,7 @@ def test_a_shared_factor_is_divided_once_for_all_its_partners() -> None:
     site = group_of(1, (6, 5))[0].site
     terms = [Term("u", f"v{number}", 2, identity="u") for number in range(3)] + [Term("u", "v0", 2, identity="u")]
     values = {"u": drawn(6, 2), **{f"v{number}": drawn(2, 5, seed=1 + number) for number in range(3)}}
-    shapes = {factor: shape for term in terms for factor, shape in term.shapes(site).items()}
-    stored = store(values, terms, shapes)
+    stored = store(values, terms)
     u = torch.cat([torch.eye(2).double(), stored["u"]])[stored["u.order"]]
     for number in range(3):
         torch.testing.assert_close(u @ stored[f"v{number}"], values["u"] @ values[f"v{number}"], rtol=1e-10, atol=1e-10)

@@ -30,7 +30,7 @@ MEND = "import hpr before loading this model"  # a buffer's name: loading withou
 class Factor(nn.Linear):
     """One stored matrix F (rows, columns). With an identity block only the rest is stored, and the order of its side:
 
-    ``identity="rows"``: F = [I; weight][order]; ``identity="columns"``: F[:, order] = [I, weight].
+    ``identity="rows"``: F = [I; weight][order]; ``identity="columns"``: F = [I, weight][:, order].
     """
 
     order: Tensor
@@ -67,7 +67,7 @@ class Factor(nn.Linear):
         if self.shape.identity == "rows":
             return torch.cat([identity, self.weight]).index_select(0, self.order)
         if self.shape.identity == "columns":
-            return torch.cat([identity, self.weight], dim=1).index_select(1, self.order.argsort())
+            return torch.cat([identity, self.weight], dim=1).index_select(1, self.order)
         return self.weight
 
 

@@ -84,7 +84,7 @@ def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None)
         if entry.terms and one.mean is not None:
             changes[name] = (one.weight - product(entry.terms, raw, one.site)) @ one.mean
     every_term = [term for entry in plan.entries.values() for term in entry.terms]
-    return Fitted(store(raw, every_term, plan.factors(anatomy)), changes)
+    return Fitted(store(raw, every_term), changes)
 
 
 def groups(plan: Plan) -> list[tuple[str, list[str]]]:

@@ -9,10 +9,10 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from hpr.planning.plan import FactorShape, Term
+from hpr.planning.plan import Term
 
 
-def store(values: Mapping[str, Tensor], terms: Iterable[Term], shapes: Mapping[str, FactorShape]) -> dict[str, Tensor]:
+def store(values: Mapping[str, Tensor], terms: Iterable[Term]) -> dict[str, Tensor]:
     """Factors as the bank stores them: identity blocks taken out, ``name.order`` added, every product unchanged.
 
     A factor with an identity block is divided by a square matrix T, and every partner it is multiplied with by T's inverse,
@@ -30,7 +30,7 @@ def store(values: Mapping[str, Tensor], terms: Iterable[Term], shapes: Mapping[s
             tall = values[own] if term.identity == "u" else values[own].T
             rest, order, changed[own] = divide(tall)
             stored[own] = rest if term.identity == "u" else rest.T
-            stored[f"{own}.order"] = order if shapes[own].identity == "rows" else order.argsort()
+            stored[f"{own}.order"] = order
         change = changed[own]
         stored[partner] = change @ values[partner] if term.identity == "u" else values[partner] @ change.T
     return stored
