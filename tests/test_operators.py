@@ -344,7 +344,6 @@ def test_products_survive_storing_also_in_float32(name: str, shape: tuple[int, i
 
 
 def test_a_shared_factor_is_divided_once_for_all_its_partners() -> None:
-    site = group_of(1, (6, 5))[0].site
     terms = [Term("u", f"v{number}", 2, identity="u") for number in range(3)] + [Term("u", "v0", 2, identity="u")]
     values = {"u": drawn(6, 2), **{f"v{number}": drawn(2, 5, seed=1 + number) for number in range(3)}}
     stored = store(values, terms)

@@ -71,7 +71,7 @@ def refit_stacks(
                     done += 1
                     progress("refit", done, total)
             if sweep + 1 < sweeps:
-                _resolve_shared(bank, plan, anatomy, targets)
+                _resolve_shared(bank, plan, targets)
 
 
 @dataclass
@@ -274,7 +274,7 @@ def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Meas
         rest = Measured(target.site, target.weight - others, target.left, target.right, target.rows)
         if owners[own.u] == owners[own.v] == 1:
             values[own.u], values[own.v] = truncate(rest, own.rank)
-            _put(bank, store({own.u: values[own.u], own.v: values[own.v]}, [own], own.shapes(target.site)))
+            _put(bank, store({own.u: values[own.u], own.v: values[own.v]}, [own]))
         elif owners[own.u] == 1:
             values[own.u] = best_private(rest, values[own.v])
             _put(bank, {own.u: values[own.u]})
@@ -286,14 +286,13 @@ def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Meas
         module.bias.copy_(sums.t / sums.rows - weight @ (sums.x / sums.rows))
 
 
-def _resolve_shared(bank: FactorBank, plan: Plan, anatomy: Anatomy, targets: dict[str, Measured]) -> None:
-    shapes = plan.factors(anatomy)
+def _resolve_shared(bank: FactorBank, plan: Plan, targets: dict[str, Measured]) -> None:
     for operator, names in groups(plan):
         low_rank = all(term.v is not None for name in names for term in plan.entries[name].terms)
         if len(names) > 1 and low_rank and all(name in targets for name in names):  # a full matrix follows its text too closely
             terms = {name: plan.entries[name].terms for name in names}
             values = FITS[operator]([targets[name] for name in names], terms)
-            _put(bank, store(values, [term for name in names for term in terms[name]], shapes))
+            _put(bank, store(values, [term for name in names for term in terms[name]]))
 
 
 def _put(bank: FactorBank, values: dict[str, Tensor]) -> None:
