@@ -302,3 +302,16 @@ def test_half_precision_and_as_many_groups_as_layers() -> None:
     student = hpr.share(model, presets.sequence(3))
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
     assert bank_of(hpr.share(model, presets.cycle(6))) is None
+
+
+def test_the_plan_of_a_preset_is_fitted_like_any_other() -> None:
+    """Without a profile the matrix of least damage is the mean, whose spread is that of the members by √N."""
+    model, preset = built("bert"), presets.cycle(2)
+    name = "encoder.0+2+4.attention.self.query"
+    weights = [model.bert.encoder.layer[layer].attention.self.query.weight for layer in (0, 2, 4)]
+    fitted, first = (bank_of(hpr.share(model, each)) for each in (preset.plan(model), preset))
+    assert fitted is not None
+    assert first is not None
+    torch.testing.assert_close(fitted[name].weight, sum(weights) / 3)
+    assert torch.equal(first[name].weight, weights[0])
+    assert 0.8 < fitted[name].weight.std() * 3**0.5 / first[name].weight.std() < 1.2
