@@ -118,7 +118,7 @@ class Preset:
 def sequence(groups: int, only: str | None = None) -> Preset:
     """Consecutive layers in equal groups, 6 layers in 3 groups: 0 0 1 1 2 2 (SEQUENCE of Takase & Kiyono 2021).
 
-    Where they do not divide, sizes differ by one at most, 7 in 3: 0 0 0 1 1 2 2. (The paper only divides evenly.)
+    Where they do not divide, sizes differ by one at most, 7 in 3: 0 0 0 1 1 2 2.
     """
     return Preset("sequence", groups, only)
 
@@ -134,7 +134,7 @@ def cycle(groups: int, only: str | None = None) -> Preset:
 def cycle_rev(groups: int, only: str | None = None) -> Preset:
     """``cycle`` with its last repetition reversed, 6 layers in 3 groups: 0 1 2 2 1 0 (CYCLE (REV) of Takase & Kiyono 2021).
 
-    Where they do not divide, the last repetition is cut short after it is reversed, as in the paper, 7 in 3: 0 1 2 0 1 2 2.
+    Where they do not divide, the last repetition is cut short after it is reversed, 7 in 3: 0 1 2 0 1 2 2.
     The first is never reversed: as many groups as layers share nothing.
     """
     return Preset("cycle_rev", groups, only)
