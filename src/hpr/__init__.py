@@ -1,5 +1,6 @@
 """HPR: Hierarchical Parameter Reuse. Make a pretrained Transformer smaller by letting its layers share parameters."""
 
+from hpr import presets
 from hpr.anatomy import Anatomy, describe
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "load",
     "plan",
+    "presets",
     "profile",
     "refit",
     "register",

@@ -24,11 +24,20 @@ QUICK, THOROUGH = 2, 25  # conjugate-gradient steps for a curve, and for a fit
 
 
 def group_name(sites: Sequence[Site]) -> str:
-    """``encoder.0-2.output.dense`` for a run of one slot; site names joined where there is no run."""
-    first, last = sites[0], sites[-1]
-    if first.stack == last.stack and first.slot == last.slot and first.layer is not None:
-        return f"{first.stack}.{first.layer}-{last.layer}.{first.slot}"
-    return "+".join(site.name for site in sites)
+    """``encoder.0-2.mlp.up`` for a run of one slot, ``encoder.0-1+4.mlp.up`` for several; else site names joined."""
+    first = sites[0]
+    layers = [site.layer for site in sites if site.layer is not None and (site.stack, site.slot) == (first.stack, first.slot)]
+    if len(layers) < len(sites):
+        return "+".join(site.name for site in sites)
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    alone = len(runs) == 1  # a block of one layer is called 3-3, so that no factor has the name of a site
+    members = "+".join(f"{run[0]}-{run[-1]}" if alone or len(run) > 1 else str(run[0]) for run in runs)
+    return f"{first.stack}.{members}.{first.slot}"
 
 
 def candidate(group: Sequence[Measured]) -> Candidate:
