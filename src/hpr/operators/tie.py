@@ -24,8 +24,10 @@ QUICK, THOROUGH = 2, 25  # conjugate-gradient steps for a curve, and for a fit
 
 
 def group_name(sites: Sequence[Site]) -> str:
-    """``encoder.0-2.output.dense`` for a run of one slot; site names joined where there is no run."""
+    """``encoder.0-2.output.dense`` for a run of one slot; ``…experts.down_proj.0-7`` for experts; else site names joined."""
     first, last = sites[0], sites[-1]
+    if first.expert is not None:
+        return f"{first.name}-{last.expert}"
     if first.stack == last.stack and first.slot == last.slot and first.layer is not None:
         return f"{first.stack}.{first.layer}-{last.layer}.{first.slot}"
     return "+".join(site.name for site in sites)

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hpr.anatomy import Anatomy, Site, module_at
+from hpr.anatomy import Anatomy, Site, module_at, slice_at
 from hpr.errors import HprError
 from hpr.profiling.objectives import Batch, Objective, call, examples_in
 from hpr.profiling.profile import SiteStatistics
 
 DIAGONAL_ABOVE = 8192
 _SIZES = ("gradients", "inputs", "changes")  # traces that bring the parts of a sum to one scale
+_IMPLEMENTATION = "_experts_implementation"  # how a transformers configuration names the way experts are run
 _FLUSH = 8  # batches added up in float32 before they go into float64
 Progress = Callable[[str, int, int], None]
 
@@ -96,6 +97,9 @@ class _Moments:
     dW = Σ g xᵀ, ``left`` is the sum of Σ g gᵀ and Σ dW dWᵀ, ``right`` of Σ ‖g‖² x xᵀ and Σ dWᵀ dW, each part divided by
     its trace as first seen, ``sizes``; without sizes only the traces and the mean input are collected. ``centre`` (in,) is
     taken off x where a bias can absorb it.
+
+    An expert's rows come from all examples mixed, so nothing is known of how the rows of one add up: there K-FAC's estimate
+    stands alone, and ``changes`` is the trace that independent rows have, Σ ‖g‖² ‖x‖².
     """
 
     site: Site
@@ -211,7 +215,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> Iterator[None]:
     handles = []
     tables: dict[int, _Moments] = {}
+    experts: dict[int, _Moments] = {}
     for site in anatomy.sites:
+        if site.expert is not None:
+            found = slice_at(model, site.path)
+            assert found is not None
+            experts[found.weight.data_ptr()] = moments[site.name]
+            continue
         for path in (site.path, *site.aliases):
             module = module_at(model, path)
             target = moments[site.name]
@@ -223,22 +233,48 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> 
                 target = target.head
             handles.append(module.register_forward_hook(_recorder(target)))
     try:
-        with _LookUps(tables):
+        with _one_by_one(model), _WeightsRead(tables, experts):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _LookUps(TorchFunctionMode):
-    """Records what is looked up in tables, by the weight's identity: embedding modules compute ids or scale rows themselves."""
+@contextmanager
+def _one_by_one(model: nn.Module) -> Iterator[None]:
+    """Experts run one after the other, by ``F.linear``: transformers' other implementations multiply by all of them at once."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    chosen = [(config, config._experts_implementation) for config in configs.values() if hasattr(config, _IMPLEMENTATION)]
+    try:
+        for config, _ in chosen:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, name in chosen:  # the last word on a configuration is its own, not that of one around it
+            setattr(config, f"{_IMPLEMENTATION}_internal", name)
 
-    def __init__(self, tables: dict[int, _Moments]):
+
+class _WeightsRead(TorchFunctionMode):
+    """Records what is looked up in tables and multiplied by experts, by the weight: it is no module's that a hook could watch.
+
+    Tables are known by identity, since embedding modules compute ids or scale rows themselves. An expert is a view made
+    anew at each call, known by the address of its first number.
+    """
+
+    def __init__(self, tables: dict[int, _Moments], experts: dict[int, _Moments]):
         super().__init__()
         self.tables = tables
+        self.experts = experts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func is F.linear and len(args) > 1:
+            expert = self.experts.get(args[1].data_ptr()) if self.experts else None
+            if expert is not None and torch.is_grad_enabled() and len(args[0]):
+                rows = args[0].detach()
+                output = _with_graph(output)
+                output.register_hook(lambda gradient: _add_expert(expert, rows, gradient))
+            return output
         target = self.tables.get(id(args[1])) if func is F.embedding else None
         if target is not None and torch.is_grad_enabled():  # some models look up fixed tables without gradients
             ids = args[0]
@@ -334,6 +370,14 @@ def _add_embedding(target: _Moments, ids: Tensor, gradient: Tensor) -> None:
     if target.sizes is not None and (rows := int(live.sum())):
         counts = torch.bincount(ids[live], minlength=target.site.out_features)
         target.add(rows, counts=[counts], left=[(gradient, gradient)])
+
+
+def _add_expert(target: _Moments, x: Tensor, gradient: Tensor) -> None:
+    g, x = gradient.detach().reshape(-1, gradient.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
+    weight = g.square().sum(1)
+    if target.sizes is not None and (rows := int((weight > 0).sum())):
+        weighted = weight[:, None] * x
+        target.add(rows, changes=[(weighted * x).sum()], left=[(g, g)], right=[(weighted, x)])
 
 
 def _by_example(rows: Tensor) -> Tensor:
