@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from conftest import low_rank, plan_everything, plan_of
 from torch import Tensor, nn
 
 import hpr
+from conftest import low_rank, plan_everything, plan_of
 from hpr.anatomy import describe, slice_at, weight_at
 from hpr.bank import bank_of
 from hpr.errors import HprError

@@ -1,7 +1,8 @@
 """From curves to a plan: every candidate group of a model laid out on tracks, solved, and written down as a ``Plan``.
 
 One track per slot of a stack (its positions are layers), one per layer's experts (its positions are experts) and one per
-embedding table (its positions are blocks of rows). The solver is pure; what it needs of the model is measured here once, as a ``Draft`` that answers for any budget.
+embedding table (its positions are blocks of rows). The solver is pure; what it needs of the model is measured here once, as a
+``Draft`` that answers for any budget.
 """
 
 from __future__ import annotations

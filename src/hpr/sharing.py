@@ -94,7 +94,8 @@ def attach(
 
     ``terms_by_path``: terms by site path, those of all experts of a parameter or of none (see ``experts.with_kept``);
     ``shapes``: factor name → shape; ``aliases``: further modules that read a site's factors (those tied to it now are found
-    by themselves). ``dtype`` is that of the first site unless given. Works on the meta device. Raises ``HprError``, before anything is changed, where a module cannot be replaced.
+    by themselves). ``dtype`` is that of the first site unless given. Works on the meta device. Raises ``HprError``, before
+    anything is changed, where a module cannot be replaced.
     """
     base, _ = base_of(model)
     if bank_of(model) is not None:
@@ -246,6 +247,7 @@ def _check_site(model: nn.Module, path: str) -> None:
         _check_replaceable(model, path, module_at(model, path))
     else:
         check_experts(model, path, expert)
+        _check_read_past(model, path, expert.module, expert.parameter)
 
 
 def _check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -261,15 +263,22 @@ def _check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
         raise HprError(f"{path} is a {kind.__name__}, neither Linear, Conv1D nor Embedding: {mend}")
     elif kind.forward not in (nn.Linear.forward, Conv1D.forward):
         raise HprError(f"{path} is a {kind.__name__} with a forward of its own: {mend}")
+    _check_read_past(model, path, module, "weight")
+
+
+def _check_read_past(model: nn.Module, path: str, module: nn.Module, parameter: str) -> None:
     for parent in model.modules():
-        for name in _read_past(type(parent)):  # type: ignore[arg-type]  # a class is hashable
+        for name in _read_past(type(parent), parameter):  # type: ignore[arg-type]  # a class is hashable
             if parent._modules.get(name) is module:
-                raise HprError(f"{path} belongs to a {type(parent).__name__}, which reads its weight past the module: {mend}")
+                raise HprError(
+                    f"{path} belongs to a {type(parent).__name__}, which reads its weight past the module: "
+                    f"plan to keep it (`only=` leaves it out)"
+                )
 
 
 @functools.cache
-def _read_past(kind: Any) -> frozenset[str]:
-    """Names of children whose ``weight`` a class reads itself, for more than its dtype: torch's MultiheadAttention does."""
+def _read_past(kind: Any, parameter: str) -> frozenset[str]:
+    """Names of children whose parameter a class reads itself, for more than its dtype: torch's MultiheadAttention does."""
     found = set()
     for owner in kind.__mro__:
         for name, function in vars(owner).items():
@@ -279,7 +288,7 @@ def _read_past(kind: Any) -> frozenset[str]:
             for place in range(len(steps) - 4):
                 origin, child, weight, *after = steps[place : place + 5]
                 harmless = after[0] in ("dtype", "device", "shape") or after == ["torch", "Tensor"]  # the last: isinstance
-                if origin == "self" and weight == "weight" and not harmless:
+                if origin == "self" and weight == parameter and not harmless:
                     found.add(child)
     return frozenset(found)
 

@@ -62,7 +62,6 @@ def _read_by_slices(kind: Any) -> frozenset[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and len(node.args) > 1 and ast.unparse(node.func).rpartition(".")[2] == "linear":
             weight = node.args[1]
-            if isinstance(weight, ast.Subscript) and isinstance(weight.value, ast.Attribute):
-                if isinstance(weight.value.value, ast.Name) and weight.value.value.id == "self":
-                    found.add(weight.value.attr)
+            if isinstance(weight, ast.Subscript) and ast.unparse(weight.value).startswith("self."):
+                found.add(ast.unparse(weight.value).removeprefix("self."))
     return frozenset(found)
