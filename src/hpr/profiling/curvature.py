@@ -10,21 +10,19 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from hpr.anatomy import Anatomy, Site, module_at, slice_at
 from hpr.errors import HprError
 from hpr.profiling.objectives import Batch, Objective, call, examples_in
 from hpr.profiling.profile import SiteStatistics
+from hpr.profiling.reading import Record, WeightsRead, experts_one_by_one, with_graph
 
 DIAGONAL_ABOVE = 8192
 _SIZES = ("gradients", "inputs", "changes")  # traces that bring the parts of a sum to one scale
-_IMPLEMENTATION = "_experts_implementation"  # how a transformers configuration names the way experts are run
 _FLUSH = 8  # batches added up in float32 before they go into float64
 Progress = Callable[[str, int, int], None]
 
@@ -214,88 +212,40 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> Iterator[None]:
     handles = []
-    tables: dict[int, _Moments] = {}
-    experts: dict[int, _Moments] = {}
+    tables: dict[int, Record] = {}
+    experts: dict[int, Record] = {}
     for site in anatomy.sites:
         if site.expert is not None:
             found = slice_at(model, site.path)
             assert found is not None
-            experts[found.weight.data_ptr()] = moments[site.name]
+            experts[found.weight.data_ptr()] = partial(_add_expert, moments[site.name])
             continue
         for path in (site.path, *site.aliases):
             module = module_at(model, path)
             target = moments[site.name]
             if isinstance(module, nn.Embedding):
-                tables[id(module.weight)] = target
+                tables[id(module.weight)] = partial(_add_embedding, target)
                 continue
             if site.kind == "embedding":  # a tied head is another use
                 target.head = target.head or _Moments(site)
                 target = target.head
             handles.append(module.register_forward_hook(_recorder(target)))
     try:
-        with _one_by_one(model), _WeightsRead(tables, experts):
+        with experts_one_by_one(model), WeightsRead(tables, experts):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-@contextmanager
-def _one_by_one(model: nn.Module) -> Iterator[None]:
-    """Experts run one after the other, by ``F.linear``: transformers' other implementations multiply by all of them at once."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    chosen = [(config, config._experts_implementation) for config in configs.values() if hasattr(config, _IMPLEMENTATION)]
-    try:
-        for config, _ in chosen:
-            config._experts_implementation = "eager"
-        yield
-    finally:
-        for config, name in chosen:  # the last word on a configuration is its own, not that of one around it
-            setattr(config, f"{_IMPLEMENTATION}_internal", name)
-
-
-class _WeightsRead(TorchFunctionMode):
-    """Records what is looked up in tables and multiplied by experts, by the weight: it is no module's that a hook could watch.
-
-    Tables are known by identity, since embedding modules compute ids or scale rows themselves. An expert is a view made
-    anew at each call, known by the address of its first number.
-    """
-
-    def __init__(self, tables: dict[int, _Moments], experts: dict[int, _Moments]):
-        super().__init__()
-        self.tables = tables
-        self.experts = experts
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is F.linear and len(args) > 1:
-            expert = self.experts.get(args[1].data_ptr()) if self.experts else None
-            if expert is not None and torch.is_grad_enabled() and len(args[0]):
-                rows = args[0].detach()
-                output = _with_graph(output)
-                output.register_hook(lambda gradient: _add_expert(expert, rows, gradient))
-            return output
-        target = self.tables.get(id(args[1])) if func is F.embedding else None
-        if target is not None and torch.is_grad_enabled():  # some models look up fixed tables without gradients
-            ids = args[0]
-            output = _with_graph(output)
-            output.register_hook(lambda gradient: _add_embedding(target, ids, gradient))
-        return output
-
-
 def _recorder(target: _Moments) -> Callable:
     def record(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         x = inputs[0].detach()
-        output = _with_graph(output)
+        output = with_graph(output)
         output.register_hook(lambda gradient: _add_linear(target, x, gradient))
         return output
 
     return record
-
-
-def _with_graph(output: Tensor) -> Tensor:
-    """The output itself, or where nothing below has a graph, one that starts here; cloned so that += stays legal."""
-    return output if output.requires_grad else output.detach().requires_grad_().clone()
 
 
 def _add_upper(total: Tensor, first: Tensor, second: Tensor) -> None:
