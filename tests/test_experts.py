@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,34 @@ def test_gradients_reach_the_factors_of_experts(ids: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("random_fit")
+def test_students_compile_as_a_whole_and_serve_threads(ids: Tensor) -> None:
+    model = build("mixtral")
+    student = share(model, plan_everything(model))
+    with torch.no_grad():
+        expected = student(ids).logits
+        assert torch.equal(torch.compile(student, backend="eager", fullgraph=True)(ids).logits, expected)
+
+    def answer(_: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(student(ids).logits, expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(answer, range(12)))
+
+
+@pytest.mark.usefixtures("random_fit")
+def test_half_precision_stays_half(ids: Tensor, tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path / "dense")
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    student = share(model, plan_everything(model))
+    student.save_pretrained(tmp_path / "shared")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "shared", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert again(ids).logits.dtype == torch.bfloat16
+        assert torch.equal(again(ids).logits, student(ids).logits)
+
+
+@pytest.mark.usefixtures("random_fit")
 def test_kept_experts_beside_shared_ones_are_stored_once(model: tf.PreTrainedModel, ids: Tensor) -> None:
     anatomy = describe(model)
     name = f"{EXPERTS}.gate_up_proj.1"
@@ -287,6 +316,22 @@ def test_plain_modules(tmp_path: Path) -> None:
     hpr.save(student, tmp_path / "out")
     assert torch.equal(hpr.load(Net(), tmp_path / "out")(x), student(x))
     assert torch.equal(student.experts.idle, net.experts.idle)
+
+
+class Nosy(nn.Module):
+    """Multiplies by its experts' weights behind their back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x) @ self.experts.up.mean(0).T
+
+
+def test_experts_that_another_module_reads_are_kept() -> None:
+    net = Nosy()
+    assert set(unshareable(net, describe(net))) == {f"experts.up.{number}" for number in range(3)}
 
 
 def test_errors_name_the_experts() -> None:

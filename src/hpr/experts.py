@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hpr.anatomy import Site, slice_at
 from hpr.bank import FactorBank, dense, shell_of
@@ -49,6 +50,11 @@ class SharedExperts(nn.Module):
             vars(self).setdefault(name, value)
         self.train(source.training)
 
+    def train(self, mode: bool = True) -> SharedExperts:
+        """Also tells the module that computes in its place."""
+        self.shell.training = mode
+        return super().train(mode)
+
     @property
     def bank(self) -> FactorBank:
         return self._bank[0]
@@ -79,7 +85,10 @@ class SharedExperts(nn.Module):
         return torch.stack([dense(self.bank, terms, shape, placeholder) for terms in self.slices[name]])
 
     def forward(self, *positional: Any, **named: Any) -> Any:
-        return self._stand_in({name: self.dense_parameter(name) for name in self.slices}).forward(*positional, **named)
+        parameters = {name: self.dense_parameter(name) for name in self.slices}
+        if torch.compiler.is_compiling():  # it cannot follow a copy, and traces in one thread
+            return functional_call(self.shell, {**self._parameters, **parameters}, positional, named)  # type: ignore[dict-item]
+        return self._stand_in(parameters).forward(*positional, **named)
 
     def _stand_in(self, parameters: Mapping[str, Tensor]) -> nn.Module:
         """A module of the original's class with some parameters put in; made anew, so that threads do not meet in one."""
