@@ -172,6 +172,18 @@ def test_the_way_experts_are_run_changes_nothing_and_stays(ids: Tensor, implemen
         torch.testing.assert_close(student(ids).logits, dense_with(model, student)(ids).logits)
 
 
+def test_routers_made_from_a_linear_are_kept(ids: Tensor) -> None:
+    """Phi's router is one, with a choice for its output."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(tf.PhimoeConfig(**SIZES, intermediate_size=24, num_local_experts=4)).eval()
+    anatomy = describe(model)
+    profile = hpr.profile(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    routers = {site.name for site in anatomy.sites if site.slot == "mlp.router"}
+    assert set(unshareable(model, anatomy)) == routers == {"layers.0.mlp.router", "layers.1.mlp.router"}
+    assert not any(profile.sites[name].live for name in routers)
+    assert any(hpr.plan(model, profile, "60%").entries[f"{EXPERTS}.down_proj.{number}"].terms for number in range(4))
+
+
 def test_the_experts_of_a_layer_are_one_track(model: tf.PreTrainedModel, ids: Tensor) -> None:
     profile = hpr.profile(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
     plan = hpr.plan(model, profile, "40%", operators=["tie"], only="*.experts.*")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -239,7 +240,9 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> 
 
 
 def _recorder(target: _Moments) -> Callable:
-    def record(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    def record(module: nn.Module, inputs: tuple, output: Any) -> Any:
+        if not isinstance(output, Tensor):  # a router made from a Linear gives a choice: nothing is known of its weight
+            return output
         x = inputs[0].detach()
         output = with_graph(output)
         output.register_hook(lambda gradient: _add_linear(target, x, gradient))
