@@ -121,6 +121,14 @@ def test_inspect_names_ties(tmp_path, build):
     assert "tied: embed_tokens = lm_head" in run("inspect", tmp_path).stdout
 
 
+def test_inspect_names_matrices_that_are_no_sites(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    tf.ViTModel(tf.ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path)
+    found = json.loads(run("inspect", tmp_path, "--json").stdout)["leftovers"]
+    assert found[0] == {"owner": "Conv2d", "parameter": "weight", "count": 1, "parameters": 768, "reason": "a convolution"}
+    assert "no site: Conv2d.weight, 768 parameters: a convolution" in run("inspect", tmp_path).stdout
+
+
 def test_profile(home, tmp_path):
     target = tmp_path / "new" / "profile.safetensors"
     result = run("profile", home / "model", "--data", home / "texts.txt", "--examples", 16, "-o", target, "--json")

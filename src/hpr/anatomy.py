@@ -3,7 +3,8 @@
 A *site* is one weight matrix W of shape (out, in), named ``stack.layer.slot`` (``encoder.3.intermediate.dense``). No table
 of architectures is consulted: a stack is a numbered container whose children repeat the same weight matrices, and a slot
 is a weight's path inside its block. An embedding table of V rows is a site of shape (V, d), just as the
-output head that is often tied to it.
+output head that is often tied to it. The experts of a mixture are often slices of one three-dimensional parameter: each is a
+site, named ``stack.layer.slot.expert``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hpr.errors import HprError
+from hpr.slices import Slice, slice_below, sliced_parameters
 
 Kind = Literal["linear", "embedding"]
 
@@ -30,7 +32,8 @@ class Site:
 
     ``path`` is the module's path below the base model, or below the whole model for what hangs outside the base (a task
     head); ``module_at`` resolves both. ``aliases`` are the paths of further modules that read the same parameter (tied
-    weights, counted once). ``stack`` and ``layer`` are None outside the stacks.
+    weights, counted once). ``stack`` and ``layer`` are None outside the stacks. ``expert`` is the number of a slice of a
+    three-dimensional parameter, whose path then ends in the parameter's name and that number; None for modules.
     """
 
     name: str
@@ -43,11 +46,17 @@ class Site:
     layer: int | None = None
     slot: str = ""
     aliases: tuple[str, ...] = ()
+    expert: int | None = None
 
     @property
     def parameters(self) -> int:
         """Weight parameters, bias not counted (biases stay private)."""
         return self.out_features * self.in_features
+
+    @property
+    def position(self) -> int | None:
+        """Where it stands in its row of neighbours: the expert among those of a layer, else the layer in its stack."""
+        return self.layer if self.expert is None else self.expert
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,10 @@ class Anatomy:
         return chosen
 
     def slots(self) -> dict[tuple[str, str], tuple[Site, ...]]:
-        """(stack, slot) → its sites in layer order, split where shapes differ; sites outside the stacks stand alone."""
+        """(stack, slot) → its sites in layer order, split where shapes differ; sites outside the stacks stand alone.
+
+        The experts of all layers are one slot, those of a layer one after the other.
+        """
         found: dict[tuple[str, str, int, int], list[Site]] = defaultdict(list)
         for site in self.sites:
             found[site.stack or "", site.slot, site.out_features, site.in_features].append(site)
@@ -142,6 +154,21 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     """A site's weight as (out, in), whatever the module's own layout; a view, never a copy."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def weight_at(model: nn.Module, site: Site) -> torch.Tensor:
+    """A site's weight as (out, in), a view of the parameter. Raises ``HprError`` where the model has no such site."""
+    if site.expert is None:
+        return weight_of(module_at(model, site.path))
+    found = slice_at(model, site.path)
+    if found is None:
+        raise HprError(f"{type(model).__name__} has no experts at {site.path!r}: the plan or checkpoint is of another model")
+    return found.weight
+
+
+def slice_at(model: nn.Module, path: str) -> Slice | None:
+    """The expert at a site's path, below the base model first; None where the path is not one of an expert."""
+    return slice_below(base_of(model)[0], path) or slice_below(model, path)
 
 
 def _modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
@@ -195,6 +222,34 @@ def _sites(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator
             slot=slot,
             aliases=tuple(paths[1:]),
         )
+    yield from _experts(modules, stacks)
+
+
+def _experts(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator[Site]:
+    paths_of: dict[int, dict[str, nn.Module]] = defaultdict(dict)
+    for path, module in modules.items():
+        for name, parameter in sliced_parameters(module):
+            if module not in paths_of[id(parameter)].values():
+                paths_of[id(parameter)][f"{path}.{name}" if path else name] = module
+    for owners in paths_of.values():
+        path, *others = owners
+        stack, layer, slot = _place(path, stacks)
+        name = path if stack is None else f"{stack.name}.{layer}.{slot}"
+        count, out_features, in_features = getattr(owners[path], path.rpartition(".")[2]).shape
+        for number in range(count):
+            yield Site(
+                name=f"{name}.{number}",
+                path=f"{path}.{number}",
+                kind="linear",
+                out_features=out_features,
+                in_features=in_features,
+                has_bias=False,
+                stack=stack.name if stack else None,
+                layer=layer,
+                slot=slot,
+                aliases=tuple(f"{other}.{number}" for other in others),
+                expert=number,
+            )
 
 
 def _place(path: str, stacks: tuple[Stack, ...]) -> tuple[Stack | None, int | None, str]:
@@ -210,7 +265,7 @@ def _fingerprint(model: nn.Module, sites: tuple[Site, ...]) -> str:
     """A hash of names, shapes and a sample of values, so that a profile or plan of another model is noticed."""
     digest = hashlib.sha256()
     for site in sites:
-        weight = weight_of(module_at(model, site.path))
+        weight = weight_at(model, site)
         digest.update(f"{site.name}:{tuple(weight.shape)};".encode())
         if not weight.is_meta:
             sample = weight.detach()[:: max(1, weight.shape[0] // 8), :: max(1, weight.shape[1] // 8)]

@@ -119,12 +119,13 @@ class SharedSite(nn.Module):
     kept, from which ``unshare`` builds the stock module again. ``path`` is the site's path, also at its aliases.
     """
 
+    placeholders = ("weight",)
     weight: Tensor
 
     def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str = ""):
         nn.Module.__init__(self)  # not super(): with a subclass of nn.Embedding mixed in, that one would come next
         self._bank = (bank,)
-        self._shell = (_shell_of(source),)
+        self._shell = (shell_of(source),)
         self.terms = tuple(terms)
         self.path = path
         self.out_features, self.in_features = weight_of(source).shape
@@ -140,20 +141,14 @@ class SharedSite(nn.Module):
         """The module that this one replaces, its parameters on the meta device."""
         return self._shell[0]
 
+    @property
+    def terms_by_path(self) -> dict[str, tuple[Term, ...]]:
+        """Its own path and terms."""
+        return {self.path: self.terms}
+
     def dense_weight(self) -> Tensor:
         """The (out, in) matrix that the terms add up to."""
-        total = torch.zeros(self.out_features, self.in_features, dtype=self.weight.dtype, device=self.weight.device)
-        for term in self.terms:
-            product = self.bank[term.u].dense()
-            if term.v is not None:
-                product = product @ self.bank[term.v].dense()
-            if term.row_scale is not None:
-                product = product * self.bank[term.row_scale].weight.T
-            if term.column_scale is not None:
-                product = product * self.bank[term.column_scale].weight
-            start, stop = term.rows or (0, self.out_features)
-            total[start:stop] = total[start:stop] + product
-        return total
+        return dense(self.bank, self.terms, (self.out_features, self.in_features), self.weight)
 
     def extra_repr(self) -> str:
         ranks = ", ".join("full" if term.rank is None else str(term.rank) for term in self.terms)
@@ -221,6 +216,22 @@ class SharedEmbedding(SharedSite):
         return total
 
 
+def dense(bank: FactorBank, terms: Sequence[Term], shape: Sequence[int], like: Tensor) -> Tensor:
+    """The (out, in) matrix that terms add up to, with dtype and device of another tensor."""
+    total = torch.zeros(*shape, dtype=like.dtype, device=like.device)
+    for term in terms:
+        product = bank[term.u].dense()
+        if term.v is not None:
+            product = product @ bank[term.v].dense()
+        if term.row_scale is not None:
+            product = product * bank[term.row_scale].weight.T
+        if term.column_scale is not None:
+            product = product * bank[term.column_scale].weight
+        start, stop = term.rows or (0, shape[0])
+        total[start:stop] = total[start:stop] + product
+    return total
+
+
 def bank_of(model: nn.Module) -> FactorBank | None:
     """The bank of a shared model, None for any other."""
     bank = getattr(base_of(model)[0], BANK, None)
@@ -240,12 +251,11 @@ def specification(model: nn.Module) -> dict[str, Any]:
     aliases: dict[str, list[str]] = {}
     factors: dict[str, list[Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, SharedSite):
-            path = name.removeprefix(prefix)
-            if path != module.path:
-                aliases.setdefault(module.path, []).append(path)
-            sites[module.path] = entry_to_dict(Entry("", module.terms))["terms"]
-            for factor in factors_of(module.terms):
+        if isinstance(module, SharedSite) and module.path != (path := name.removeprefix(prefix)):
+            aliases.setdefault(module.path, []).append(path)
+        for path, terms in terms_in(module).items():
+            sites[path] = entry_to_dict(Entry("", terms))["terms"]
+            for factor in factors_of(terms):
                 factors[factor] = [part for part in bank[factor].shape if part != ""]
     return {
         "quant_method": METHOD,
@@ -255,6 +265,12 @@ def specification(model: nn.Module) -> dict[str, Any]:
         "factors": factors,
         "aliases": aliases,
     }
+
+
+def terms_in(module: nn.Module) -> dict[str, tuple[Term, ...]]:
+    """The sites that a module stands for, by path, with their terms: one, all its experts, or none for any other module."""
+    found: dict[str, tuple[Term, ...]] = getattr(module, "terms_by_path", {})
+    return found
 
 
 def factors_of(terms: Iterable[Term]) -> list[str]:
@@ -268,7 +284,7 @@ def is_specification(config: Any) -> bool:
     return method == METHOD
 
 
-def _shell_of(source: nn.Module) -> nn.Module:
+def shell_of(source: nn.Module) -> nn.Module:
     """A shallow copy of a module whose parameters are on the meta device."""
     shell = copy.copy(source)
     shell._parameters = {

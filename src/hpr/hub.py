@@ -25,9 +25,20 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hpr.anatomy import module_at
-from hpr.bank import BANK, FORMAT, METHOD, FactorBank, SharedSite, bank_of, factors_of, is_specification, specification
+from hpr.anatomy import module_at, slice_at
+from hpr.bank import (
+    BANK,
+    FORMAT,
+    METHOD,
+    FactorBank,
+    SharedSite,
+    bank_of,
+    factors_of,
+    is_specification,
+    specification,
+)
 from hpr.errors import HprError
+from hpr.experts import SharedExperts
 from hpr.folders import CONFIG, copy_sentence_files, is_output, read_config, replace
 from hpr.planning.plan import FactorShape, entry_from_dict
 from hpr.sharing import attach
@@ -83,7 +94,7 @@ class HprQuantizer(HfQuantizer):
         if bank is not None:
             _check_loaded(bank)
             model.config.quantization_config = specification(model)
-            _settle([module for module in model.modules() if isinstance(module, SharedSite)])
+            _settle(bank, [module for module in model.modules() if isinstance(module, SharedSite | SharedExperts)])
         return model
 
     def is_serializable(self) -> bool:
@@ -194,6 +205,8 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _has(model: nn.Module, path: str) -> bool:
+    if slice_at(model, path) is not None:
+        return True
     try:
         module_at(model, path)
     except HprError:
@@ -231,19 +244,20 @@ def _check_loaded(bank: FactorBank) -> None:
             raise HprError(f"factor {name} was not in the weights given: pass all that save_pretrained wrote")
 
 
-def _settle(sites: Sequence[SharedSite]) -> None:
+def _settle(bank: FactorBank, readers: Sequence[SharedSite | SharedExperts]) -> None:
     """Give each factor the dtype in which transformers loaded its sites (T5 keeps ``wo`` in float32), and clear placeholders.
 
     Transformers goes by names, and those of factors may contain ``wo`` by chance.
     """
     dtypes: dict[str, torch.dtype] = {}
-    for site in sites:
-        for name in factors_of(site.terms):
-            dtypes[name] = torch.promote_types(dtypes.get(name, site.weight.dtype), site.weight.dtype)
-    for site in sites:
-        for name in factors_of(site.terms):
-            site.bank[name].to(dtypes[name])
-        site.weight = torch.zeros_like(site.weight)
+    for reader in readers:
+        for placeholder in reader.placeholders:
+            found = reader.get_buffer(placeholder)
+            for name in factors_of(term for terms in reader.terms_by_path.values() for term in terms):
+                dtypes[name] = torch.promote_types(dtypes.get(name, found.dtype), found.dtype)
+            reader._buffers[placeholder] = torch.zeros_like(found)
+    for name, dtype in dtypes.items():
+        bank[name].to(dtype)
 
 
 def _write_model(student: nn.Module, folder: Path) -> None:

@@ -1,12 +1,13 @@
 """From curves to a plan: every candidate group of a model laid out on tracks, solved, and written down as a ``Plan``.
 
-One track per slot of a stack (its positions are layers) and one per embedding table (its positions are blocks of rows). The
-solver is pure; what it needs of the model is measured here once, as a ``Draft`` that answers for any budget.
+One track per slot of a stack (its positions are layers), one per layer's experts (its positions are experts) and one per
+embedding table (its positions are blocks of rows). The solver is pure; what it needs of the model is measured here once, as a
+``Draft`` that answers for any budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -154,8 +155,7 @@ def draft(
     bound = unshareable(model, anatomy)
     chosen = {site.name for site in anatomy.select(only) if measured[site.name].live and site.name not in bound}
     fixed = tuple(site for site in anatomy.sites if site.name not in chosen)
-    rows = [tuple(site for site in row if site.name in chosen) for row in anatomy.slots().values()]
-    rows = [row for row in rows if row]
+    rows = _rows(anatomy, chosen)
     tracks = []
     for index, row in enumerate(rows):
         group = [measured[site.name] for site in row]
@@ -193,6 +193,20 @@ def plan(
     return sketch.best(sketch.budget(budget))
 
 
+def _rows(anatomy: Anatomy, chosen: set[str]) -> list[list[Site]]:
+    """The chosen sites of each slot; experts layer by layer.
+
+    The experts of a layer read the same stream and write to the same, so they have directions in common. Expert 3 of one
+    layer and expert 3 of the next have nothing in common but a number.
+    """
+    rows: dict[Hashable, list[Site]] = {}
+    for key, sites in anatomy.slots().items():
+        for site in sites:
+            if site.name in chosen:
+                rows.setdefault((key, None if site.expert is None else site.layer), []).append(site)
+    return list(rows.values())
+
+
 def _track(group: Sequence[Measured], allowed: set[str], longest: int) -> Track:
     """Candidates of one slot: every operator on every run of layers up to ``longest``, and on the whole run."""
     candidates: dict[tuple[int, int], tuple[Candidate, ...]] = {}
@@ -211,12 +225,18 @@ def _track(group: Sequence[Measured], allowed: set[str], longest: int) -> Track:
             if kept := tuple(option for option in options if option is not None):
                 candidates[start, stop] = kept
     first = group[0].site
-    return Track(f"{first.stack} · {first.slot}" if first.stack else first.name, len(group), candidates)
+    return Track(_track_name(first), len(group), candidates)
+
+
+def _track_name(first: Site) -> str:
+    if first.expert is not None:
+        return first.name.rpartition(".")[0]
+    return f"{first.stack} · {first.slot}" if first.stack else first.name
 
 
 def _adjacent(sites: Sequence[Site]) -> bool:
-    layers = [site.layer for site in sites]
-    return len(sites) == 1 or (None not in layers and layers == list(range(layers[0], layers[0] + len(layers))))  # type: ignore[arg-type, operator]
+    places = [site.position for site in sites]
+    return len(sites) == 1 or (None not in places and places == list(range(places[0], places[0] + len(places))))  # type: ignore[arg-type, operator]
 
 
 def _sites(track: Track) -> set[str]:

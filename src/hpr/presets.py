@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from hpr.anatomy import Anatomy, Site, Stack, describe, module_at, weight_of
+from hpr.anatomy import Anatomy, Site, Stack, describe, weight_at
 from hpr.bank import factors_of
 from hpr.errors import HprError
 from hpr.operators import Fitted, tie
@@ -58,7 +58,7 @@ class Preset:
         """An ordinary, validated plan: the sites of one slot in one group are tied, and all others are kept.
 
         Kept are embeddings, sites outside the stacks and outside ``only``, sites that cannot be shared, and those alone in
-        their group. Where a slot has several shapes, each shape has groups of its own. The budget is exactly what the plan
+        their group. An expert is tied to those of its number in other layers. Where a slot has several shapes, each shape has groups of its own. The budget is exactly what the plan
         needs. Raises ``HprError`` where there is nothing to share, or a stack has fewer layers than the preset needs.
         """
         anatomy = describe(model)
@@ -67,10 +67,10 @@ class Preset:
         group_of = {stack.name: self._assigned(stack) for stack in anatomy.stacks if stack.name in used}
         entries = {site.name: Entry(KEEP) for site in anatomy.sites}
         for sites in anatomy.slots().values():
-            groups: dict[int, list[Site]] = {}
+            groups: dict[tuple[int, int | None], list[Site]] = {}
             for site in sites:
                 if site in free and site.stack is not None and site.layer is not None:
-                    groups.setdefault(group_of[site.stack][site.layer], []).append(site)
+                    groups.setdefault((group_of[site.stack][site.layer], site.expert), []).append(site)
             for members in groups.values():
                 if len(members) > 1:
                     entries |= {name: Entry(tie.TIE, terms) for name, terms in tie.terms(members, ()).items()}
@@ -88,7 +88,7 @@ class Preset:
         factors: dict[str, Tensor] = {}
         for site in sorted(anatomy.sites, key=lambda one: one.layer or 0):
             for factor in factors_of(plan.entries[site.name].terms):
-                factors.setdefault(factor, weight_of(module_at(model, site.path)).detach())
+                factors.setdefault(factor, weight_at(model, site).detach())
         return Fitted(factors, {})
 
     def _free(self, model: nn.Module, anatomy: Anatomy) -> set[Site]:

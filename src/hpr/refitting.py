@@ -39,7 +39,7 @@ def refit_stacks(
     batches: Sequence[Batch],
     progress: Progress = silent,
 ) -> None:
-    """Refit every compressed Linear inside the stacks, in place; kept sites, embeddings and heads stay as they are.
+    """Refit every compressed Linear inside the stacks, in place; kept sites, experts, embeddings and heads stay as they are.
 
     A second sweep follows where factors are shared: low-rank ones are first re-solved over all their users, on the first
     sweep's targets.
@@ -60,6 +60,7 @@ def refit_stacks(
                     blocks = [module_at(model, f"{stack.path}.{layer}") for model in (teacher, student)]
                     sites = [site for site in anatomy.sites if site.stack == stack.name and site.layer == layer]
                     sites = [site for site in sites if plan.entries[site.name].terms and site.name in measured]
+                    sites = [site for site in sites if site.expert is None]  # the two models may route a row differently
                     for stage in _stages(blocks[0], stack, layer, sites, hidden[0]):
                         for site, sums in _observe(blocks, stack, layer, stage, hidden).items():
                             site_student = module_at(student, site.path)

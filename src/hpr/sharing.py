@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hpr import operators
-from hpr.anatomy import Anatomy, Site, base_of, describe, module_at, weight_of
+from hpr.anatomy import Anatomy, Site, base_of, describe, module_at, slice_at, weight_of
 from hpr.bank import (
     BANK,
     FactorBank,
@@ -34,6 +34,7 @@ from hpr.bank import (
     specification,
 )
 from hpr.errors import HprError
+from hpr.experts import SharedExperts, check_experts, shared_experts, site_of, with_kept
 from hpr.planning.plan import FactorShape, Plan, Term
 from hpr.ties import Tie, declared_ties, drop_ties, resolved, restore_ties
 
@@ -75,16 +76,13 @@ def share(model: nn.Module, plan: Plan | Preset, profile: Profile | None = None)
     fitted = operators.fit(model, anatomy, plan, profile) if preset is None else preset.fit(model, anatomy, plan)
     _check_finite(changed, fitted)
     student = copy.deepcopy(model)
-    bank = attach(
-        student,
-        {anatomy[name].path: terms for name, terms in changed.items()},
-        plan.factors(anatomy),
-        {anatomy[name].path: anatomy[name].aliases for name in changed},
-    )
-    bank.load(fitted.factors)
+    by_path = {anatomy[name].path: terms for name, terms in changed.items()}
+    terms, shapes, kept = with_kept(student, by_path, plan.factors(anatomy))
+    bank = attach(student, terms, shapes, {anatomy[name].path: anatomy[name].aliases for name in changed})
+    bank.load({**fitted.factors, **kept})
     for name, change in fitted.bias_changes.items():
-        bias = getattr(module_at(student, anatomy[name].path), "bias", None)
-        if bias is not None:
+        if anatomy[name].has_bias:
+            bias: Tensor = module_at(student, anatomy[name].path).bias  # type: ignore[assignment]
             bias.data += change.to(bias)
     if isinstance(student, PreTrainedModel):
         student.config.quantization_config = specification(student)
@@ -100,21 +98,23 @@ def attach(
 ) -> FactorBank:
     """Swap the modules at some sites, in place, for ones that read a new bank on the base model. Factors stay unset.
 
-    ``terms_by_path``: terms by site path; ``shapes``: factor name → shape; ``aliases``: further modules that read a
-    site's factors (those tied to it now are found by themselves). ``dtype`` is that of the first site unless given. Works
-    on the meta device. Raises ``HprError``, before anything is changed, where a module cannot be replaced.
+    ``terms_by_path``: terms by site path, those of all experts of a parameter or of none (see ``experts.with_kept``);
+    ``shapes``: factor name → shape; ``aliases``: further modules that read a site's factors (those tied to it now are found
+    by themselves). ``dtype`` is that of the first site unless given. Works on the meta device. Raises ``HprError``, before
+    anything is changed, where a module cannot be replaced.
     """
     base, _ = base_of(model)
     if bank_of(model) is not None:
         raise HprError(f"this {type(model).__name__} has a bank already: attach to a fresh model")
-    sources = {path: module_at(model, path) for path in terms_by_path}
-    if not sources or model in sources.values():
+    experts = {path: found for path in terms_by_path if (found := slice_at(model, path)) is not None}
+    sources = {path: module_at(model, path) for path in terms_by_path if path not in experts}
+    if not terms_by_path or model in (*sources.values(), *(one.module for one in experts.values())):
         raise HprError(f"no site below {type(model).__name__} to attach to: give the paths of modules inside the model")
     for path, terms in terms_by_path.items():
-        _check_replaceable(model, path, sources[path])
-        _check_shapes(path, sources[path], terms, shapes)
-    first = next(iter(sources.values())).weight
-    assert isinstance(first, Tensor)
+        _check_site(model, path)
+        _check_shapes(site_of(path, experts[path]) if path in experts else _site_at(path, sources[path]), terms, shapes)
+    path = next(iter(terms_by_path))
+    first = experts[path].weight if path in experts else weight_of(sources[path])
     declared = declared_ties(model)
     ties = resolved(declared)
     owners = _readers(model, sources, aliases or {}, ties)
@@ -122,10 +122,11 @@ def attach(
         bank = FactorBank(shapes, dtype or first.dtype)
         swaps = {module: _shared(bank, terms_by_path[path], module, path) for module, path in owners.items()}
         _set_guards(swaps, sources.values(), ties)
+        replaced: dict[nn.Module, nn.Module] = {**swaps, **shared_experts(bank, experts, terms_by_path)}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in swaps:
-                setattr(parent, name, swaps[child])
+            if child in replaced:
+                setattr(parent, name, replaced[child])
     setattr(base, BANK, bank.train(base.training))
     drop_ties(declared)
     return bank
@@ -144,7 +145,7 @@ def unshareable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
                 reasons[site.name] = f"{site.path} is a fixed table (it takes no gradient): it stays"
         try:
             for path in (site.path, *site.aliases):
-                _check_replaceable(model, path, module_at(model, path))
+                _check_site(model, path)
         except HprError as error:
             reasons[site.name] = str(error)
     return reasons
@@ -160,8 +161,9 @@ def unshare(student: nn.Module) -> nn.Module:
     restored: dict[nn.Module, nn.Module] = {}
     for parent in list(dense.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, SharedSite):
-                restored.setdefault(child, _stock(child, weights))
+            if isinstance(child, SharedSite | SharedExperts):
+                if child not in restored:
+                    restored[child] = _stock(child, weights) if isinstance(child, SharedSite) else child.stock()
                 setattr(parent, name, restored[child])
     base, _ = base_of(dense)
     if bank_of(dense) is not None:
@@ -245,6 +247,15 @@ def _embedding_like(source: Any) -> type[SharedEmbedding]:
     return type(f"Shared{source.__name__}", (source, _DelegatedEmbedding), {})
 
 
+def _check_site(model: nn.Module, path: str) -> None:
+    expert = slice_at(model, path)
+    if expert is None:
+        _check_replaceable(model, path, module_at(model, path))
+    else:
+        check_experts(model, path, expert)
+        _check_read_past(model, path, expert.module, expert.parameter)
+
+
 def _check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
     """Raise where a swap would compute something else."""
     mend = "plan to keep it (`only=` leaves it out)"
@@ -258,15 +269,22 @@ def _check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
         raise HprError(f"{path} is a {kind.__name__}, neither Linear, Conv1D nor Embedding: {mend}")
     elif kind.forward not in (nn.Linear.forward, Conv1D.forward):
         raise HprError(f"{path} is a {kind.__name__} with a forward of its own: {mend}")
+    _check_read_past(model, path, module, "weight")
+
+
+def _check_read_past(model: nn.Module, path: str, module: nn.Module, parameter: str) -> None:
     for parent in model.modules():
-        for name in _read_past(type(parent)):  # type: ignore[arg-type]  # a class is hashable
+        for name in _read_past(type(parent), parameter):  # type: ignore[arg-type]  # a class is hashable
             if parent._modules.get(name) is module:
-                raise HprError(f"{path} belongs to a {type(parent).__name__}, which reads its weight past the module: {mend}")
+                raise HprError(
+                    f"{path} belongs to a {type(parent).__name__}, which reads its weight past the module: "
+                    f"plan to keep it (`only=` leaves it out)"
+                )
 
 
 @functools.cache
-def _read_past(kind: Any) -> frozenset[str]:
-    """Names of children whose ``weight`` a class reads itself, for more than its dtype: torch's MultiheadAttention does."""
+def _read_past(kind: Any, parameter: str) -> frozenset[str]:
+    """Names of children whose parameter a class reads itself, for more than its dtype: torch's MultiheadAttention does."""
     found = set()
     for owner in kind.__mro__:
         for name, function in vars(owner).items():
@@ -276,7 +294,7 @@ def _read_past(kind: Any) -> frozenset[str]:
             for place in range(len(steps) - 4):
                 origin, child, weight, *after = steps[place : place + 5]
                 harmless = after[0] in ("dtype", "device", "shape") or after == ["torch", "Tensor"]  # the last: isinstance
-                if origin == "self" and weight == "weight" and not harmless:
+                if origin == "self" and weight == parameter and not harmless:
                     found.add(child)
     return frozenset(found)
 
@@ -296,14 +314,17 @@ def _delegates(kind: type[nn.Module]) -> bool:
     return True
 
 
-def _check_shapes(path: str, module: nn.Module, terms: Sequence[Term], shapes: Mapping[str, FactorShape]) -> None:
+def _site_at(path: str, module: nn.Module) -> Site:
     out_features, in_features = weight_of(module).shape
-    site = Site(path, path, "linear", out_features, in_features, has_bias=False)
+    return Site(path, path, "linear", out_features, in_features, has_bias=False)
+
+
+def _check_shapes(site: Site, terms: Sequence[Term], shapes: Mapping[str, FactorShape]) -> None:
     for term in terms:
         for factor, needed in term.shapes(site).items():
             if shapes.get(factor) != needed:
                 raise HprError(
-                    f"{path} needs factor {factor!r} as {tuple(needed)}, its shape is given as {shapes.get(factor)}: "
+                    f"{site.path} needs factor {factor!r} as {tuple(needed)}, its shape is given as {shapes.get(factor)}: "
                     f"plan anew, or load the checkpoint with the model it was made from"
                 )
 

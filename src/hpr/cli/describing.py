@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hpr.anatomy import describe
 from hpr.errors import HprError
+from hpr.leftovers import leftovers
 from hpr.models import OpenModel
 from hpr.pipeline import versions
 from hpr.planning.plan import Plan, write_text
@@ -20,7 +22,7 @@ OTHER = "biases, norms and other"
 
 
 def anatomy_of(opened: OpenModel) -> dict[str, Any]:
-    """Stacks, parts with their parameters, ties, sites that cannot be shared, and the memory that a profile needs."""
+    """Stacks, parts with their parameters, ties, what cannot be shared, and the memory that a profile needs."""
     anatomy = describe(opened.model)
     parts: list[dict[str, Any]] = []
     for (stack, slot), sites in anatomy.slots().items():
@@ -43,6 +45,7 @@ def anatomy_of(opened: OpenModel) -> dict[str, Any]:
         "parts": parts,
         "ties": [{"site": site.name, "aliases": list(site.aliases)} for site in anatomy.sites if site.aliases],
         "unshareable": unshareable(opened.model, anatomy),
+        "leftovers": [asdict(row) for row in leftovers(opened.model, anatomy)],
         "profile_bytes": memory_needed(anatomy),
     }
 

@@ -31,6 +31,12 @@ def parts_table(anatomy: Mapping[str, Any]) -> Table:
     return grid
 
 
+def leftover_line(row: Mapping[str, Any]) -> str:
+    """Matrices that are no sites: whose, how many, how large, and why."""
+    many = f"{row['count']} of " if row["count"] > 1 else ""
+    return f"{many}{row['owner']}.{row['parameter']}, {exact(row['parameters'])} parameters: {row['reason']}"
+
+
 def layers_table(layers: Mapping[str, Any]) -> Table:
     """Per layer: block influence, context dependence, similarity to the layer above."""
     grid = _grid("Layers", "layer", ">block influence", ">context dependence", ">similar to the next")

@@ -77,6 +77,7 @@ def inspect(model: Model = None, as_json: Json = False) -> None:
     notes = [f"{stack['name']}: {stack['layers']} layers" for stack in found["stacks"]]
     notes += [f"tied: {' = '.join([tie['site'], *tie['aliases']])}" for tie in found["ties"]]
     notes += [f"cannot be shared: {reason}" for reason in found["unshareable"].values()]
+    notes += [f"no site: {tables.leftover_line(row)}" for row in found["leftovers"]]
     notes += [f"objective: {found['objective']}", f"a profile needs {tables.byte_count(found['profile_bytes'])} of memory"]
     show(found, as_json, tables.parts_table(found), lines(*notes))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hpr.anatomy import Anatomy, Site, module_at
-from hpr.bank import SharedEmbedding, SharedSite, bank_of
+from hpr.anatomy import Anatomy, Site, module_at, slice_at
+from hpr.bank import SharedEmbedding, SharedSite, bank_of, factors_of, terms_in
 from hpr.errors import HprError
+from hpr.planning.plan import Term
 
 OTHER = "biases, norms and other"
 _DTYPES = {  # in the order in which safetensors lays tensors out: the last first
@@ -65,7 +66,7 @@ def parameters(model: nn.Module) -> int:
 def disk_bytes(model: nn.Module) -> int:
     """The exact size in bytes of the safetensors file that ``save_pretrained`` (or ``hpr.hub.save``) writes, not written.
 
-    Off by a few bytes where transformers renames weights on saving, or splits them over several files (from 50 GB).
+    Off by the names where transformers renames weights on saving, stores experts one by one, or splits files (from 50 GB).
     """
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     groups: dict[Hashable, list[str]] = {}
@@ -100,10 +101,14 @@ def flops_per_token(model: nn.Module, anatomy: Anatomy) -> int:
     """Floating-point operations (multiply-adds × 2) for one row through every site.
 
     Attention scores, norms and activations are not counted: they are the same before and after. Looking up a table's row is
-    free, multiplying it by a factor is not.
+    free, multiplying it by a factor is not. All experts are counted, though the router sends a row to a few; their weights are
+    put together before they are used, so sharing changes nothing there.
     """
     total = 0
     for site in anatomy.sites:
+        if site.expert is not None:
+            total += 2 * site.parameters
+            continue
         modules = [module for path in (site.path, *site.aliases) if (module := _find(model, path)) is not None]
         total += sum(_flops(module, site) for module in dict.fromkeys(modules))
     return total
@@ -119,7 +124,8 @@ def parts(teacher: nn.Module, student: nn.Module, anatomy: Anatomy) -> list[dict
 
 
 def _by_part(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
-    stored = {site.name: dict(_stored(model, site)) for site in anatomy.sites}
+    terms = {path: own for module in model.modules() for path, own in terms_in(module).items()}
+    stored = {site.name: dict(_stored(model, site, terms)) for site in anatomy.sites}
     users = Counter(key for units in stored.values() for key in units)
     shares: dict[str, float] = {}
     for site in anatomy.sites:
@@ -133,14 +139,15 @@ def _by_part(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
     return rounded | {OTHER: parameters(model) - sum(rounded.values())}
 
 
-def _stored(model: nn.Module, site: Site) -> Iterator[tuple[Hashable, int]]:
+def _stored(model: nn.Module, site: Site, terms: Mapping[str, Sequence[Term]]) -> Iterator[tuple[Hashable, int]]:
     """What one site reads: (identity, parameters) of each factor or weight."""
-    module = _find(model, site.path)
-    if isinstance(module, SharedSite):
-        for term in module.terms:
-            for factor in term.factors:
-                yield factor, module.bank[factor].shape.parameters
-    elif module is not None:
+    bank = bank_of(model)
+    if site.path in terms and bank is not None:
+        for factor in factors_of(terms[site.path]):
+            yield factor, bank[factor].shape.parameters
+    elif site.expert is not None and (expert := slice_at(model, site.path)) is not None:
+        yield (_storage(expert.weight), expert.number), expert.weight.numel()
+    elif (module := _find(model, site.path)) is not None:
         weight: Tensor = module.weight  # type: ignore[assignment]
         yield _storage(weight), weight.numel()
 

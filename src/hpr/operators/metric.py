@@ -13,7 +13,7 @@ import torch
 from scipy.ndimage import uniform_filter1d
 from torch import Tensor, nn
 
-from hpr.anatomy import Anatomy, Site, module_at, weight_of
+from hpr.anatomy import Anatomy, Site, weight_at
 from hpr.profiling.profile import Profile, SiteStatistics
 
 DAMPING = 1e-3
@@ -100,7 +100,7 @@ def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict
     """Every site of a model in its metric; without a profile, in the plain Frobenius metric."""
     measured = {}
     for site in anatomy.sites:
-        weight = weight_of(module_at(model, site.path)).detach().cpu().double()
+        weight = weight_at(model, site).detach().cpu().double()
         known = profile.sites[site.name] if profile else plain_statistics(site)
         left = smooth_frequencies(known.left) if profile and site.kind == "embedding" and known.live else known.left
         damping = OUTPUT_DAMPING if site.kind == "linear" else DAMPING

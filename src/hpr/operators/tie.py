@@ -24,20 +24,32 @@ QUICK, THOROUGH = 2, 25  # conjugate-gradient steps for a curve, and for a fit
 
 
 def group_name(sites: Sequence[Site]) -> str:
-    """``encoder.0-2.mlp.up`` for a run of one slot, ``encoder.0-1+4.mlp.up`` for several; else site names joined."""
+    """``encoder.0-2.mlp.up`` for a run of one slot, ``encoder.0-1+4.mlp.up`` for several; else site names joined.
+
+    The experts of one layer are named by their numbers instead: ``decoder.0.mlp.experts.down_proj.0-7``.
+    """
     first = sites[0]
-    layers = [site.layer for site in sites if site.layer is not None and (site.stack, site.slot) == (first.stack, first.slot)]
-    if len(layers) < len(sites):
+    alike = all((site.stack, site.slot) == (first.stack, first.slot) for site in sites)
+    if alike and first.expert is not None and len({site.layer for site in sites}) == 1:
+        return f"{first.name.rpartition('.')[0]}.{_runs([site.expert for site in sites if site.expert is not None])}"
+    layers = [site.layer for site in sites if site.layer is not None]
+    experts = {site.expert for site in sites}
+    if not alike or len(layers) < len(sites) or len(experts) > 1:
         return "+".join(site.name for site in sites)
+    slot = first.slot if first.expert is None else f"{first.slot}.{first.expert}"
+    return f"{first.stack}.{_runs(layers)}.{slot}"
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """``0-2+5``: numbers in order, neighbours as runs. One alone is 3-3, so that no factor has the name of a site."""
     runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            runs.append([layer])
-    alone = len(runs) == 1  # a block of one layer is called 3-3, so that no factor has the name of a site
-    members = "+".join(f"{run[0]}-{run[-1]}" if alone or len(run) > 1 else str(run[0]) for run in runs)
-    return f"{first.stack}.{members}.{first.slot}"
+            runs.append([number])
+    alone = len(runs) == 1
+    return "+".join(f"{run[0]}-{run[-1]}" if alone or len(run) > 1 else str(run[0]) for run in runs)
 
 
 def candidate(group: Sequence[Measured]) -> Candidate:

@@ -10,17 +10,17 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from hpr.anatomy import Anatomy, Site, module_at
+from hpr.anatomy import Anatomy, Site, module_at, slice_at
 from hpr.errors import HprError
 from hpr.profiling.objectives import Batch, Objective, call, examples_in
 from hpr.profiling.profile import SiteStatistics
+from hpr.profiling.reading import Record, WeightsRead, experts_one_by_one, with_graph
 
 DIAGONAL_ABOVE = 8192
 _SIZES = ("gradients", "inputs", "changes")  # traces that bring the parts of a sum to one scale
@@ -96,6 +96,9 @@ class _Moments:
     dW = Σ g xᵀ, ``left`` is the sum of Σ g gᵀ and Σ dW dWᵀ, ``right`` of Σ ‖g‖² x xᵀ and Σ dWᵀ dW, each part divided by
     its trace as first seen, ``sizes``; without sizes only the traces and the mean input are collected. ``centre`` (in,) is
     taken off x where a bias can absorb it.
+
+    An expert's rows come from all examples mixed, so nothing is known of how the rows of one add up: there K-FAC's estimate
+    stands alone, and ``changes`` is the trace that independent rows have, Σ ‖g‖² ‖x‖².
     """
 
     site: Site
@@ -210,56 +213,42 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> Iterator[None]:
     handles = []
-    tables: dict[int, _Moments] = {}
+    tables: dict[int, Record] = {}
+    experts: dict[int, Record] = {}
     for site in anatomy.sites:
+        if site.expert is not None:
+            found = slice_at(model, site.path)
+            assert found is not None
+            experts[found.weight.data_ptr()] = partial(_add_expert, moments[site.name])
+            continue
         for path in (site.path, *site.aliases):
             module = module_at(model, path)
             target = moments[site.name]
             if isinstance(module, nn.Embedding):
-                tables[id(module.weight)] = target
+                tables[id(module.weight)] = partial(_add_embedding, target)
                 continue
             if site.kind == "embedding":  # a tied head is another use
                 target.head = target.head or _Moments(site)
                 target = target.head
             handles.append(module.register_forward_hook(_recorder(target)))
     try:
-        with _LookUps(tables):
+        with experts_one_by_one(model), WeightsRead(tables, experts):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _LookUps(TorchFunctionMode):
-    """Records what is looked up in tables, by the weight's identity: embedding modules compute ids or scale rows themselves."""
-
-    def __init__(self, tables: dict[int, _Moments]):
-        super().__init__()
-        self.tables = tables
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        target = self.tables.get(id(args[1])) if func is F.embedding else None
-        if target is not None and torch.is_grad_enabled():  # some models look up fixed tables without gradients
-            ids = args[0]
-            output = _with_graph(output)
-            output.register_hook(lambda gradient: _add_embedding(target, ids, gradient))
-        return output
-
-
 def _recorder(target: _Moments) -> Callable:
-    def record(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    def record(module: nn.Module, inputs: tuple, output: Any) -> Any:
+        if not isinstance(output, Tensor):  # a router made from a Linear gives a choice: nothing is known of its weight
+            return output
         x = inputs[0].detach()
-        output = _with_graph(output)
+        output = with_graph(output)
         output.register_hook(lambda gradient: _add_linear(target, x, gradient))
         return output
 
     return record
-
-
-def _with_graph(output: Tensor) -> Tensor:
-    """The output itself, or where nothing below has a graph, one that starts here; cloned so that += stays legal."""
-    return output if output.requires_grad else output.detach().requires_grad_().clone()
 
 
 def _add_upper(total: Tensor, first: Tensor, second: Tensor) -> None:
@@ -334,6 +323,14 @@ def _add_embedding(target: _Moments, ids: Tensor, gradient: Tensor) -> None:
     if target.sizes is not None and (rows := int(live.sum())):
         counts = torch.bincount(ids[live], minlength=target.site.out_features)
         target.add(rows, counts=[counts], left=[(gradient, gradient)])
+
+
+def _add_expert(target: _Moments, x: Tensor, gradient: Tensor) -> None:
+    g, x = gradient.detach().reshape(-1, gradient.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
+    weight = g.square().sum(1)
+    if target.sizes is not None and (rows := int((weight > 0).sum())):
+        weighted = weight[:, None] * x
+        target.add(rows, changes=[(weighted * x).sum()], left=[(g, g)], right=[(weighted, x)])
 
 
 def _by_example(rows: Tensor) -> Tensor:
