@@ -58,8 +58,9 @@ class Preset:
         """An ordinary, validated plan: the sites of one slot in one group are tied, and all others are kept.
 
         Kept are embeddings, sites outside the stacks and outside ``only``, sites that cannot be shared, and those alone in
-        their group. An expert is tied to those of its number in other layers. Where a slot has several shapes, each shape has groups of its own. The budget is exactly what the plan
-        needs. Raises ``HprError`` where there is nothing to share, or a stack has fewer layers than the preset needs.
+        their group. An expert is tied to those of its number in other layers. Where a slot has several shapes, each shape has
+        groups of its own. The budget is exactly what the plan needs. Raises ``HprError`` where there is nothing to share, or
+        a stack has fewer layers than the preset needs.
         """
         anatomy = describe(model)
         free = self._free(model, anatomy)
