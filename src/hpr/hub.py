@@ -44,6 +44,7 @@ from hpr.planning.plan import FactorShape, entry_from_dict
 from hpr.sharing import attach
 
 WEIGHTS = "model.safetensors"
+_ALIGNMENT = 64  # bytes, as torch allocates on a processor
 
 
 class HprConfig(QuantizationConfigMixin):
@@ -95,6 +96,7 @@ class HprQuantizer(HfQuantizer):
             _check_loaded(bank)
             model.config.quantization_config = specification(model)
             _settle(bank, [module for module in model.modules() if isinstance(module, SharedSite | SharedExperts)])
+            _align(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -258,6 +260,16 @@ def _settle(bank: FactorBank, readers: Sequence[SharedSite | SharedExperts]) -> 
             reader._buffers[placeholder] = torch.zeros_like(found)
     for name, dtype in dtypes.items():
         bank[name].to(dtype)
+
+
+def _align(model: nn.Module) -> None:
+    """Move weights that lie where the file happens to hold them to addresses such as torch gives.
+
+    Kernels differ by alignment, and their rounding with them: a model would not compute bit for bit what it did when saved.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def _write_model(student: nn.Module, folder: Path) -> None:
