@@ -176,6 +176,9 @@ def _why_no_reuse(model: nn.Module, path: str, layer: int) -> str | None:
         inner: type(module) for inner, module in attention_modules(below).items()
     }:
         return "the layer below attends in another way"
+    types = _attention_types(_owner(model, path))
+    if types is not None and types[layer] != types[layer - 1]:
+        return f"it attends as {types[layer]!r}, the layer below as {types[layer - 1]!r}"
     return None
 
 

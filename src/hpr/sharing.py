@@ -41,7 +41,7 @@ from hpr.planning.plan import KEEP, FactorShape, Plan, Term
 from hpr.reuse import attention_at, check, install, paths_of
 from hpr.slices import Slice
 from hpr.ties import Tie, declared_ties, drop_ties, resolved, restore_ties
-from hpr.vanished import Vanished
+from hpr.vanished import SomeRows, Vanished, only_rows
 
 if TYPE_CHECKING:
     from hpr.presets import Preset
@@ -215,12 +215,8 @@ def _guard(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[st
     """A kept site for the bank to hold as it is: its placeholder makes loading without hpr fail where nothing else would."""
     fixed = unshareable(model, anatomy)
     for site in anatomy.sites:
-        if (
-            plan.entries[site.name].operator == KEEP
-            and site.kind == "linear"
-            and site.expert is None
-            and site.name not in fixed
-        ):
+        kept = plan.entries[site.name].operator == KEEP and site.name not in fixed
+        if kept and site.kind == "linear" and site.expert is None:
             factor = f"{site.name}.kept"
             shape = FactorShape(site.out_features, site.in_features)
             return site.path, {factor: shape}, {factor: weight_at(model, site).detach()}
@@ -273,7 +269,7 @@ def _readers(
 
 def _shared(bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str) -> SharedSite:
     if not isinstance(source, nn.Embedding):
-        return SharedLinear(bank, terms, source, path)
+        return (SomeRows if only_rows(terms) else SharedLinear)(bank, terms, source, path)
     if type(source).forward is nn.Embedding.forward:
         return SharedEmbedding(bank, terms, source, path)
     kind = _embedding_like(type(source))  # type: ignore[arg-type]  # a class is hashable

@@ -96,7 +96,7 @@ def example_batch(model: nn.Module) -> dict[str, Tensor]:
 
     Raises ``HprError`` for models whose inputs it does not say.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     draw = torch.Generator().manual_seed(0)
     name = getattr(model, "main_input_name", "")
     vision = getattr(config, "vision_config", config)
@@ -119,7 +119,7 @@ def example_batch(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _ids(model: Any, draw: torch.Generator) -> Tensor:
-    return torch.randint(model.get_input_embeddings().num_embeddings, (2, 8), generator=draw)
+    return torch.randint(model.config.get_text_config().vocab_size, (2, 8), generator=draw)
 
 
 def _weighted_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:
