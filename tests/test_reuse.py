@@ -24,6 +24,7 @@ from hpr.evaluation.sizes import flops_per_token, forward_flops, parameters, par
 from hpr.planning.layers import DROPPED, KEYS, WEIGHTS
 from hpr.planning.plan import Plan, keep_all
 from hpr.profiling.objectives import call
+from hpr.refitting import refit_stacks
 from hpr.reuse import block_path, droppable, reusable, with_states
 from hpr.sharing import share, unshare
 from hpr.vanishing import example_batch, vanishing, with_layers
@@ -341,6 +342,13 @@ def test_unshare_names_the_layers() -> None:
     _, student = made("BERT", WEIGHTS)
     with pytest.raises(HprError, match=r"encoder\.layer\.1 \(attention reused\), encoder\.layer\.2"):
         unshare(student)
+
+
+def test_refit_is_refused() -> None:
+    model = make("BERT")
+    plan = planned(model, {"encoder.1": WEIGHTS})
+    with pytest.raises(HprError, match=r"encoder\.1 is 'attention reused'.*leave the refit out"):
+        refit_stacks(share(model, plan), model, describe(model), plan, {}, [batch_of("BERT")])
 
 
 def test_who_can_and_why_not() -> None:

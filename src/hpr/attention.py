@@ -178,12 +178,18 @@ def attention_weights(
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     if position_bias is not None:
-        scores = scores + position_bias
+        scores = _added(scores, position_bias)
     if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
-        scores = scores + mask
+        scores = _added(scores, mask)
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+
+
+def _added(scores: Tensor, more: Tensor) -> Tensor:
+    """In place where the sum has the shape and type of the scores: they are the largest tensor of a layer."""
+    fits = torch.broadcast_shapes(scores.shape, more.shape) == scores.shape and more.dtype == scores.dtype
+    return scores.add_(more) if fits else scores + more
 
 
 def _grouped(left: Tensor, right: Tensor) -> Tensor:

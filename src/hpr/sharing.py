@@ -36,12 +36,11 @@ from hpr.bank import (
 from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
 from hpr.experts import SharedExperts, check_experts, shared_experts, site_of, with_kept
-from hpr.planning.layers import DROPPED, REUSED
 from hpr.planning.plan import KEEP, FactorShape, Plan, Term
-from hpr.reuse import attention_at, check, install, paths_of
+from hpr.reuse import check, install, paths_of
 from hpr.slices import Slice
 from hpr.ties import Tie, declared_ties, drop_ties, resolved, restore_ties
-from hpr.vanished import SomeRows, Vanished, only_rows
+from hpr.vanished import SomeRows, Vanished, check_vanished, only_rows, vanished_paths
 
 if TYPE_CHECKING:
     from hpr.presets import Preset
@@ -83,7 +82,7 @@ def share(model: nn.Module, plan: Plan | Preset, profile: Profile | None = None)
     student = copy.deepcopy(model)
     by_path = {anatomy[name].path: terms for name, terms in changed.items()}
     terms, shapes, kept = with_kept(student, by_path, plan.factors(anatomy))
-    terms |= dict.fromkeys(_vanished(anatomy, plan), ())
+    terms |= dict.fromkeys(vanished_paths(anatomy, plan), ())
     if not terms:
         path, shapes, kept = _guard(student, anatomy, plan)
         terms = {path: tuple(Term(factor) for factor in shapes)}
@@ -130,7 +129,7 @@ def attach(
     if not terms_by_path or model in (*sources.values(), *(one.module for one in experts.values())):
         raise HprError(f"no site below {type(model).__name__} to attach to: give the paths of modules inside the model")
     for path in vanished:
-        _check_vanished(path, layers or {}, model)
+        check_vanished(model, path, layers or {})
     for path, terms in terms_by_path.items():
         if path in vanished:
             continue
@@ -205,12 +204,6 @@ def unshare(student: nn.Module) -> nn.Module:
     return dense
 
 
-def _vanished(anatomy: Anatomy, plan: Plan) -> list[str]:
-    """Paths of modules that stay inside their block but have no effect: sites, and what else is counted as removed."""
-    sites = [anatomy[name].path for name, entry in plan.entries.items() if entry.operator == REUSED and not entry.terms]
-    return sites + [path for path in plan.removed if path not in plan.entries and path not in plan.layers]
-
-
 def _guard(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
     """A kept site for the bank to hold as it is: its placeholder makes loading without hpr fail where nothing else would."""
     fixed = unshareable(model, anatomy)
@@ -221,14 +214,6 @@ def _guard(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[st
             shape = FactorShape(site.out_features, site.in_features)
             return site.path, {factor: shape}, {factor: weight_at(model, site).detach()}
     raise HprError("no Linear weight is kept that could tell of the layers on loading: drop fewer layers")
-
-
-def _check_vanished(path: str, layers: Mapping[str, str], model: nn.Module) -> None:
-    """Raise where a module without terms is not inside the attention of a layer that takes what it needs from below."""
-    for block, state in layers.items():
-        if state != DROPPED and any(path.startswith(f"{attention}.") for attention in attention_at(model, block)):
-            return
-    raise HprError(f"{path} is said to have no effect, but its layer attends by itself: give it terms, or plan to keep it")
 
 
 def _first(terms: Mapping[str, Sequence[Term]], experts: Mapping[str, Slice], modules: Mapping[str, nn.Module]) -> Tensor:

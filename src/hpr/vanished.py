@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hpr.anatomy import weight_of
+from hpr.anatomy import Anatomy, weight_of
 from hpr.bank import FactorBank, SharedLinear, SharedSite, shell_of
-from hpr.planning.plan import Term
+from hpr.errors import HprError
+from hpr.planning.layers import DROPPED, REUSED
+from hpr.planning.plan import Plan, Term
+from hpr.reuse import attention_at
 
 
 class Vanished(SharedSite):
@@ -61,3 +64,17 @@ def only_rows(terms: Sequence[Term]) -> bool:
     runs = [term.rows for term in terms if term.rows is not None]
     ordered = all(one[1] <= other[0] for one, other in itertools.pairwise(runs))
     return bool(terms) and len(runs) == len(terms) and plain and ordered
+
+
+def vanished_paths(anatomy: Anatomy, plan: Plan) -> list[str]:
+    """Paths of the modules that lose all effect inside a block that stays: sites, and what else a plan calls removed."""
+    sites = [anatomy[name].path for name, entry in plan.entries.items() if entry.operator == REUSED and not entry.terms]
+    return sites + [path for path in plan.removed if path not in plan.entries and path not in plan.layers]
+
+
+def check_vanished(model: nn.Module, path: str, layers: Mapping[str, str]) -> None:
+    """Raise ``HprError`` where a module is not inside the attention of a layer that takes from below (path → state)."""
+    for block, state in layers.items():
+        if state != DROPPED and any(path.startswith(f"{attention}.") for attention in attention_at(model, block)):
+            return
+    raise HprError(f"{path} is said to have no effect, but its layer attends by itself: give it terms, or plan to keep it")
