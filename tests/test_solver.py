@@ -6,7 +6,8 @@ import pytest
 
 from hpr.errors import HprError
 from hpr.planning.boundaries import boundaries, least_costs, structures
-from hpr.planning.candidates import Candidate, Choice, Track, exhaustive, exhaustive_at, restrict, solution, tabulate
+from hpr.planning.candidates import Candidate, Choice, Track, exhaustive, exhaustive_at, solution, tabulate
+from hpr.planning.composite import restrict
 from hpr.planning.solver import greedy, k_best, plan_candidates, smallest, solve, solve_at
 
 CLOSE = 1e-9
