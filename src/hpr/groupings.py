@@ -1,9 +1,10 @@
 """Groupings that no segmentation of a track into short runs can give, as composite candidates for the planner.
 
-The rules are those of the presets (sequence, cycle, cycle reversed, sandwich), with groups of about two, three and four;
-besides, layers are matched in pairs so that sharing gains most. Groups of layers that are no neighbours, or of more than the
-planner's longest run, are offered the cheap operators only: shared bases and tie. Any group may also stay private, at what its
-members cost alone. Damage decides whether a grouping is taken; similarity only says which pairs to measure.
+The rules are those of the presets: cycles of pairs and of threes, reversed cycles of pairs, two halves, a sandwich with one
+middle. Besides, layers are matched in pairs so that sharing gains most. Groups of layers that are no neighbours, or of more
+than the planner's longest run, are offered the cheap operators only: shared bases, and tie where the weights themselves are
+alike. Any group may also stay private, at what its members cost alone. Damage decides whether a grouping is taken; similarity
+only says which pairs to measure.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import networkx
+import torch
 
 from hpr.operators import OPERATORS, basis, tie
 from hpr.operators.metric import Measured
@@ -20,10 +22,8 @@ from hpr.planning.candidates import Candidate
 from hpr.planning.composite import compose, hull
 from hpr.presets import Preset
 
-CHEAP = (tie.TIE, basis.INPUT, basis.OUTPUT)
+BASES = (basis.INPUT, basis.OUTPUT)
 MATCHING = "matching"
-_RULES = ("sequence", "cycle", "cycle_rev", "sandwich")
-_SIZES = (2, 3, 4)  # of groups, about
 
 Intervals = Mapping[tuple[int, int], tuple[Candidate, ...]]
 Members = tuple[int, ...]  # positions of a group, in order
@@ -35,7 +35,8 @@ class Groups:
 
     def __init__(self, row: Sequence[Measured], runs: Intervals, allowed: set[str]):
         self._row, self._runs = row, runs
-        self._cheap = [OPERATORS[name].candidate for name in CHEAP if name in allowed]
+        self._bases = [OPERATORS[name].candidate for name in BASES if name in allowed]
+        self._tie = tie.TIE in allowed
         self._measured: dict[Members, tuple[Candidate, ...]] = {}
 
     def shared(self, members: Members) -> tuple[Candidate, ...]:
@@ -44,7 +45,10 @@ class Groups:
         if len(members) == run[1] - run[0] and run in self._runs:
             return self._runs[run]
         if members not in self._measured:
-            found = [candidate([self._row[index] for index in members]) for candidate in self._cheap]
+            group = [self._row[index] for index in members]
+            found = [candidate(group) for candidate in self._bases]
+            if self._tie and (alike(group) or not self._bases):
+                found.append(tie.candidate(group))
             self._measured[members] = tuple(one for one in found if one is not None)
         return self._measured[members]
 
@@ -63,6 +67,13 @@ class Groups:
         runs: list[Members] = [(index, index + 1) for index in range(start, stop - 1) if (index, index + 2) in self._runs]
         others = [group for group in self._measured if len(group) == 2 and start <= group[0] and group[1] < stop]
         return runs + others
+
+
+def alike(group: Sequence[Measured]) -> bool:
+    """Whether the mean of some weights lies within half the distance that it has from weights with nothing in common."""
+    weights = torch.stack([one.weight for one in group])
+    apart = (weights - weights.mean(0)).square().sum() / weights.square().sum()
+    return float(apart) < 0.25 * (1 - 1 / len(group))
 
 
 def composites(groups: Groups, start: int, stop: int, longest: int, lower: int, similar: Similar) -> Iterator[Candidate]:
@@ -86,12 +97,10 @@ def composites(groups: Groups, start: int, stop: int, longest: int, lower: int, 
 
 def rules(length: int, longest: int, lower: int = 0) -> dict[str, tuple[int, ...]]:
     """Preset → the group of each position, without repeats, and without what runs up to ``longest`` can give."""
-    numbers = sorted({2, 3, *(math.ceil(length / size) for size in _SIZES)})
-    presets = [Preset(rule, number) for rule in _RULES for number in numbers if rule != "sandwich" or number > 2]
-    if lower:
-        presets.insert(0, Preset("cycle", lower))
+    pairs, threes = math.ceil(length / 2), math.ceil(length / 3)
+    presets = [Preset("cycle", pairs), Preset("cycle", threes), Preset("cycle_rev", pairs), Preset("sequence", 2)]
     found: dict[tuple[int, ...], str] = {}
-    for preset in presets:
+    for preset in ([Preset("cycle", lower)] if lower else []) + presets + [Preset("sandwich", 3)]:
         if 1 < preset.number < length and not _reached(partition := preset.assign(length), longest):
             found.setdefault(partition, str(preset))
     return {name: partition for partition, name in found.items()}

@@ -132,6 +132,5 @@ def _damages(one: Measured, basis: Tensor) -> np.ndarray:
     lower = torch.linalg.cholesky((gram + gram.T) / 2 + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).double())
     projected = torch.linalg.solve_triangular(lower, (one.weight @ weighted).T, upper=False)
     gains = one.left.whiten(projected.T).square().sum(0)
-    everything = one.whitened().square().sum()
-    left = everything - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+    left = one.energy - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
     return (0.5 * one.rows * left.clamp(min=0)).numpy()
