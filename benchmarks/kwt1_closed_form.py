@@ -72,7 +72,8 @@ def main() -> None:
     for budget in (0.5, 0.3):
         limit = sketch.budget(f"{budget:.0%}")
         for name in ("svd", "svd_llm", "basis_sharing"):
-            report(f"peer: {name}", getattr(peers, name)(model, sites, final, budget), budget)
+            student, parameters = getattr(peers, name)(model, sites, final, budget)
+            report(f"peer: {name}", student, budget, parameters=parameters)
         lone = draft(model, final, ONLY, ["low rank"])
         report("private low rank only", hpr.share(model, lone.best(limit), final), budget)
         scores = {}

@@ -137,7 +137,7 @@ def encoder(run: Run) -> None:
     sites = [site for site in sketch.anatomy.sites if site.stack == "encoder"]
     for budget, share in (("80%", 0.8), ("50%", 0.5), ("30%", 0.3)):
         for name in ("svd", "svd_llm", "basis_sharing"):
-            student = getattr(peers, name)(run.model, sites, run.profile, share)
+            student, _ = getattr(peers, name)(run.model, sites, run.profile, share)
             found = compare(student, run.model, run.texts.heldout, GOAL)
             say(section="encoder", method=f"peer: {name}", budget=budget, cosine=found.cosine)
         plan, _, _ = run.best(sketch, budget)

@@ -30,8 +30,8 @@ def input_candidate(group: Sequence[Measured]) -> Candidate | None:
     rows, columns = group[0].weight.shape
     if columns < 2:
         return None
-    basis = pooled_basis(group)[: min(rows, columns - 1)]
-    ranks = np.arange(1, len(basis) + 1)
+    basis = pooled_basis(group)
+    ranks = np.arange(1, min(len(basis), rows, columns - 1) + 1)
     damages = sum(_damages(one, basis) for one in group)
     costs = ranks * (columns - ranks) + columns + len(group) * rows * ranks
     names = tuple(one.site.name for one in group)
@@ -83,7 +83,7 @@ def pooled_basis(group: Sequence[Measured]) -> Tensor:
     total = sum(one.rows for one in group)
     moments = [one.right.moment.diag() if one.right.diagonal else one.right.moment for one in group]
     pooled = Side(sum((one.rows / total * m for one, m in zip(group, moments, strict=True)), torch.zeros_like(moments[0])), 0)
-    stacked = torch.cat([one.rows**0.5 * pooled.whiten(one.left_whitened.T).T for one in group])
+    stacked = torch.cat([one.rows**0.5 * pooled.whiten(one.left.whiten(one.weight).T).T for one in group])
     if stacked.shape[0] >= stacked.shape[1]:
         _, vectors = eigenvectors(stacked.T)
     else:
