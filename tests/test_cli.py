@@ -105,13 +105,17 @@ def test_wrong_usage(arguments):
 
 def test_inspect(home):
     found = json.loads(run("inspect", home / "model", "--json").stdout)
-    assert found["stacks"] == [{"name": "encoder", "path": "encoder.layer", "layers": 3}]
+    (stack,) = found["stacks"]
+    assert (stack["name"], stack["path"], stack["layers"]) == ("encoder", "encoder.layer", 3)
+    assert stack["attention_reuse"] == {"0": "there is no layer below", "1": None, "2": None}
+    assert [layer for layer, reason in stack["drop"].items() if reason is None] == ["1", "2"]
     assert sum(part["parameters"] for part in found["parts"]) == found["parameters"]
     query = next(part for part in found["parts"] if part["name"] == "encoder · attention.self.query")
     assert (query["sites"], query["shape"], query["parameters"]) == (3, [16, 16], 768)
     assert (found["ties"], found["unshareable"], found["objective"]) == ([], {}, "hidden")
     text = run("inspect", home / "model").stdout
     assert "encoder: 3 layers" in text
+    assert "encoder: attention weights can be reused: 1, 2" in text
     assert "a profile needs" in text
     assert max(map(len, text.splitlines())) <= 80
 
@@ -119,6 +123,13 @@ def test_inspect(home):
 def test_inspect_names_ties(tmp_path, build):
     build("llama", tf.AutoModelForCausalLM).save_pretrained(tmp_path)
     assert "tied: embed_tokens = lm_head" in run("inspect", tmp_path).stdout
+
+
+def test_inspect_says_why_attention_cannot_be_reused(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    tf.MPNetModel(tf.MPNetConfig(**sizes, vocab_size=40)).save_pretrained(tmp_path)
+    text = " ".join(run("inspect", tmp_path).stdout.split())
+    assert "encoder: attention weights can be reused: no, MPNetLayer attends past transformers' attention interface" in text
 
 
 def test_inspect_names_matrices_that_are_no_sites(tmp_path):

@@ -72,7 +72,10 @@ class Factor(nn.Linear):
 
 
 class FactorBank(nn.Module):
-    """Factors by name, each stored once. Raises ``HprError`` where two names give one key, or a name cannot be a key."""
+    """Factors by name, each stored once. Raises ``HprError`` where two names give one key, or a name cannot be a key.
+
+    ``layers``: path of a block → its state, where it was dropped or reuses what one below computes (``planning.layers``).
+    """
 
     def __init__(self, shapes: Mapping[str, FactorShape], dtype: torch.dtype | None = None):
         super().__init__()
@@ -83,6 +86,11 @@ class FactorBank(nn.Module):
                 raise HprError(f"factor {name!r} has the key {key!r}, which is taken: give it another name")
             self.factors[key] = Factor(shape, dtype)
         self.register_buffer(MEND, torch.zeros(1, dtype=dtype))
+        self.layers: dict[str, str] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_buffer(MEND).dtype
 
     def __getitem__(self, name: str) -> Factor:
         return self.factors[module_name(name)]  # type: ignore[return-value]
@@ -129,7 +137,7 @@ class SharedSite(nn.Module):
         self.terms = tuple(terms)
         self.path = path
         self.out_features, self.in_features = weight_of(source).shape
-        self.register_buffer("weight", torch.zeros(1, dtype=next(iter(bank.parameters())).dtype))
+        self.register_buffer("weight", torch.zeros(1, dtype=bank.dtype))
         self.train(source.training)
 
     @property
@@ -264,6 +272,7 @@ def specification(model: nn.Module) -> dict[str, Any]:
         "sites": sites,
         "factors": factors,
         "aliases": aliases,
+        **({"layers": dict(bank.layers)} if bank.layers else {}),
     }
 
 

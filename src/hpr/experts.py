@@ -43,7 +43,7 @@ class SharedExperts(nn.Module):
         self._buffers = dict(source._buffers)
         self._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
         self._parameters = {name: value for name, value in source._parameters.items() if name not in self.slices}
-        dtype = next(iter(bank.parameters())).dtype
+        dtype = bank.dtype
         for name, experts in self.slices.items():
             self.register_buffer(name, torch.zeros(len(experts), 2, 1, dtype=dtype))
         for name, value in vars(source).items():  # its settings: the module around it may read them

@@ -55,6 +55,7 @@ class HprConfig(QuantizationConfigMixin):
         sites: Mapping[str, list[dict[str, Any]]],
         factors: Mapping[str, list[Any]],
         aliases: Mapping[str, list[str]] | None = None,
+        layers: Mapping[str, str] | None = None,
         quant_method: str = METHOD,
         format: int = FORMAT,
         hpr_version: str = "",
@@ -72,6 +73,7 @@ class HprConfig(QuantizationConfigMixin):
         self.sites = dict(sites)
         self.factors = dict(factors)
         self.aliases = dict(aliases or {})
+        self.layers = dict(layers or {})
 
 
 class HprQuantizer(HfQuantizer):
@@ -131,14 +133,15 @@ def rebuild(model: nn.Module, config: HprConfig) -> FactorBank | None:
         shapes = {name: FactorShape(*shape) for name, shape in config.factors.items()}
         terms = {path: listed for path, listed in terms.items() if _has(model, path)}
         aliases = {path: [alias for alias in config.aliases.get(path, ()) if _has(model, alias)] for path in terms}
+        layers = {path: state for path, state in config.layers.items() if _has(model, path)}
     except (TypeError, KeyError, AttributeError) as error:
         raise HprError(f"{CONFIG} does not describe shared sites ({error}): save the model again with hpr") from error
     used = {name for listed in terms.values() for name in factors_of(listed)}
     if missing := sorted(used - set(shapes)):
         raise HprError(f"{CONFIG} has no shape for factor {missing[0]!r}: save the model again with hpr")
-    if not terms:
+    if not terms and not layers:
         return None
-    return attach(model, terms, {name: shape for name, shape in shapes.items() if name in used}, aliases)
+    return attach(model, terms, {name: shape for name, shape in shapes.items() if name in used}, aliases, layers=layers)
 
 
 def save(

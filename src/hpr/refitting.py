@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hpr.anatomy import Anatomy, Site, Stack, module_at
 from hpr.bank import FactorBank, SharedLinear, bank_of
+from hpr.errors import HprError
 from hpr.operators import FITS, groups, product
 from hpr.operators.basis import best_private
 from hpr.operators.identity import store
@@ -42,8 +43,11 @@ def refit_stacks(
     """Refit every compressed Linear inside the stacks, in place; kept sites, experts, embeddings and heads stay as they are.
 
     A second sweep follows where factors are shared: low-rank ones are first re-solved over all their users, on the first
-    sweep's targets.
+    sweep's targets. Raises ``HprError`` where layers are dropped or reuse what others compute: one by one they cannot run.
     """
+    if plan.layers:
+        name, state = next(iter(plan.layers.items()))
+        raise HprError(f"layer {name} is {state!r}, so layers cannot be refitted one by one: leave the refit out (--no-refit)")
     bank = bank_of(student)
     if bank is None:
         return

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hpr import operators
-from hpr.anatomy import Anatomy, Site, base_of, describe, module_at, slice_at, weight_of
+from hpr.anatomy import Anatomy, Site, base_of, describe, module_at, slice_at, weight_at, weight_of
 from hpr.bank import (
     BANK,
     FactorBank,
@@ -34,9 +34,13 @@ from hpr.bank import (
     specification,
 )
 from hpr.errors import HprError
+from hpr.evaluation.sizes import parameters
 from hpr.experts import SharedExperts, check_experts, shared_experts, site_of, with_kept
-from hpr.planning.plan import FactorShape, Plan, Term
+from hpr.planning.plan import KEEP, FactorShape, Plan, Term
+from hpr.reuse import check, install, paths_of
+from hpr.slices import Slice
 from hpr.ties import Tie, declared_ties, drop_ties, resolved, restore_ties
+from hpr.vanished import SomeRows, Vanished, check_vanished, only_rows, vanished_paths
 
 if TYPE_CHECKING:
     from hpr.presets import Preset
@@ -71,14 +75,19 @@ def share(model: nn.Module, plan: Plan | Preset, profile: Profile | None = None)
     anatomy = describe(model)
     plan.validate(anatomy)
     changed = {name: entry.terms for name, entry in plan.entries.items() if entry.terms}
-    if not changed:
+    if not changed and not plan.layers:
         return copy.deepcopy(model)
     fitted = operators.fit(model, anatomy, plan, profile) if preset is None else preset.fit(model, anatomy, plan)
     _check_finite(changed, fitted)
     student = copy.deepcopy(model)
     by_path = {anatomy[name].path: terms for name, terms in changed.items()}
     terms, shapes, kept = with_kept(student, by_path, plan.factors(anatomy))
-    bank = attach(student, terms, shapes, {anatomy[name].path: anatomy[name].aliases for name in changed})
+    terms |= dict.fromkeys(vanished_paths(anatomy, plan), ())
+    if not terms:
+        path, shapes, kept = _guard(student, anatomy, plan)
+        terms = {path: tuple(Term(factor) for factor in shapes)}
+    aliases = {anatomy[name].path: anatomy[name].aliases for name in changed}
+    bank = attach(student, terms, shapes, aliases, layers=paths_of(anatomy, plan.layers))
     bank.load({**fitted.factors, **kept})
     for name, change in fitted.bias_changes.items():
         if anatomy[name].has_bias:
@@ -86,6 +95,11 @@ def share(model: nn.Module, plan: Plan | Preset, profile: Profile | None = None)
             bias.data += change.to(bias)
     if isinstance(student, PreTrainedModel):
         student.config.quantization_config = specification(student)
+    if plan.layers and (count := parameters(student)) != plan.parameters(anatomy):
+        raise HprError(
+            f"the plan counts {plan.parameters(anatomy):,} parameters, the model made from it has {count:,}: what it says of "
+            f"removed parameters is not so; take it from hpr.vanishing.vanishing"
+        )
     return student
 
 
@@ -95,26 +109,34 @@ def attach(
     shapes: Mapping[str, FactorShape],
     aliases: Mapping[str, Sequence[str]] | None = None,
     dtype: torch.dtype | None = None,
+    layers: Mapping[str, str] | None = None,
 ) -> FactorBank:
     """Swap the modules at some sites, in place, for ones that read a new bank on the base model. Factors stay unset.
 
     ``terms_by_path``: terms by site path, those of all experts of a parameter or of none (see ``experts.with_kept``);
     ``shapes``: factor name → shape; ``aliases``: further modules that read a site's factors (those tied to it now are found
-    by themselves). ``dtype`` is that of the first site unless given. Works on the meta device. Raises ``HprError``, before
-    anything is changed, where a module cannot be replaced.
+    by themselves). ``dtype`` is that of the first site unless given. ``layers``: path of a block → its state (see
+    ``reuse.install``); a module inside such a block that has lost its effect has a path with no terms. Works on the meta
+    device. Raises ``HprError``, before anything is changed, where a module cannot be replaced.
     """
     base, _ = base_of(model)
     if bank_of(model) is not None:
         raise HprError(f"this {type(model).__name__} has a bank already: attach to a fresh model")
+    check(model, layers or {})
     experts = {path: found for path in terms_by_path if (found := slice_at(model, path)) is not None}
-    sources = {path: module_at(model, path) for path in terms_by_path if path not in experts}
+    vanished = {path: module_at(model, path) for path, terms in terms_by_path.items() if not terms}
+    sources = {path: module_at(model, path) for path in terms_by_path if path not in experts and path not in vanished}
     if not terms_by_path or model in (*sources.values(), *(one.module for one in experts.values())):
         raise HprError(f"no site below {type(model).__name__} to attach to: give the paths of modules inside the model")
+    for path in vanished:
+        check_vanished(model, path, layers or {})
     for path, terms in terms_by_path.items():
+        if path in vanished:
+            continue
         _check_site(model, path)
         _check_shapes(site_of(path, experts[path]) if path in experts else _site_at(path, sources[path]), terms, shapes)
-    path = next(iter(terms_by_path))
-    first = experts[path].weight if path in experts else weight_of(sources[path])
+    first = _first(terms_by_path, experts, {**sources, **vanished})
+    install(model, layers or {})
     declared = declared_ties(model)
     ties = resolved(declared)
     owners = _readers(model, sources, aliases or {}, ties)
@@ -123,10 +145,12 @@ def attach(
         swaps = {module: _shared(bank, terms_by_path[path], module, path) for module, path in owners.items()}
         _set_guards(swaps, sources.values(), ties)
         replaced: dict[nn.Module, nn.Module] = {**swaps, **shared_experts(bank, experts, terms_by_path)}
+        replaced |= {module: Vanished(bank, module, path) for path, module in vanished.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replaced:
                 setattr(parent, name, replaced[child])
+    bank.layers = dict(layers or {})
     setattr(base, BANK, bank.train(base.training))
     drop_ties(declared)
     return bank
@@ -154,8 +178,13 @@ def unshareable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
 def unshare(student: nn.Module) -> nn.Module:
     """A copy with stock dense modules again: the same classes, biases, dtype, device and ties as before ``share``.
 
-    What it saves loads in plain transformers, at the dense size.
+    What it saves loads in plain transformers, at the dense size. Raises ``HprError``, naming the layers, where layers were
+    dropped or reuse what those below compute: no stock weights give that.
     """
+    bank = bank_of(student)
+    if bank is not None and bank.layers:
+        named = ", ".join(f"{path} ({state})" for path, state in bank.layers.items())
+        raise HprError(f"no stock {type(student).__name__} computes what this one does, because of {named}: keep it shared")
     dense = copy.deepcopy(student)
     weights: dict[str, nn.Parameter] = {}  # by site, so that a tied head holds the embedding's own parameter again
     restored: dict[nn.Module, nn.Module] = {}
@@ -173,6 +202,24 @@ def unshare(student: nn.Module) -> nn.Module:
     if isinstance(dense, PreTrainedModel) and is_specification(getattr(config, "quantization_config", None)):
         del dense.config.quantization_config
     return dense
+
+
+def _guard(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
+    """A kept site for the bank to hold as it is: its placeholder makes loading without hpr fail where nothing else would."""
+    fixed = unshareable(model, anatomy)
+    for site in anatomy.sites:
+        kept = plan.entries[site.name].operator == KEEP and site.name not in fixed
+        if kept and site.kind == "linear" and site.expert is None:
+            factor = f"{site.name}.kept"
+            shape = FactorShape(site.out_features, site.in_features)
+            return site.path, {factor: shape}, {factor: weight_at(model, site).detach()}
+    raise HprError("no Linear weight is kept that could tell of the layers on loading: drop fewer layers")
+
+
+def _first(terms: Mapping[str, Sequence[Term]], experts: Mapping[str, Slice], modules: Mapping[str, nn.Module]) -> Tensor:
+    """A weight of the first site, for its dtype and device."""
+    path = next(iter(terms))
+    return experts[path].weight if path in experts else next(modules[path].parameters())
 
 
 def _readers(
@@ -207,7 +254,7 @@ def _readers(
 
 def _shared(bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str) -> SharedSite:
     if not isinstance(source, nn.Embedding):
-        return SharedLinear(bank, terms, source, path)
+        return (SomeRows if only_rows(terms) else SharedLinear)(bank, terms, source, path)
     if type(source).forward is nn.Embedding.forward:
         return SharedEmbedding(bank, terms, source, path)
     kind = _embedding_like(type(source))  # type: ignore[arg-type]  # a class is hashable

@@ -16,14 +16,19 @@ from hpr.pipeline import versions
 from hpr.planning.plan import Plan, write_text
 from hpr.profiling.curvature import memory_needed
 from hpr.reporting import render_report
+from hpr.reuse import droppable, reusable
 from hpr.sharing import unshareable
 
 OTHER = "biases, norms and other"
 
 
 def anatomy_of(opened: OpenModel) -> dict[str, Any]:
-    """Stacks, parts with their parameters, ties, what cannot be shared, and the memory that a profile needs."""
+    """Stacks, parts with their parameters, ties, what cannot be shared, and the memory that a profile needs.
+
+    ``attention_reuse`` and ``drop`` of a stack: layer → why it cannot reuse attention or be dropped, None where it can.
+    """
     anatomy = describe(opened.model)
+    reuse, drop = reusable(opened.model, anatomy), droppable(opened.model, anatomy)
     parts: list[dict[str, Any]] = []
     for (stack, slot), sites in anatomy.slots().items():
         parts.append(
@@ -41,7 +46,16 @@ def anatomy_of(opened: OpenModel) -> dict[str, Any]:
         "objective": opened.objective,
         "fingerprint": anatomy.fingerprint,
         "parameters": anatomy.total_parameters,
-        "stacks": [{"name": stack.name, "path": stack.path, "layers": stack.layers} for stack in anatomy.stacks],
+        "stacks": [
+            {
+                "name": stack.name,
+                "path": stack.path,
+                "layers": stack.layers,
+                "attention_reuse": {str(layer): reuse[f"{stack.name}.{layer}"] for layer in range(stack.layers)},
+                "drop": {str(layer): drop[f"{stack.name}.{layer}"] for layer in range(stack.layers)},
+            }
+            for stack in anatomy.stacks
+        ],
         "parts": parts,
         "ties": [{"site": site.name, "aliases": list(site.aliases)} for site in anatomy.sites if site.aliases],
         "unshareable": unshareable(opened.model, anatomy),

@@ -31,6 +31,16 @@ def parts_table(anatomy: Mapping[str, Any]) -> Table:
     return grid
 
 
+def stack_lines(stack: Mapping[str, Any]) -> list[str]:
+    """How many layers a stack has, in which of them attention can be reused and which can be dropped, or why none."""
+    said = [f"{stack['name']}: {stack['layers']} layers"]
+    for key, what in (("attention_reuse", "attention weights can be reused"), ("drop", "layers can be dropped")):
+        able = [layer for layer, reason in stack[key].items() if reason is None]
+        why = next(reversed(stack[key].values()))
+        said.append(f"{stack['name']}: {what}: {', '.join(able) if able else f'no, {why}'}")
+    return said
+
+
 def leftover_line(row: Mapping[str, Any]) -> str:
     """Matrices that are no sites: whose, how many, how large, and why."""
     many = f"{row['count']} of " if row["count"] > 1 else ""

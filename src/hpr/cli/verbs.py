@@ -74,7 +74,7 @@ def inspect(model: Model = None, as_json: Json = False) -> None:
 
     opened = open_model(model)
     found = anatomy_of(opened)
-    notes = [f"{stack['name']}: {stack['layers']} layers" for stack in found["stacks"]]
+    notes = [line for stack in found["stacks"] for line in tables.stack_lines(stack)]
     notes += [f"tied: {' = '.join([tie['site'], *tie['aliases']])}" for tie in found["ties"]]
     notes += [f"cannot be shared: {reason}" for reason in found["unshareable"].values()]
     notes += [f"no site: {tables.leftover_line(row)}" for row in found["leftovers"]]

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from hpr.anatomy import Anatomy, Site, module_at, slice_at
 from hpr.bank import SharedEmbedding, SharedSite, bank_of, factors_of, terms_in
 from hpr.errors import HprError
 from hpr.planning.plan import Term
+from hpr.profiling.features import evaluating
+from hpr.profiling.objectives import Batch, call
 
 OTHER = "biases, norms and other"
 _DTYPES = {  # in the order in which safetensors lays tensors out: the last first
@@ -100,7 +103,7 @@ def resident_bytes(model: nn.Module) -> int:
 def flops_per_token(model: nn.Module, anatomy: Anatomy) -> int:
     """Floating-point operations (multiply-adds × 2) for one row through every site.
 
-    Attention scores, norms and activations are not counted: they are the same before and after. Looking up a table's row is
+    Attention scores are not counted (``forward_flops`` does), nor are norms and activations. Looking up a table's row is
     free, multiplying it by a factor is not. All experts are counted, though the router sends a row to a few; their weights are
     put together before they are used, so sharing changes nothing there.
     """
@@ -112,6 +115,21 @@ def flops_per_token(model: nn.Module, anatomy: Anatomy) -> int:
         modules = [module for path in (site.path, *site.aliases) if (module := _find(model, path)) is not None]
         total += sum(_flops(module, site) for module in dict.fromkeys(modules))
     return total
+
+
+def forward_flops(model: nn.Module, batch: Batch) -> int:
+    """Floating-point operations (multiply-adds × 2) of all matrix products of one forward pass, attention's included.
+
+    Counted as they run: padding and what a causal mask hides count too, what layers reuse does not.
+    """
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts the others by itself
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops}) as counter,
+    ):
+        call(model, batch)
+    return counter.get_total_flops()
 
 
 def parts(teacher: nn.Module, student: nn.Module, anatomy: Anatomy) -> list[dict[str, Any]]:
@@ -159,6 +177,10 @@ def _flops(module: nn.Module, site: Site) -> int:
     if isinstance(module, SharedSite):
         return module.flops_per_row()
     return 0 if isinstance(module, nn.Embedding) else 2 * site.parameters
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *others: Any, **named: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:

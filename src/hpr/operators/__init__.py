@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hpr.anatomy import Anatomy, Site
 from hpr.errors import HprError
-from hpr.operators import basis, delta, hierarchy, keep, lowrank, segments, tie
+from hpr.operators import basis, delta, hierarchy, keep, lowrank, reused, segments, tie
 from hpr.operators.identity import store
 from hpr.operators.metric import Measured, measure
 from hpr.planning.candidates import Candidate
@@ -43,7 +44,7 @@ OPERATORS: dict[str, Operator] = {
     basis.OUTPUT: Operator(True, basis.output_candidate, basis.output_terms, basis.output_fit),
     hierarchy.NAME: Operator(True, hierarchy.candidate, hierarchy.terms, hierarchy.fit),
 }
-FITS = {name: operator.fit for name, operator in OPERATORS.items()} | {segments.NAME: segments.fit}
+FITS = {name: operator.fit for name, operator in OPERATORS.items()} | {segments.NAME: segments.fit, reused.NAME: reused.fit}
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,18 @@ def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None)
     for name, entry in plan.entries.items():
         one = measured[name]
         if entry.terms and one.mean is not None:
-            changes[name] = (one.weight - product(entry.terms, raw, one.site)) @ one.mean
+            changes[name] = (one.weight - product(entry.terms, raw, one.site)) @ one.mean * _covered(entry.terms, one.site)
     every_term = [term for entry in plan.entries.values() for term in entry.terms]
     return Fitted(store(raw, every_term), changes)
+
+
+def _covered(terms: Sequence[Term], site: Site) -> Tensor:
+    """1 for the rows of a site that its terms give, 0 for those that no longer have an effect: (out,)."""
+    covered = torch.zeros(site.out_features, dtype=torch.float64)
+    for term in terms:
+        start, stop = term.rows or (0, site.out_features)
+        covered[start:stop] = 1
+    return covered
 
 
 def groups(plan: Plan) -> list[tuple[str, list[str]]]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from hpr.anatomy import Anatomy, Site
 from hpr.errors import HprError
+from hpr.planning.layers import DROPPED, REUSED, check_entries, check_states
 
 FORMAT = 1
 KEEP = "keep"
@@ -109,7 +110,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """One entry per site of a model, under a budget. ``diagnostics`` holds what the solver has to say (JSON values)."""
+    """One entry per site of a model, under a budget. ``diagnostics`` holds what the solver has to say (JSON values).
+
+    ``layers``: layer name (``encoder.3``) → its state, where it does not compute all by itself (see ``planning.layers``);
+    ``removed``: how many parameters besides the weights of sites go with such layers (see ``vanishing.Vanishing``).
+    """
 
     model_class: str
     fingerprint: str
@@ -118,6 +123,8 @@ class Plan:
     other_parameters: int
     entries: Mapping[str, Entry]
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    removed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def damage(self) -> float:
@@ -140,7 +147,8 @@ class Plan:
     def parameters(self, anatomy: Anatomy) -> int:
         """Unique parameters of the compressed model: private ones, kept weights and every factor once."""
         kept = sum(anatomy[name].parameters for name, entry in self.entries.items() if entry.operator == KEEP)
-        return self.other_parameters + kept + sum(shape.parameters for shape in self.factors(anatomy).values())
+        other = self.other_parameters - sum(self.removed.values())
+        return other + kept + sum(shape.parameters for shape in self.factors(anatomy).values())
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Sites that share at least one factor, as site names → the factors they share."""
@@ -168,6 +176,9 @@ class Plan:
             raise HprError(f"the plan has no entry for {missing[0]} ({len(missing)} missing): add one, {KEEP!r} if in doubt")
         if unknown := sorted(set(self.entries) - names):
             raise HprError(f"the plan names {unknown[0]}, which this model does not have: remove it or correct the name")
+        check_states(self.layers, {stack.name: stack.layers for stack in anatomy.stacks})
+        operators = {name: (entry.operator, bool(entry.terms)) for name, entry in self.entries.items()}
+        check_entries(anatomy, self.layers, self.removed, operators)
         for name, entry in self.entries.items():
             _validate_entry(anatomy[name], entry)
         used = self.parameters(anatomy)
@@ -188,6 +199,7 @@ class Plan:
             },
             "budget": asdict(self.budget),
             "predicted_damage": self.damage,
+            **({"layers": dict(self.layers), "removed": dict(self.removed)} if self.layers else {}),
             "sites": {name: entry_to_dict(entry) for name, entry in self.entries.items()},
             "diagnostics": dict(self.diagnostics),
         }
@@ -207,6 +219,8 @@ class Plan:
                 other_parameters=int(model["other_parameters"]),
                 entries={name: entry_from_dict(name, entry) for name, entry in data["sites"].items()},
                 diagnostics=data.get("diagnostics", {}),
+                layers=dict(data.get("layers", {})),
+                removed=dict(data.get("removed", {})),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, HprError):
@@ -296,7 +310,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def _validate_entry(site: Site, entry: Entry) -> None:
-    if (entry.operator == KEEP) != (not entry.terms):
+    if entry.operator not in (DROPPED, REUSED) and (entry.operator == KEEP) != (not entry.terms):
         raise HprError(f"{site.name}: {KEEP!r} has no terms and every other operator has some; this entry mixes the two")
     if not math.isfinite(entry.damage) or entry.damage < 0:
         raise HprError(f"{site.name}: damage {entry.damage} is no finite number of nats from 0 up")
@@ -325,10 +339,10 @@ def _validate_entry(site: Site, entry: Entry) -> None:
         covered.append(term.rows or (0, site.out_features))
     end = 0
     for start, stop in sorted(covered):
-        if start > end:
+        if start > end and entry.operator != REUSED:
             break
         end = max(end, stop)
-    if entry.terms and end < site.out_features:
+    if entry.terms and end < site.out_features and entry.operator != REUSED:
         raise HprError(f"{site.name}: rows {end} and above have no term, so their weights would be lost: cover them")
 
 
