@@ -31,7 +31,7 @@ PLANS = 4
 
 @dataclass(frozen=True)
 class Made:
-    """A compressed model: ``parameters`` are those kept of the selected weights, ``plan`` is ours (None for peers)."""
+    """A compressed model: ``parameters`` are those kept of the selected weights; ``plan`` where it is ours, before a refit."""
 
     method: str
     student: nn.Module
@@ -72,7 +72,7 @@ def students(on: Ground, share: float) -> Iterator[Made]:
 
 
 def ours(on: Ground, share: float) -> Iterator[Made]:
-    """The plan that measures best on the re-scoring data, and the same refitted."""
+    """The plan that measures best on the re-scoring data, and the same refitted, unless it drops layers."""
     limit = on.sketch.budget(f"{share:.0%}")
     plans = on.sketch.alternatives(limit, PLANS)
     scores = rescore(on.model, on.profile, plans, on.data.rescoring, on.goal)
@@ -82,10 +82,12 @@ def ours(on: Ground, share: float) -> Iterator[Made]:
     kept = on.dense - (on.sketch.anatomy.total_parameters - plan.parameters(on.sketch.anatomy))
     student = hpr.share(on.model, plan, on.profile)
     yield Made("hpr, no refit", student, kept, plan, facts)
+    if plan.layers:
+        return
     student = hpr.share(on.model, plan, on.profile)
     hpr.refit(student, on.model, plan, on.profile, first_batches(on.data.calibration, REFITTED))
     after = compare(student, on.model, on.data.rescoring, on.goal).divergence.mean
-    yield Made("hpr, refit", student, kept, plan, {"measured": after, "chosen": after < before})
+    yield Made("hpr, refit", student, kept, facts={"measured": after, "chosen": after < before})
 
 
 def dropped(on: Ground, share: float) -> Made:

@@ -98,9 +98,14 @@ def main() -> None:
             report(made, share)
             if made.plan is not None:
                 groups = spanning(made.plan, on.sketch.anatomy)
-                say(method=made.method, budget=f"{share:.0%}", spanning=len(groups), groups=groups)
-                tried = {name: entry.operator for name, entry in made.plan.entries.items() if entry.terms}
-                say(method=made.method, budget=f"{share:.0%}", operators=tried)
+                chosen = {name: entry.operator for name, entry in made.plan.entries.items()}
+                say(
+                    budget=f"{share:.0%}",
+                    spanning=len(groups),
+                    groups=groups,
+                    all_groups=list(made.plan.groups()),
+                    sites=chosen,
+                )
     columns = {"method": "", "budget": "", "parameters": ",", "share": ".1%", "exact": ".1%", "divergence": ".4f"}
     print(f"\n{markdown(rows, columns)}\n\nNo layers are dropped: the model has one encoder and one decoder layer.")
 
