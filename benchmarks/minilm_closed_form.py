@@ -30,7 +30,7 @@ from hpr.operators import OPERATORS
 from hpr.pipeline import rescore
 from hpr.planner import Draft, draft
 from hpr.planning import solver
-from hpr.planning.candidates import restrict
+from hpr.planning.composite import restrict
 from hpr.planning.plan import Plan
 from hpr.profiling.curvature import peak_memory
 from hpr.profiling.objectives import OBJECTIVES

@@ -43,7 +43,7 @@ def basis_sharing(model: nn.Module, sites: Sequence[Site], profile: Profile, bud
             out, into = group[0].weight.shape
             rank = min(math.ceil(budget * len(group) * out * into / (into + len(group) * out)), len(group) * out, into)
             parameters += rank * (into + len(group) * out)
-            basis = pooled_basis(group)[:rank]
+            basis = pooled_basis(group, rank)
             for one in group:
                 _set(student, one.site, best_private(one, basis) @ basis)
     return student, parameters

@@ -1,16 +1,21 @@
 """Plans of a tiny BERT from its real profile: within the budget, all of it used, reproducible, as restricted as asked."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 import transformers as tf
 
 import hpr
+from hpr.anatomy import Anatomy, Site, describe, weight_at
 from hpr.operators import OPERATORS, segments
 from hpr.planner import LONGEST_GROUP, Draft, draft, known_operators
 from hpr.planning import solver
+from hpr.planning.composite import operators, restrict
 from hpr.planning.plan import KEEP, Plan
+from hpr.reporting import render_report
+from hpr.tracks import kin
 
 NAMES = (*OPERATORS, segments.NAME)
 
@@ -189,7 +194,7 @@ def test_tracks(sketch: Draft) -> None:
     assert [track.length for track in stack] == [4] * 6
     for track in stack:
         assert all(stop - start <= LONGEST_GROUP or (start, stop) == (0, 4) for start, stop in track.candidates)
-        whole = {one.operator for one in track.candidates[0, 4]}
+        whole = {one.operator for one in track.candidates[0, 4] if not one.parts}
         assert whole == {name for name, operator in OPERATORS.items() if operator.shared}
     assert {site.name for site in sketch.fixed} == {"pooler.dense"}
     assert len(sketch.tracks) == 6 + 3
@@ -212,6 +217,124 @@ def test_groups_do_not_leap_over_sites_that_are_not_planned(model, profile, sket
     plan.validate(sketch.anatomy)
     groups = plan.groups()
     assert all({"2", "3"} == {name.split(".")[1] for name in names} for names in groups)
+
+
+def batches_for(model) -> list[dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(3)
+    names = {"input_ids": 7, **({"decoder_input_ids": 5} if model.config.is_encoder_decoder else {})}
+    return [{name: torch.randint(3, 40, (6, length), generator=draw) for name, length in names.items()} for _ in range(3)]
+
+
+def plant(model, anatomy: Anatomy, same: Callable[[Site], object]) -> None:
+    """Give all sites for which ``same`` says the same one weight."""
+    first: dict[object, torch.Tensor] = {}
+    for site in anatomy.sites:
+        if (key := same(site)) is not None:
+            weight = weight_at(model, site).detach()
+            weight.copy_(first.setdefault(key, weight))
+
+
+@pytest.fixture(params=["bart", "t5"])
+def encoder_decoder(request, build):
+    """Layer i of the encoder and layer i of the decoder have the same self-attention and feed-forward weights."""
+    model = build(request.param, tf.AutoModelForSeq2SeqLM)
+    found = kin(model, describe(model))
+    lower = {upper: below for below, upper in found.items()}
+
+    def same(site: Site) -> object:
+        slot = (site.stack or "", site.slot)
+        key = lower.get(slot, slot)
+        return (key, site.layer) if key in found else None
+
+    plant(model, describe(model), same)
+    return model
+
+
+def test_groups_span_encoder_and_decoder(encoder_decoder, tmp_path) -> None:
+    model = encoder_decoder
+    batches = batches_for(model)
+    profile = hpr.profile(model, batches)
+    sketch = draft(model, profile)
+    kept = sum(site.parameters for site in sketch.anatomy.sites if site.stack == "encoder" and site.kind == "linear")
+    plan = sketch.best(sketch.budget(str(sketch.anatomy.total_parameters - kept)))  # just what sharing all of them saves
+    plan.validate(sketch.anatomy)
+    assert plan.damage == 0
+    spanning = [group for group in plan.groups() if len({name.split(".")[0] for name in group}) == 2]
+    assert len(spanning) == 6 * 2
+    assert all([name.split(".")[1] for name in group] in (["0", "0"], ["1", "1"]) for group in spanning)
+    assert not any("encoder_attn" in name or "EncDec" in name for group in spanning for name in group)
+    student = hpr.share(model, plan, profile)
+    with torch.no_grad():
+        expected, found = model(**batches[0]).logits, student(**batches[0]).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        student.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(**batches[0]).logits, found)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in student.parameters())
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    generated = [one.generate(batches[0]["input_ids"], max_new_tokens=6, do_sample=False) for one in (student, loaded)]
+    assert torch.equal(*generated)
+    dense = hpr.unshare(loaded)
+    assert describe(dense).total_parameters == sketch.anatomy.total_parameters
+
+
+def test_an_encoder_decoders_identity_plan_and_refit(encoder_decoder) -> None:
+    model, batches = encoder_decoder, batches_for(encoder_decoder)
+    profile = hpr.profile(model, batches)
+    sketch = draft(model, profile, operators=["shared input basis"])
+    whole = sketch.best(sketch.budget("100%"))
+    assert all(entry.operator == KEEP for entry in whole.entries.values())
+    with torch.no_grad():
+        assert torch.equal(hpr.share(model, whole, profile)(**batches[0]).logits, model(**batches[0]).logits)
+        plan = sketch.best(sketch.budget(str(least(sketch) + 500)))
+        assert any(len({name.split(".")[0] for name in group}) == 2 for group in plan.groups())
+        student = hpr.share(model, plan, profile)
+        before = (student(**batches[0]).logits - model(**batches[0]).logits).square().mean()
+        hpr.refit(student, model, plan, profile, batches)
+        assert (student(**batches[0]).logits - model(**batches[0]).logits).square().mean() < before
+
+
+def test_narrowing_an_encoder_decoder_leaves_the_other_stack(encoder_decoder) -> None:
+    profile = hpr.profile(encoder_decoder, batches_for(encoder_decoder))
+    sketch = draft(encoder_decoder, profile)
+    for pattern in ("encoder.*", "decoder.*"):
+        narrowed, anew = sketch.narrowed(pattern), draft(encoder_decoder, profile, pattern)
+        assert {track.name: set(track.candidates) for track in narrowed.tracks} == {
+            track.name: set(track.candidates) for track in anew.tracks
+        }
+        budget = anew.budget("60%")
+        assert narrowed.best(budget).damage == pytest.approx(anew.best(budget).damage)
+        assert narrowed.untouched == anew.untouched
+
+
+@pytest.mark.parametrize("groups", [((0, 2), (1, 3)), ((0, 3), (1, 2)), ((0, 3), (1,), (2,))])
+def test_a_planted_grouping_is_found(model, groups) -> None:
+    copy = tf.BertModel(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    group_of = {layer: number for number, layers in enumerate(groups) for layer in layers}
+    plant(copy, describe(copy), lambda site: None if site.layer is None else (site.slot, group_of[site.layer]))
+    draw = torch.Generator().manual_seed(0)
+    profile = hpr.profile(copy, [{"input_ids": torch.randint(3, 200, (8, 10), generator=draw)}], "embedding")
+    sketch = draft(copy, profile)
+    firsts = {None, *(group[0] for group in groups)}
+    saved = sum(site.parameters for site in sketch.anatomy.sites if site.layer not in firsts)
+    plan = sketch.best(sketch.budget(str(sketch.anatomy.total_parameters - saved)))
+    assert plan.damage == pytest.approx(0, abs=1e-12)
+    found = {tuple(int(name.split(".")[1]) for name in group) for group in plan.groups()}
+    assert found == {group for group in groups if len(group) > 1}
+    json.dumps(plan.to_dict(), allow_nan=False)
+    report = render_report(plan.to_dict(), {"boundaries": plan.diagnostics["boundaries"]})
+    assert "encoder" in report
+
+
+def test_composites_know_which_operators_they_need(sketch: Draft) -> None:
+    budget = sketch.budget("50%")
+    for name in sorted({entry.operator for entry in sketch.best(budget).entries.values()} - {KEEP}):
+        assert name in NAMES
+    alone = restrict(sketch.tracks, {"shared output basis"})
+    composites = [one for track in alone for one in track.candidates.get((0, 4), ()) if one.parts]
+    assert composites
+    assert set(operators(alone)) == {KEEP, "shared output basis"}
 
 
 def test_another_models_profile_is_refused(profile) -> None:

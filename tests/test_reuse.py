@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEncoder
 
 import families
+import hpr
 from hpr import hub
 from hpr.anatomy import describe, module_at
 from hpr.attention import attention_modules
 from hpr.errors import HprError
 from hpr.evaluation.sizes import flops_per_token, forward_flops, parameters, parts
 from hpr.planning.layers import DROPPED, KEYS, WEIGHTS
-from hpr.planning.plan import Plan, keep_all
+from hpr.planning.plan import Entry, Plan, Term, keep_all
 from hpr.profiling.objectives import call
 from hpr.refitting import refit_stacks
 from hpr.reuse import block_path, droppable, reusable, with_states
@@ -289,6 +291,24 @@ def test_compiled() -> None:
     batch = batch_of("GPT-2")
     compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(out(compiled, batch), out(student, batch))
+
+
+def test_beside_other_operators_and_with_a_profile(tmp_path: Path) -> None:
+    model, batch = make("GPT-2"), batch_of("GPT-2")
+    anatomy, states = describe(model), {"h.1": WEIGHTS, "h.2": WEIGHTS}
+    profile = hpr.profile(model, [batch])
+    plan = planned(model, states)
+    torch.testing.assert_close(out(share(model, plan, profile), batch), out(with_states(model, states), batch))
+    names = ["h.1.mlp.c_fc", "h.2.mlp.c_fc"]
+    terms = {name: Entry("low rank", (Term(f"{name}.u", f"{name}.v", 31),)) for name in names}
+    mixed = replace(plan, entries={**plan.entries, **terms})
+    student = share(model, mixed, profile)
+    assert (
+        parameters(student) == mixed.parameters(anatomy) == parameters(share(model, plan)) + 2 * 31 * (32 + 128) - 2 * 32 * 128
+    )
+    torch.testing.assert_close(out(student, batch), out(with_states(model, states), batch), rtol=0.1, atol=0.1)
+    student.save_pretrained(tmp_path)
+    assert torch.equal(out(type(model).from_pretrained(tmp_path), batch), out(student, batch))
 
 
 class Plain(nn.Module):

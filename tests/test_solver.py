@@ -6,7 +6,8 @@ import pytest
 
 from hpr.errors import HprError
 from hpr.planning.boundaries import boundaries, least_costs, structures
-from hpr.planning.candidates import Candidate, Choice, Track, exhaustive, exhaustive_at, restrict, solution, tabulate
+from hpr.planning.candidates import Candidate, Choice, Track, exhaustive, exhaustive_at, solution, tabulate
+from hpr.planning.composite import compose, restrict
 from hpr.planning.solver import greedy, k_best, plan_candidates, smallest, solve, solve_at
 
 CLOSE = 1e-9
@@ -29,7 +30,23 @@ def random_track(rng, name, length, scale=1.0, most=3, density=0.6):
         own += [curve(rng, one, sites, 15 * len(sites), scale, most) for one in names if rng.random() < density]
         if own:
             candidates[start, stop] = tuple(own)
+    if length > 2 and rng.random() < density:
+        candidates[0, length] = (*candidates.get((0, length), ()), random_cycle(rng, name, length, candidates, scale, most))
     return Track(name, length, candidates)
+
+
+def random_cycle(rng, name, length, candidates, scale, most):
+    """Every other position in one group: shared by an operator of its own, or each position alone."""
+    partition = [index % 2 for index in range(length)]
+    parts = []
+    for group in range(2):
+        members = [index for index in range(length) if partition[index] == group]
+        options = [candidates[index, index + 1] for index in members]
+        if len(members) > 1:
+            shared = curve(rng, "basis", tuple(f"{name}.{i}" for i in members), 15 * len(members), scale, most)
+            options = [(shared, compose("alone", range(len(members)), options))]
+        parts += options
+    return compose("cycle", partition, parts)
 
 
 def random_parent(rng, name, length, scale=1.0, most=2):
@@ -40,6 +57,12 @@ def random_parent(rng, name, length, scale=1.0, most=2):
             sites = tuple(f"{name}.{slot}.{i}" for i in range(start, stop) for slot in "qk")
             candidates[start, stop] = (curve(rng, "joint", sites, 20 * (stop - start), scale, most),)
     return Track(name, length, candidates, subtracks)
+
+
+def plain(track):
+    """Without composites."""
+    candidates = {interval: tuple(one for one in several if not one.parts) for interval, several in track.candidates.items()}
+    return Track(track.name, track.length, candidates, tuple(plain(sub) for sub in track.subtracks))
 
 
 def random_tracks(seed):
@@ -61,6 +84,11 @@ def every_structure(track, start, stop, multiplier):
 
     Yields (cost, {track name: set of starts of groups}).
     """
+
+    def inside(one, arc):
+        """Where a composite starts new groups."""
+        return [{track.name: {arc[0] + 1 + i for i, (a, b) in enumerate(itertools.pairwise(one.partition)) if a != b}}]
+
     for mask in itertools.product([False, True], repeat=stop - start - 1):
         cuts = [start, *(start + 1 + i for i, cut in enumerate(mask) if cut), stop]
         arcs = list(itertools.pairwise(cuts))
@@ -74,7 +102,9 @@ def every_structure(track, start, stop, multiplier):
                     options.append([(sum(c for c, _ in p), [s for _, s in p]) for p in itertools.product(*parts)])
                 else:
                     own = track.candidates.get(arc, ())
-                    options.append([(float((one.damages + multiplier * one.parameters).min()), []) for one in own])
+                    options.append(
+                        [(float((one.damages + multiplier * one.parameters).min()), inside(one, arc)) for one in own]
+                    )
             for chosen in itertools.product(*options):
                 found = {name: set(cuts[:-1]) for name in names(track)}
                 for _, inner in chosen:
@@ -191,7 +221,7 @@ def test_the_k_best_stream_is_the_sorted_enumeration_without_repeats(seed):
 
 
 def test_k_best_finds_every_structure_of_a_small_track():
-    track = random_parent(np.random.default_rng(5), "a", 3)
+    track = plain(random_parent(np.random.default_rng(5), "a", 3))  # two points of one composite may be one structure
     count = sum(1 for _ in every_structure(track, 0, 3, 0.0))
     found = k_best([track], 10**6, 10 * count)
     assert len(found) == count

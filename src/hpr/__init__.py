@@ -4,6 +4,7 @@ from hpr import presets
 from hpr.anatomy import Anatomy, describe
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
+from hpr.hierarchical import HierarchicalBert, HierarchicalModel
 from hpr.hub import load, register, save
 from hpr.pipeline import Compression, compress, profile, refit, rescore
 from hpr.planner import plan
@@ -16,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Anatomy",
     "Compression",
+    "HierarchicalBert",
+    "HierarchicalModel",
     "HprError",
     "Plan",
     "Profile",

@@ -136,11 +136,11 @@ def attend(
     role = _checked_role(module, others)
     sdpa = role.config._attn_implementation == "sdpa"
     if role.takes_keys is not None:
-        key, value = _take(role, role.takes_keys)
+        key, value = (one.to(query.device) for one in _take(role, role.takes_keys))
     if role.gives_keys is not None:
         role.gives_keys.put((key, value))
     if role.takes_weights is not None:
-        weights = _take(role, role.takes_weights)
+        weights = _take(role, role.takes_weights).to(value.device)
     elif role.gives_weights is None and sdpa and softcap is None:
         more = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)  # type: ignore[arg-type]

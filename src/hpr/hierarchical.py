@@ -139,7 +139,7 @@ class ByRule:
 def copy_below(student: nn.Module, anatomy: Anatomy, found: Replication) -> None:
     """Give layers that compute with the parameters of another its biases, norms and kept weights too, as copies, in place."""
     for layer, owner in found.computed_with.items():
-        taker, giver = (module_at(student, paths_of(anatomy, {name: ""})[name]) for name in (layer, owner))
+        taker, giver = (module_at(student, path) for name in (layer, owner) for path in paths_of(anatomy, {name: ""}))
         given = dict(giver.named_parameters())
         for path, parameter in taker.named_parameters():
             if path in given and given[path].shape == parameter.shape:

@@ -1,13 +1,13 @@
 """From curves to a plan: every candidate group of a model laid out on tracks, solved, and written down as a ``Plan``.
 
-One track per slot of a stack (its positions are layers), one per layer's experts (its positions are experts) and one per
-embedding table (its positions are blocks of rows). The solver is pure; what it needs of the model is measured here once, as a
-``Draft`` that answers for any budget.
+One track per slot of a stack, or per slot of an encoder and its kin in the decoder (its positions are layers), one per layer's
+experts (its positions are experts) and one per embedding table (its positions are blocks of rows). The solver is pure; what it
+needs of the model is measured here once, as a ``Draft`` that answers for any budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,15 +16,18 @@ from torch import nn
 
 from hpr.anatomy import Anatomy, Site, describe
 from hpr.errors import HprError
+from hpr.groupings import Groups, Similar, composites
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import Measured, measure
 from hpr.planning import solver
 from hpr.planning.boundaries import boundaries
-from hpr.planning.candidates import Candidate, Choice, Solution, Track, restrict
+from hpr.planning.candidates import Candidate, Choice, Solution, Track
+from hpr.planning.composite import restrict
 from hpr.planning.plan import KEEP, Budget, Entry, Plan, parse_budget
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.profile import Profile
 from hpr.sharing import unshareable
+from hpr.tracks import Row, rows
 
 LONGEST_GROUP = 3
 
@@ -41,7 +44,7 @@ class Draft:
     def narrowed(self, only: str) -> Draft:
         """The same candidates for some sites alone; all others stay as they are."""
         chosen = {site.name for site in self.anatomy.select(only)}
-        tracks = tuple(track for track in self.tracks if _sites(track) <= chosen)
+        tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
         planned = {name for track in tracks for name in _sites(track)}
         return Draft(self.anatomy, tracks, tuple(site for site in self.anatomy.sites if site.name not in planned), only)
 
@@ -155,15 +158,15 @@ def draft(
     bound = unshareable(model, anatomy)
     chosen = {site.name for site in anatomy.select(only) if measured[site.name].live and site.name not in bound}
     fixed = tuple(site for site in anatomy.sites if site.name not in chosen)
-    rows = _rows(anatomy, chosen)
+    every = rows(model, anatomy, chosen)
     tracks = []
-    for index, row in enumerate(rows):
-        group = [measured[site.name] for site in row]
-        if row[0].kind == "embedding" and segments.NAME in allowed:
+    for index, row in enumerate(every):
+        group = [measured[site.name] for site in row.sites]
+        if row.sites[0].kind == "embedding" and segments.NAME in allowed:
             tracks.append(segments.track(group[0]))
         else:
-            tracks.append(_track(group, allowed, longest_group))
-        progress("curves", index + 1, len(rows))
+            tracks.append(_track(row, group, allowed, longest_group, profile))
+        progress("curves", index + 1, len(every))
     if not tracks:
         raise HprError("no site is left to plan: every one is unused by the objective or outside only=")
     return Draft(anatomy, tuple(tracks), fixed, only)
@@ -193,29 +196,16 @@ def plan(
     return sketch.best(sketch.budget(budget))
 
 
-def _rows(anatomy: Anatomy, chosen: set[str]) -> list[list[Site]]:
-    """The chosen sites of each slot; experts layer by layer.
-
-    The experts of a layer read the same stream and write to the same, so they have directions in common. Expert 3 of one
-    layer and expert 3 of the next have nothing in common but a number.
-    """
-    rows: dict[Hashable, list[Site]] = {}
-    for key, sites in anatomy.slots().items():
-        for site in sites:
-            if site.name in chosen:
-                rows.setdefault((key, None if site.expert is None else site.layer), []).append(site)
-    return list(rows.values())
-
-
-def _track(group: Sequence[Measured], allowed: set[str], longest: int) -> Track:
-    """Candidates of one slot: every operator on every run of layers up to ``longest``, and on the whole run."""
+def _track(row: Row, group: Sequence[Measured], allowed: set[str], longest: int, profile: Profile) -> Track:
+    """Candidates of one row: every operator on every run up to ``longest``, on every whole stack and on all, and groupings."""
+    whole = dict.fromkeys([*row.spans, (0, len(group))])
     candidates: dict[tuple[int, int], tuple[Candidate, ...]] = {}
     for start in range(len(group)):
         for stop in range(start + 1, len(group) + 1):
             members = group[start:stop]
-            if len(members) > longest and len(members) < len(group):
+            if len(members) > longest and (start, stop) not in whole:
                 continue
-            if not _adjacent([one.site for one in members]):
+            if not row.adjacent(start, stop):
                 continue
             options = [
                 operator.candidate(members)
@@ -224,23 +214,54 @@ def _track(group: Sequence[Measured], allowed: set[str], longest: int) -> Track:
             ]
             if kept := tuple(option for option in options if option is not None):
                 candidates[start, stop] = kept
-    first = group[0].site
-    return Track(_track_name(first), len(group), candidates)
+    groups = Groups(group, candidates, allowed)
+    similar = _similarity(row, profile)
+    found: dict[tuple[int, int], tuple[Candidate, ...]] = {}
+    for start, stop in whole:
+        if row.sites[0].expert is None and stop - start > 1 and row.adjacent(start, stop):
+            lower = 0 if (start, stop) in row.spans else row.spans[0][1]
+            found[start, stop] = tuple(composites(groups, start, stop, longest, lower, similar))
+    for span, own in found.items():
+        candidates[span] = (*candidates.get(span, ()), *own)
+    return Track(row.name, len(group), candidates)
 
 
-def _track_name(first: Site) -> str:
-    if first.expert is not None:
-        return first.name.rpartition(".")[0]
-    return f"{first.stack} · {first.slot}" if first.stack else first.name
+def _similarity(row: Row, profile: Profile) -> Similar:
+    """Similarity of the outputs of two layers of one stack, as the profile has it."""
+
+    def similar(one: int, other: int) -> float | None:
+        first, second = row.sites[one], row.sites[other]
+        features = profile.layers.get(first.stack or "")
+        if features is None or first.stack != second.stack or first.layer is None or second.layer is None:
+            return None
+        return features.similarity[first.layer][second.layer]
+
+    return similar
 
 
-def _adjacent(sites: Sequence[Site]) -> bool:
-    places = [site.position for site in sites]
-    return len(sites) == 1 or (None not in places and places == list(range(places[0], places[0] + len(places))))  # type: ignore[arg-type, operator]
+def _narrowed(track: Track, chosen: set[str]) -> Track | None:
+    """The positions of a track whose sites are chosen, with the candidates of those alone; None where there are none."""
+    labels = {index: _labelled(track.candidates[index, index + 1]) for index in range(track.length)}
+    kept = [index for index in range(track.length) if labels[index] <= chosen]
+    candidates = {
+        (kept.index(start), kept.index(stop - 1) + 1): several
+        for (start, stop), several in track.candidates.items()
+        if all(index in kept for index in range(start, stop))
+    }
+    stays = [name for name in track.name.split(" + ") if any(_in_stack(site, name) for index in kept for site in labels[index])]
+    return Track(" + ".join(stays) or track.name, len(kept), candidates) if kept else None
+
+
+def _in_stack(site: str, name: str) -> bool:
+    return " · " in name and site.startswith(f"{name.partition(' · ')[0]}.")
 
 
 def _sites(track: Track) -> set[str]:
-    labels = {label for several in track.candidates.values() for one in several for label in one.sites}
+    return {site for several in track.candidates.values() for site in _labelled(several)}
+
+
+def _labelled(candidates: Iterable[Candidate]) -> set[str]:
+    labels = {label for one in candidates for label in one.sites}
     return {label.rpartition("[")[0] if label.endswith("]") else label for label in labels}
 
 

@@ -13,7 +13,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,6 @@ from hpr.ties import Tie, declared_ties, drop_ties, resolved, restore_ties
 from hpr.vanished import SomeRows, Vanished, check_vanished, only_rows, vanished_paths
 
 if TYPE_CHECKING:
-    from hpr.presets import Preset
     from hpr.profiling.profile import Profile
 
 
@@ -56,28 +55,39 @@ _NO_COMPUTATION = (
 )  # read no weights to use
 
 
-def share(model: nn.Module, plan: Plan | Preset, profile: Profile | None = None) -> nn.Module:
+class Rule(Protocol):
+    """What says which layers share without measuring: a preset, or replication rules. Its factors are weights of the model."""
+
+    @property
+    def name(self) -> str: ...
+
+    def plan(self, model: nn.Module) -> Plan: ...
+
+    def fit(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> operators.Fitted: ...
+
+
+def share(model: nn.Module, plan: Plan | Rule, profile: Profile | None = None) -> nn.Module:
     """A copy of ``model`` whose sites read shared factors as the plan says; the model itself is untouched.
 
     Sites that are kept stay as they are: the identity plan gives a plain copy. Training mode, device and dtype are those
-    of the model. With a preset (``hpr.presets``, for training from scratch) nothing is fitted: each factor starts as the
+    of the model. With a rule (``hpr.presets``, for training from scratch) nothing is fitted: each factor starts as the
     weight of its group's first layer. Raises ``HprError`` where the plan does not fit, the model is already shared or
-    quantised, a preset comes with a profile, or a fitted factor is missing, of another shape or not finite.
+    quantised, a rule comes with a profile, or a fitted factor is missing, of another shape or not finite.
     """
     if bank_of(model) is not None:
         raise HprError(f"this {type(model).__name__} is shared already: plan on its original, or on hpr.unshare of it")
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise HprError(f"this {type(model).__name__} is quantised: load it without quantization_config, share, then quantise")
-    preset = None if isinstance(plan, Plan) else plan
-    if preset is not None and profile is not None:
-        raise HprError(f"{preset} takes no profile, since it fits nothing: leave it out, or share {preset.name}'s plan(model)")
+    rule = None if isinstance(plan, Plan) else plan
+    if rule is not None and profile is not None:
+        raise HprError(f"{rule} takes no profile, since it fits nothing: leave it out, or share {rule.name}'s plan(model)")
     plan = plan if isinstance(plan, Plan) else plan.plan(model)
     anatomy = describe(model)
     plan.validate(anatomy)
     changed = {name: entry.terms for name, entry in plan.entries.items() if entry.terms}
     if not changed and not plan.layers:
         return copy.deepcopy(model)
-    fitted = operators.fit(model, anatomy, plan, profile) if preset is None else preset.fit(model, anatomy, plan)
+    fitted = operators.fit(model, anatomy, plan, profile) if rule is None else rule.fit(model, anatomy, plan)
     _check_finite(changed, fitted)
     student = copy.deepcopy(model)
     by_path = {anatomy[name].path: terms for name, terms in changed.items()}

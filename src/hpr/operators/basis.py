@@ -30,8 +30,8 @@ def input_candidate(group: Sequence[Measured]) -> Candidate | None:
     rows, columns = group[0].weight.shape
     if columns < 2:
         return None
-    basis = pooled_basis(group)
-    ranks = np.arange(1, min(len(basis), rows, columns - 1) + 1)
+    basis = pooled_basis(group, min(rows, columns - 1))
+    ranks = np.arange(1, len(basis) + 1)
     damages = sum(_damages(one, basis) for one in group)
     costs = ranks * (columns - ranks) + columns + len(group) * rows * ranks
     names = tuple(one.site.name for one in group)
@@ -78,16 +78,16 @@ def output_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]])
     return values
 
 
-def pooled_basis(group: Sequence[Measured]) -> Tensor:
-    """Rows ordered by importance, (min(n · rows, columns), columns): right singular vectors of the stacked whitened weights."""
+def pooled_basis(group: Sequence[Measured], count: int) -> Tensor:
+    """``count`` rows (count, columns), the most important first: right singular vectors of the stacked whitened weights."""
     total = sum(one.rows for one in group)
     moments = [one.right.moment.diag() if one.right.diagonal else one.right.moment for one in group]
     pooled = Side(sum((one.rows / total * m for one, m in zip(group, moments, strict=True)), torch.zeros_like(moments[0])), 0)
-    stacked = torch.cat([one.rows**0.5 * pooled.whiten(one.left.whiten(one.weight).T).T for one in group])
+    stacked = torch.cat([one.rows**0.5 * pooled.whiten(one.left_whitened.T).T for one in group])
     if stacked.shape[0] >= stacked.shape[1]:
-        _, vectors = eigenvectors(stacked.T)
+        vectors = eigenvectors(stacked.T)[1][:, :count]
     else:
-        values, lefts = eigenvectors(stacked)
+        values, lefts = (part[..., :count] for part in eigenvectors(stacked))
         vectors = stacked.T @ lefts / values.clamp(min=1e-14 * values[0]).sqrt()
     return pooled.unwhiten(vectors).T
 
@@ -98,7 +98,7 @@ def alternate(group: Sequence[Measured], rank: int, sweeps: int = SWEEPS) -> tup
     Given V the best U_s = W A Vᵀ (V A Vᵀ)⁻¹; given all U_s the best V solves Σ N Uᵀ G U V A = Σ N Uᵀ G W A. Each half-step
     can only lower the damage.
     """
-    shared = pooled_basis(group)[:rank]
+    shared = pooled_basis(group, rank)
     private = [best_private(one, shared) for one in group]
     damage = _total(group, private, shared)
     for _ in range(sweeps):
@@ -132,6 +132,5 @@ def _damages(one: Measured, basis: Tensor) -> np.ndarray:
     lower = torch.linalg.cholesky((gram + gram.T) / 2 + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).double())
     projected = torch.linalg.solve_triangular(lower, (one.left_whitened @ weighted).T, upper=False)
     gains = projected.square().sum(1)
-    everything = one.whitened().square().sum()
-    left = everything - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+    left = one.energy - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
     return (0.5 * one.rows * left.clamp(min=0)).numpy()

@@ -92,6 +92,11 @@ class Measured:
         """L_leftᵀ M L_right of a matrix (out, in), by default of the weight."""
         return self.right.whiten((self.left_whitened if matrix is None else self.left.whiten(matrix)).T).T
 
+    @cached_property
+    def energy(self) -> Tensor:
+        """Squared norm of the whitened weight: what is lost, but for ½ · rows, where nothing is left of it."""
+        return self.whitened().square().sum()
+
     def damage(self, change: Tensor) -> float:
         """Nats per example for W + change."""
         return 0.5 * self.rows * float(self.whitened(change).square().sum())

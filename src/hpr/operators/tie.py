@@ -24,9 +24,10 @@ QUICK, THOROUGH = 2, 25  # conjugate-gradient steps for a curve, and for a fit
 
 
 def group_name(sites: Sequence[Site]) -> str:
-    """``encoder.0-2.mlp.up`` for a run of one slot, ``encoder.0-1+4.mlp.up`` for several; else site names joined.
+    """``encoder.0-2.mlp.up`` for a run of one slot, ``encoder.0-1+4.mlp.up`` for several; other site names are joined.
 
-    The experts of one layer are named by their numbers instead: ``decoder.0.mlp.experts.down_proj.0-7``.
+    Several slots stand beside each other: ``encoder.0-1.fc1+decoder.2-2.fc1``. The experts of one layer are named by their
+    numbers instead: ``decoder.0.mlp.experts.down_proj.0-7``.
     """
     first = sites[0]
     alike = all((site.stack, site.slot) == (first.stack, first.slot) for site in sites)
@@ -34,8 +35,11 @@ def group_name(sites: Sequence[Site]) -> str:
         return f"{first.name.rpartition('.')[0]}.{_runs([site.expert for site in sites if site.expert is not None])}"
     layers = [site.layer for site in sites if site.layer is not None]
     experts = {site.expert for site in sites}
-    if not alike or len(layers) < len(sites) or len(experts) > 1:
+    if len(layers) < len(sites) or len(experts) > 1:
         return "+".join(site.name for site in sites)
+    if not alike:
+        parts = dict.fromkeys((site.stack, site.slot) for site in sites)
+        return "+".join(group_name([site for site in sites if (site.stack, site.slot) == part]) for part in parts)
     slot = first.slot if first.expert is None else f"{first.slot}.{first.expert}"
     return f"{first.stack}.{_runs(layers)}.{slot}"
 

@@ -214,6 +214,8 @@ class _Logs:
     """Log partition functions of every interval; matrices as in ``Costs``, ``before_own`` its mirror image in time."""
 
     table: Table
+    own: np.ndarray
+    inner: dict[tuple[int, int], np.ndarray]  # interval → probability of each cut inside it, where a composite may fill it
     alone: np.ndarray
     after_own: np.ndarray
     after_alone: np.ndarray
@@ -249,11 +251,16 @@ def _inside(table: Table, multiplier: float, temperature: float) -> _Logs:
     shape = (length + 1, length + 1)
     own, alone, after_own, after_alone, before_own, any_ = np.full((6, *shape), -np.inf)
     own_h, alone_h, after_own_h, entropy = np.zeros((4, *shape))
+    inner = {}
     if table.candidates:
         prices = np.minimum.reduceat(table.damages + multiplier * table.parameters, table.first_points[:-1])
         for number, (start, stop) in enumerate(table.intervals):
             logits = -prices[table.intervals_of == number] / temperature
             own[start, stop], own_h[start, stop] = _mix(logits, np.zeros_like(logits))
+            several = table.track.candidates[start, stop]
+            if any(one.partition for one in several):
+                cuts = [np.diff(one.partition or [0] * (stop - start)) != 0 for one in several]
+                inner[start, stop] = np.exp(logits - own[start, stop]) @ np.array(cuts)
     if sublogs:
         alone = np.sum([logs.any for logs in sublogs], axis=0)
         alone_h = np.sum([logs.entropy for logs in sublogs], axis=0)
@@ -270,7 +277,7 @@ def _inside(table: Table, multiplier: float, temperature: float) -> _Logs:
         )
     for start in range(length):
         before_own[start, start + 1 :] = np.logaddexp.reduce(own[start, :, None] + any_[:, start + 1 :], axis=0)
-    return _Logs(table, alone, after_own, after_alone, before_own, any_, entropy, sublogs)
+    return _Logs(table, own, inner, alone, after_own, after_alone, before_own, any_, entropy, sublogs)
 
 
 def _mix(logs: np.ndarray, entropies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -294,6 +301,10 @@ def _outside(logs: _Logs, weight: np.ndarray, cuts: np.ndarray, found: dict[str,
         right_any, right_own = logs.any[inner, stop], logs.before_own[inner, stop]
         here = np.logaddexp(left_own + right_any, left_alone + right_own)
         cuts[start + 1 : stop] += share * np.exp(here - total)[1:-1]
+        for (first, last), chances in logs.inner.items():
+            if start <= first and last <= stop:
+                filled = logs.any[start, first] + logs.own[first, last] + logs.any[last, stop]
+                cuts[first + 1 : last] += share * np.exp(filled - total) * chances
         below[inner, inner] += share * np.exp(left_own[:, None] + logs.alone[inner, inner] + right_own - total)
     found[logs.table.track.name] = cuts[1:-1]
     for sublogs in logs.sublogs:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hpr.errors import HprError
-from hpr.planning.plan import KEEP
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +23,9 @@ class Candidate:
     ``choices[k]`` holds the ranks (``()`` for operators without one), ``parameters[k]`` (int64) what that choice stores and
     ``damages[k]`` (float64) its predicted damage in nats per example. The curve need be neither sorted nor convex. Raises
     ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not finite.
+
+    A *composite* (see ``composite``) stands for several groups: ``partition`` has the group of each position, ``parts`` the
+    candidates of each group, and ``choices[k]`` two numbers a group, which of its candidates and which point of that.
     """
 
     operator: str
@@ -31,6 +33,8 @@ class Candidate:
     choices: tuple[tuple[int, ...], ...]
     parameters: np.ndarray
     damages: np.ndarray
+    parts: tuple[tuple[Candidate, ...], ...] = ()
+    partition: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         name = f"candidate {self.operator!r} on {', '.join(self.sites)}"
@@ -56,8 +60,9 @@ class Track:
 
     With ``subtracks`` (all of this length) an interval may instead be solved by every subtrack alone, each with its own
     segmentation: the parent holds what shares a factor among several slots, a subtrack one slot. Register ``keep`` once,
-    in the subtracks. A site outside the layer stacks is a track of length 1; a group that is not contiguous (a cycle) is a
-    candidate for [0, length). Raises ``HprError`` for intervals outside the track and for subtracks of another length.
+    in the subtracks. A site outside the layer stacks is a track of length 1; groups that are not contiguous (a cycle) are a
+    composite for the interval that they fill. Raises ``HprError`` for intervals outside the track and for subtracks of
+    another length.
     """
 
     name: str
@@ -101,6 +106,14 @@ class Choice:
         """Nats per example."""
         return float(self.candidate.damages[self.index])
 
+    @property
+    def leaves(self) -> tuple[Choice, ...]:
+        """The same as choices of plain candidates: one or more for every group of a composite, else itself."""
+        if not self.candidate.parts:
+            return (self,)
+        chosen = zip(self.candidate.parts, self.ranks[::2], self.ranks[1::2], strict=True)
+        return tuple(leaf for options, number, index in chosen for leaf in Choice(options[number], index).leaves)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -131,30 +144,6 @@ class Solution:
     def structure(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """The groups and their operators, ranks left out: (operator, sites), sorted."""
         return tuple(sorted((choice.candidate.operator, choice.candidate.sites) for choice in self.choices))
-
-
-def operators(tracks: Sequence[Track]) -> list[str]:
-    """Names of all operators registered anywhere in the tracks, sorted."""
-    own = {one.operator for track in tracks for several in track.candidates.values() for one in several}
-    return sorted(own.union(*(operators(track.subtracks) for track in tracks)))
-
-
-def restrict(tracks: Sequence[Track], operators: Set[str]) -> tuple[Track, ...]:
-    """The same tracks with the candidates of these operators only; ``keep`` always stays."""
-    allowed = {*operators, KEEP}
-    return tuple(
-        Track(
-            track.name,
-            track.length,
-            {
-                interval: chosen
-                for interval, several in track.candidates.items()
-                if (chosen := tuple(one for one in several if one.operator in allowed))
-            },
-            restrict(track.subtracks, operators),
-        )
-        for track in tracks
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +206,8 @@ def exhaustive(tracks: Sequence[Track], limit: int) -> Solution:
 
 
 def solution(choices: Iterable[Choice]) -> Solution:
-    """Add choices up; the bound is their own damage, as for a solution known to be optimal."""
-    chosen = tuple(choices)
+    """Add choices up, composites as their groups; the bound is their own damage, as for a solution known to be optimal."""
+    chosen = tuple(leaf for choice in choices for leaf in choice.leaves)
     damage = math.fsum(choice.damage for choice in chosen)
     return Solution(chosen, damage, sum(choice.parameters for choice in chosen), bound=damage)
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from hpr.errors import HprError
 from hpr.planning.boundaries import Structure, least_costs, structures, trace
-from hpr.planning.candidates import Choice, Solution, Table, Track, impossible, operators, restrict, solution, tabulate
+from hpr.planning.candidates import Choice, Solution, Table, Track, impossible, solution, tabulate
+from hpr.planning.composite import operators, restrict
 
 BREADTH = 24  # structures that every search re-allocates: more close the gap further, each costs some milliseconds
 _NEIGHBOURS = (0.8, 1.25)  # multipliers, relative to the best one, whose structures are tried too

@@ -90,7 +90,7 @@ class Row:
     @property
     def boundaries(self) -> tuple[bool, ...]:
         """Whether the plan starts a new group between each layer and the next."""
-        return tuple(not (cell and cell.joins_right) for cell in self.cells[:-1])
+        return boundaries([self])
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,11 @@ def read_plan(plan: Mapping[str, Any], stacks: Iterable[str] = ()) -> PlanMap:
     )
     outside = tuple(cells[name] for name, (_, layer, _) in places.items() if layer < 0)
     return PlanMap(stack_maps, outside, tuple(groups), _operators(cells.values()))
+
+
+def boundaries(rows: Iterable[Row]) -> tuple[bool, ...]:
+    """Whether the plan starts a new group between each cell and the next, along rows that continue one another."""
+    return tuple(not _joined(one, other) for one, other in pairwise(cell for row in rows for cell in row.cells))
 
 
 def _place(name: str, stacks: tuple[str, ...]) -> tuple[str, int, str]:
@@ -231,12 +236,16 @@ def _lanes(terms: list[Mapping[str, Any]]) -> tuple[tuple[Segment, ...], ...]:
 
 def _row(slot: str, found: Mapping[int, Cell], depth: int) -> Row:
     cells: list[Cell | None] = [found.get(layer) for layer in range(depth)]
-    joined = [bool(a and b and a.groups and b.groups and a.groups[0] == b.groups[0]) for a, b in pairwise(cells)]
+    joined = [_joined(one, other) for one, other in pairwise(cells)]
     for layer, cell in enumerate(cells):
         if cell:
             left, right = layer > 0 and joined[layer - 1], layer < len(joined) and joined[layer]
             cells[layer] = replace(cell, joins_left=left, joins_right=right)
     return Row(slot, tuple(cells))
+
+
+def _joined(one: Cell | None, other: Cell | None) -> bool:
+    return bool(one and other and one.groups and other.groups and one.groups[0] == other.groups[0])
 
 
 def _codes(operators: Iterable[str]) -> dict[str, str]:

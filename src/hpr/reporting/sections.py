@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from hpr.reporting import figures, readings
+from hpr.reporting import figures, grid, readings
 from hpr.reporting.grid import PlanMap, StackMap
 from hpr.reporting.words import ABSENT, count, dig, figure, number, numbers, present, records, seconds, share, table, verdict
 
@@ -95,11 +96,14 @@ def layers(metrics: Mapping[str, Any]) -> list[Section]:
 
 def boundaries(plan_map: PlanMap, metrics: Mapping[str, Any]) -> list[Section]:
     """Group-boundary probabilities by stack and slot, with the boundaries that the plan took."""
-    taken = {(stack.name, row.slot): row.boundaries for stack in plan_map.stacks for row in stack.rows}
+    rows_of = {f"{stack.name} · {row.slot}": row for stack in plan_map.stacks for row in stack.rows}
     stacks: dict[str, list[Section]] = {}
     for key, value in table(metrics, "boundaries").items():
-        stack, _, slot = str(key).partition(" · ")
-        entropy, chosen = number(dig(value, "entropy")), taken.get((stack, slot), ())
+        names = str(key).split(" + ")  # kin slots of an encoder and its decoder are one track
+        parts = zip(*(name.partition(" · ")[::2] for name in names), strict=True)
+        stack, slot = (" + ".join(dict.fromkeys(part)) for part in parts)
+        found = [rows_of[name] for name in names if name in rows_of]
+        entropy, chosen = number(dig(value, "entropy")), grid.boundaries(found) if len(found) == len(names) else ()
         cells = []
         for gap, probability in enumerate(numbers(dig(value, "probabilities"))):
             strength = min(1.0, max(0.0, probability or 0.0))
@@ -126,7 +130,8 @@ def boundaries(plan_map: PlanMap, metrics: Mapping[str, Any]) -> list[Section]:
             f"{sure} of {len(known)} possible boundaries are settled (below 10 % or above 90 %); "
             "the others could go either way."
         )
-        sections.append({"stack": stack, "rows": rows, "gaps": max(len(row["cells"]) for row in rows), "reading": reading})
+        gaps = _gaps(stack, max(len(row["cells"]) for row in rows), {one.name: one.layers for one in plan_map.stacks})
+        sections.append({"stack": stack, "rows": rows, "gaps": gaps, "reading": reading})
     return sections
 
 
@@ -218,6 +223,13 @@ def stack_note(stack: StackMap) -> str:
     return (
         f"{stack.layers} layer{'s' if stack.layers != 1 else ''} × {len(stack.rows)} slot{'s' if len(stack.rows) != 1 else ''}"
     )
+
+
+def _gaps(stacks: str, count: int, layers: Mapping[str, int]) -> list[str]:
+    """``0|1`` for every gap between neighbours, numbered anew in each of several stacks."""
+    numbers = [layer for stack in stacks.split(" + ") for layer in range(layers.get(stack, 0))]
+    numbers += range(len(numbers), count + 1)
+    return [f"{one}|{other}" for one, other in pairwise(numbers[: count + 1])]
 
 
 def _bars(name: str, bars: Sequence[tuple[str, float | None, str]], note: str) -> Section:
