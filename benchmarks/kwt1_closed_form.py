@@ -20,6 +20,7 @@ from hpr.evaluation.metrics import accuracy, compare, divergence
 from hpr.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from paths import shared
+from rows import count
 
 GOAL = OBJECTIVES["classification"]
 ONLY = "encoder.*"
@@ -72,7 +73,8 @@ def main() -> None:
     for budget in (0.5, 0.3):
         limit = sketch.budget(f"{budget:.0%}")
         for name in ("svd", "svd_llm", "basis_sharing"):
-            report(f"peer: {name}", getattr(peers, name)(model, sites, final, budget), budget)
+            student, parameters = getattr(peers, name)(model, sites, final, budget)
+            report(f"peer: {name}", student, budget, parameters=parameters)
         lone = draft(model, final, ONLY, ["low rank"])
         report("private low rank only", hpr.share(model, lone.best(limit), final), budget)
         scores = {}
@@ -95,12 +97,6 @@ def main() -> None:
         hpr.refit(student, model, plan, final, whole)
         report("hpr, refit" + " (chosen)" * (chosen == "refit"), student, budget, seconds=time.perf_counter() - start)
         print(json.dumps({"budget": budget, "plan": label, "operators": count(plan)}), flush=True)
-
-
-def count(plan: hpr.Plan) -> dict[str, int]:
-    """How many sites each operator got."""
-    names = [entry.operator for entry in plan.entries.values()]
-    return {name: names.count(name) for name in sorted(set(names))}
 
 
 if __name__ == "__main__":

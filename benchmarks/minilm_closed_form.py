@@ -6,16 +6,13 @@ python benchmarks/minilm_closed_form.py [cost|whole|encoder|damage|reload ...]
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -35,6 +32,7 @@ from hpr.planning.plan import Plan
 from hpr.profiling.curvature import peak_memory
 from hpr.profiling.objectives import OBJECTIVES
 from paths import shared
+from rows import count, say
 
 GOAL = OBJECTIVES["embedding"]
 EXAMPLES = 4096
@@ -50,11 +48,6 @@ with torch.no_grad():
 encoder = SentenceTransformer(sys.argv[1], device="cpu")
 print(float((encoder.encode(texts, convert_to_tensor=True) - sentences).abs().max()))
 """
-
-
-def say(**row: Any) -> None:
-    """One JSON line."""
-    print(json.dumps(row), flush=True)
 
 
 class Run:
@@ -137,7 +130,7 @@ def encoder(run: Run) -> None:
     sites = [site for site in sketch.anatomy.sites if site.stack == "encoder"]
     for budget, share in (("80%", 0.8), ("50%", 0.5), ("30%", 0.3)):
         for name in ("svd", "svd_llm", "basis_sharing"):
-            student = getattr(peers, name)(run.model, sites, run.profile, share)
+            student, _ = getattr(peers, name)(run.model, sites, run.profile, share)
             found = compare(student, run.model, run.texts.heldout, GOAL)
             say(section="encoder", method=f"peer: {name}", budget=budget, cosine=found.cosine)
         plan, _, _ = run.best(sketch, budget)
@@ -207,11 +200,6 @@ def reload(run: Run) -> None:
     auto, sentence = (float(line) for line in answer.stdout.split())
     used = plan.parameters(run.sketch.anatomy)
     say(section="reload", auto_model=auto, sentence_transformer=sentence, bytes=size, bytes_over_four_times=size - 4 * used)
-
-
-def count(plan: Plan) -> dict[str, int]:
-    """How many sites each operator got."""
-    return dict(Counter(entry.operator for entry in plan.entries.values()))
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 """Published methods without training, in their plain form, for comparison at equal parameters on the same statistics.
 
-Each takes a model, the encoder's sites and the profile, and returns a copy with dense replaced weights whose stored size is
-``budget`` (kept share of the sites' weights). They are our own short forms: uniform ranks as published, no refinements.
+Each takes a model, the sites to change, the profile and ``budget`` (kept share of those sites' weights), and returns a copy
+with dense replaced weights and the number of parameters that its factors have. They are our own short forms: uniform ranks as
+published, rounded up, so that none has less than its budget; no refinements.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,19 +21,19 @@ from hpr.operators.metric import Measured, Side
 from hpr.profiling.profile import Profile
 
 
-def svd(model: nn.Module, sites: Sequence[Site], profile: Profile, budget: float) -> nn.Module:
+def svd(model: nn.Module, sites: Sequence[Site], profile: Profile, budget: float) -> tuple[nn.Module, int]:
     """Truncated SVD of the plain weight, uniform rank."""
     return _private(model, sites, profile, budget, whitened=False)
 
 
-def svd_llm(model: nn.Module, sites: Sequence[Site], profile: Profile, budget: float) -> nn.Module:
+def svd_llm(model: nn.Module, sites: Sequence[Site], profile: Profile, budget: float) -> tuple[nn.Module, int]:
     """Truncated SVD whitened by the input moment, uniform rank (SVD-LLM, Wang et al. 2024)."""
     return _private(model, sites, profile, budget, whitened=True)
 
 
-def basis_sharing(model: nn.Module, sites: Sequence[Site], profile: Profile, budget: float) -> nn.Module:
+def basis_sharing(model: nn.Module, sites: Sequence[Site], profile: Profile, budget: float) -> tuple[nn.Module, int]:
     """Input basis shared by pairs of adjacent layers, pooled whitening, uniform rank (Basis Sharing, Wang et al. 2025)."""
-    student = copy.deepcopy(model)
+    student, parameters = copy.deepcopy(model), 0
     rows: dict[str, list[Site]] = {}
     for site in sites:
         rows.setdefault(site.slot, []).append(site)
@@ -39,32 +41,40 @@ def basis_sharing(model: nn.Module, sites: Sequence[Site], profile: Profile, bud
         for start in range(0, len(row), 2):
             group = [_plain(model, site, profile, whitened=True) for site in row[start : start + 2]]
             out, into = group[0].weight.shape
-            rank = max(1, int(budget * len(group) * out * into / (into + len(group) * out)))
+            rank = min(math.ceil(budget * len(group) * out * into / (into + len(group) * out)), len(group) * out, into)
+            parameters += rank * (into + len(group) * out)
             basis = pooled_basis(group, rank)
             for one in group:
                 _set(student, one.site, best_private(one, basis) @ basis)
-    return student
+    return student, parameters
 
 
 def drop_layers(model: nn.Module, layers: Sequence[int], path: str) -> nn.Module:
-    """The model without some layers of one stack (ShortGPT, Men et al. 2024)."""
+    """The model without some layers of its one stack (ShortGPT, Men et al. 2024)."""
     student = copy.deepcopy(model)
     blocks = module_at(student, path)
     assert isinstance(blocks, nn.ModuleList)
     for layer in sorted(layers, reverse=True):
         del blocks[layer]
+    for place, block in enumerate(blocks):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):  # where a decoder's attention keeps its keys and values
+                module.layer_idx = place
+    if hasattr(student, "config"):
+        student.config.num_hidden_layers = len(blocks)
     return student
 
 
-def _private(model: nn.Module, sites: Sequence[Site], profile: Profile, budget: float, whitened: bool) -> nn.Module:
-    student = copy.deepcopy(model)
+def _private(model: nn.Module, sites: Sequence[Site], profile: Profile, budget: float, whitened: bool) -> tuple[nn.Module, int]:
+    student, parameters = copy.deepcopy(model), 0
     for site in sites:
         one = _plain(model, site, profile, whitened)
         out, into = one.weight.shape
-        rank = max(1, int(budget * out * into / (out + into)))
+        rank = math.ceil(budget * out * into / (out + into))
+        parameters += rank * (out + into)
         u, v = truncate(one, rank)
         _set(student, site, u @ v)
-    return student
+    return student, parameters
 
 
 def _plain(model: nn.Module, site: Site, profile: Profile, whitened: bool) -> Measured:

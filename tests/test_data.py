@@ -44,6 +44,26 @@ def test_text_batches_hold_every_text_and_their_order(special: dict) -> None:
     assert again.order == batches.order
 
 
+def test_long_texts_go_on_in_windows() -> None:
+    tool = tokenizer()
+    batches = text_batches(TEXTS, tool, batch_size=2, max_length=2, windows=100)
+    parts = dict(zip(batches.order, decoded(batches), strict=True))
+    expected = []
+    for text in TEXTS:  # the fewest parts, as equal as they can be
+        words = text.split()
+        count = -(-len(words) // 2)
+        expected += [words[len(words) * i // count : len(words) * (i + 1) // count] for i in range(count)]
+    assert [parts[place].split() for place in sorted(parts)] == expected
+    first = text_batches(TEXTS, tool, batch_size=2, max_length=2, windows=3)
+    assert sorted(decoded(first)) == sorted(" ".join(words) for words in expected[:3])
+
+
+def test_documents_of_a_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "stories.txt"
+    path.write_text("One.\n\nTwo.\n<|endoftext|>\n Three.\r\n <|endoftext|> \n\n<|endoftext|>\nFour <|endoftext|> in it.\n")
+    assert read_texts(path) == ["One.\n\nTwo.", "Three.", "Four <|endoftext|> in it."]
+
+
 def test_padding_is_the_tokenizers(minilm: Path) -> None:
     tool = AutoTokenizer.from_pretrained(minilm)
     texts = ["a dog", "a dog and a cat"]

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers as tf
 from transformers.utils import logging
 
 import hpr.models
 from hpr.errors import HprError
-from hpr.models import PACKAGED, open_data, open_model
+from hpr.models import PACKAGED, open_data, open_model, own_answers
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "layer", "reads", "writes", "its", "factor", "text"]
 
@@ -170,12 +171,79 @@ def test_data_from_texts_files_arrays_and_docstrings(folder, tmp_path):
         open_data(None, opened, examples=0)
 
 
-def test_sequence_to_sequence_models_get_targets(tmp_path, folder, build):
+def test_sequence_to_sequence_models_get_what_they_write_as_targets(tmp_path, folder, build):
     build("bart", tf.AutoModelForSeq2SeqLM).save_pretrained(tmp_path / "bart")
     for file in folder.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "bart")
-    batches, _ = open_data(["the layer reads", "text"], open_model(tmp_path / "bart"))
-    assert (batches[0]["labels"] == -100).sum() == 2
+    opened = open_model(tmp_path / "bart")
+    (batch,), _ = open_data(["the layer reads", "text"], opened)
+    with torch.no_grad():
+        logits = opened.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+        ).logits
+    real = batch["labels"] != -100
+    assert torch.equal(logits.argmax(-1)[real], batch["labels"][real])  # each token is the most probable after those before
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_own_answers_stop_at_the_end(build, ids, family):
+    model = build(family, tf.AutoModelForSeq2SeqLM)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.3)  # fresh models write one token for ever
+    model.generation_config.eos_token_id = None
+    free = own_answers(model, {"input_ids": ids}, longer=5)
+    assert free.shape[1] == ids.shape[1] + 5
+    end = int(free[0, 2])  # a token that it writes becomes the one that ends
+    model.generation_config.eos_token_id = model.config.eos_token_id = end
+    for row in own_answers(model, {"input_ids": ids}, longer=5).tolist():
+        stop = row.index(end) + 1 if end in row else len(row)
+        assert row[stop:] == [-100] * (len(row) - stop)
+        assert -100 not in row[:stop]
+
+
+def test_own_answers_to_sound():
+    torch.manual_seed(0)
+    config = tf.WhisperConfig(
+        vocab_size=40,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=12,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
+    model = tf.WhisperForConditionalGeneration(config).eval()
+    opened = hpr.models.OpenModel(model, None, "seq2seq", None, "tiny")
+    batches = hpr.models._batches(np.random.default_rng(0).normal(size=(3, 8, 40)), opened, examples=3)
+    assert batches[0]["labels"].shape[0] == 3
+    assert torch.isfinite(model(**batches[0]).loss)
+
+
+def test_only_models_that_generate_write_answers(build, ids):
+    with pytest.raises(HprError, match="BertModel cannot write its own targets"):
+        own_answers(build("bert"), {"input_ids": ids})
+
+
+def test_causal_models_read_long_texts_whole(tmp_path, folder, build):
+    build("llama", tf.AutoModelForCausalLM).save_pretrained(tmp_path / "llama")
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "llama")
+    opened = open_model(tmp_path / "llama")
+    long = " ".join(["layer", "reads", "text"] * 5)  # 17 tokens with the two that the tokenizer adds
+    batches, _ = open_data([long, "its"], opened, max_length=8)
+    assert sorted(int(mask.sum()) for batch in batches for mask in batch["attention_mask"]) == [3, 5, 6, 6]
+    assert len(open_data([long, "its"], opened, max_length=8, examples=2)[0].order) == 2
+    opened.model.config.max_position_embeddings = 4  # no window is longer than what the model takes
+    assert max(batch["input_ids"].shape[1] for batch in open_data([long], opened)[0]) == 4
 
 
 def test_text_needs_a_tokenizer(tmp_path, build):

@@ -208,3 +208,13 @@ def test_stages_tell_inputs_apart_that_follow_one_another_in_memory() -> None:
     with torch.no_grad():
         stages = list(refitting._stages(Fleeting(), stack, 0, sites, refitting._Pair(entry, entry, None)))
     assert [[site.slot for site in stage] for stage in stages] == [["first"], ["second"], ["third"]]
+
+
+def test_padding_of_a_decoder_is_its_own() -> None:
+    batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "labels": torch.tensor([[5, 6, 7, 2], [5, 2, -100, -100]])}
+    encoder, decoder = Stack("encoder", "encoder.layers", 2), Stack("decoder", "decoder.layers", 2)
+    of_encoder, of_decoder = torch.zeros(2, 3, 8), torch.zeros(2, 4, 8)
+    assert torch.equal(refitting._real(batch, encoder, of_encoder), batch["attention_mask"].bool())
+    assert torch.equal(refitting._real(batch, decoder, of_decoder), batch["labels"] != -100)
+    assert torch.equal(refitting._real(batch, decoder, of_encoder), batch["attention_mask"].bool())  # keys and values across
+    assert refitting._real(batch, decoder, torch.zeros(8, 8)) == slice(None)

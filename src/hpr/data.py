@@ -7,7 +7,9 @@ import io
 import json
 import os
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from hpr.errors import HprError
 
 _TEXT_COLUMNS = ("text", "sentence")
+_BETWEEN_DOCUMENTS = re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$", re.MULTILINE)
 Source = str | os.PathLike[str]
 
 
@@ -52,8 +55,13 @@ def first_batches(batches: Sequence[Any], examples: int) -> list[Any]:
     return kept
 
 
-def text_batches(texts: Sequence[str], tokenizer: Any, batch_size: int = 64, max_length: int = 256) -> Batches:
+def text_batches(
+    texts: Sequence[str], tokenizer: Any, batch_size: int = 64, max_length: int = 256, windows: int | None = None
+) -> Batches:
     """Tokenised batches of ``input_ids``, ``attention_mask`` and what else the tokenizer gives, int64 (batch, positions).
+
+    A text of more than ``max_length`` tokens loses its end; or, with ``windows``, it goes on in further examples of about
+    equal length, so many in all at most (``order`` then counts these).
 
     Texts of like length stand together, so little is padded (a batch is smaller where the next text is twice as long as
     its first); the batches are shuffled, always in the same way, so that any few are a fair sample. Padding is on the
@@ -70,11 +78,15 @@ def text_batches(texts: Sequence[str], tokenizer: Any, batch_size: int = 64, max
     if not len(texts):
         raise HprError("there are no texts: at least one is needed")
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
-    rows = dict(tokenizer(list(texts), truncation=True, max_length=limit))
+    if windows is None:
+        rows = dict(tokenizer(list(texts), truncation=True, max_length=limit))
+    else:
+        rows = _windows(dict(tokenizer(list(texts), truncation=False, verbose=False)), limit, windows)
     lengths = [len(ids) for ids in rows["input_ids"]]
     if 0 in lengths:
         empty = lengths.index(0)
-        raise HprError(f"text {empty} ({texts[empty]!r:.60}) has no tokens: remove it")
+        shown = f" ({texts[empty]!r:.60})" if windows is None else ""
+        raise HprError(f"text {empty}{shown} has no tokens: remove it")
     groups = _groups(lengths, batch_size)
     random.Random(0).shuffle(groups)
     padding = _padding(tokenizer)
@@ -87,6 +99,8 @@ def text_batches(texts: Sequence[str], tokenizer: Any, batch_size: int = 64, max
 def read_texts(path: Source, column: str | int | None = None) -> list[str]:
     """Texts of a file: one a line (empty lines skipped), ``.jsonl`` with a ``text`` field, or a column of ``.csv`` or ``.tsv``.
 
+    Where lines of ``<|endoftext|>`` stand between documents, a document is a text, its line breaks kept.
+
     ``column`` is a name in the first row, the field of a ``.jsonl``, or a number from 0 for a table without a header; without
     it the column ``text`` or ``sentence`` is taken, or the only one. Raises ``HprError`` for a missing, empty or
     undecodable file and for lines that do not hold what they should, by number.
@@ -97,7 +111,8 @@ def read_texts(path: Source, column: str | int | None = None) -> list[str]:
     elif kind in (".csv", ".tsv"):
         texts = _column(path, _table(path, text), column)
     else:
-        texts = text.splitlines()
+        documents = _BETWEEN_DOCUMENTS.split(text.replace("\r\n", "\n"))
+        texts = documents if len(documents) > 1 else text.splitlines()
     texts = [line.strip() for line in texts if line.strip()]
     if not texts:
         raise HprError(f"{path} holds no text: at least one line is needed")
@@ -164,6 +179,19 @@ def array_batches(
         raise HprError("the array has values beyond the range of float32 (3.4e38): scale it")
     parts = tensor.split(batch_size)
     return Batches(parts if argument is None else [{argument: part} for part in parts], range(len(tensor)))
+
+
+def _windows(rows: Mapping[str, list[list[int]]], limit: int, most: int) -> dict[str, list[list[int]]]:
+    """Rows cut into the fewest parts of at most ``limit``, as equal as they can be; the first ``most`` parts of all."""
+    parts: dict[str, list[list[int]]] = {key: [] for key in rows}
+    for place, ids in enumerate(rows["input_ids"]):
+        if len(parts["input_ids"]) >= most:
+            break
+        count = -(-len(ids) // limit) or 1
+        cuts = [len(ids) * number // count for number in range(count + 1)]
+        for key, row in rows.items():
+            parts[key] += [row[place][start:stop] for start, stop in pairwise(cuts)]
+    return {key: row[:most] for key, row in parts.items()}
 
 
 def _groups(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

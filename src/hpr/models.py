@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, GenerationMixin, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hpr.corpora import Split, docstrings
@@ -81,8 +82,9 @@ def open_data(
 ) -> tuple[Batches, str]:
     """Batches for a model, and what to call them: from texts, a text file, an ``.npy`` or ``.npz`` file, or docstrings (None).
 
-    The first ``examples`` are taken; ``split`` matters for docstrings only. A sequence-to-sequence model is given each text as
-    input and as target. Raises ``HprError`` for texts without a tokenizer, and for empty, damaged or non-finite data.
+    The first ``examples`` are taken; ``split`` matters for docstrings only. A causal language model reads texts longer than
+    ``max_length`` in several examples; a sequence-to-sequence model gets what it writes itself as target (see
+    ``own_answers``). Raises ``HprError`` for texts without a tokenizer, and for empty, damaged or non-finite data.
     """
     if examples < 1:
         raise HprError(f"examples is {examples}: at least one is needed")
@@ -145,14 +147,46 @@ def _batches(rows: Any, opened: OpenModel, examples: int, batch_size: int = 64, 
     """The first examples of a list of texts or of an array, as the model takes them."""
     rows = rows[:examples]
     if not isinstance(rows, list):
-        return array_batches(rows, batch_size=batch_size, argument=getattr(opened.model, "main_input_name", None))
-    if opened.tokenizer is None:
-        raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
-    batches = text_batches(rows, opened.tokenizer, batch_size, max_length)
+        batches = array_batches(rows, batch_size=batch_size, argument=getattr(opened.model, "main_input_name", None))
+    else:
+        if opened.tokenizer is None:
+            raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
+        windows = examples if opened.objective == "causal-lm" else None
+        batches = text_batches(rows, opened.tokenizer, batch_size, min(max_length, _positions(opened.model)), windows)
     if opened.objective == "seq2seq":
         for batch in batches:
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            batch["labels"] = own_answers(opened.model, batch)
     return batches
+
+
+@torch.no_grad()
+def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32) -> Tensor:
+    """What a sequence-to-sequence model writes to a batch, greedily: labels (batch, positions), −100 after the end.
+
+    The targets it meets in use, so no others have to be brought. At most ``longer`` tokens more than the input has positions.
+    Raises ``HprError`` for a model that cannot generate.
+    """
+    if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
+        raise HprError(f"{type(model).__name__} cannot write its own targets: give batches with labels to hpr.profile")
+    given = {key: batch[key] for key in (model.main_input_name, "attention_mask") if key in batch}
+    length = min(batch[model.main_input_name].shape[1] + longer, _positions(model) - 1)
+    settings: dict[str, Any] = {"max_new_tokens": length, "num_beams": 1, "do_sample": False, "return_dict_in_generate": False}
+    # past the generate of speech models, which cuts recordings and strips what the decoder reads first
+    written = GenerationMixin.generate(model, **given, **settings)  # type: ignore[arg-type]
+    assert isinstance(written, Tensor)
+    labels = written[:, 1:]
+    end = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if end is None:
+        return labels
+    ends = torch.isin(labels, torch.as_tensor(end, device=labels.device))
+    return labels.masked_fill(ends.cumsum(1) - ends.long() > 0, -100)
+
+
+def _positions(model: nn.Module) -> int:
+    """The most tokens that a model takes at once, as far as its configuration says."""
+    config = getattr(model, "config", None)
+    known = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
+    return next((count for count in known if isinstance(count, int) and count > 1), sys.maxsize)
 
 
 def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:

@@ -26,6 +26,7 @@ from hpr.operators.lowrank import truncate
 from hpr.operators.metric import Measured, Side
 from hpr.planning.plan import Plan
 from hpr.profiling.curvature import Progress, silent
+from hpr.profiling.features import real_positions
 from hpr.profiling.objectives import Batch, call, mask_of
 
 RIDGE = 1e-3  # pulls the regression towards the original weight, as a share of the inputs' mean variance
@@ -204,9 +205,16 @@ def _observe(
             t = teacher.output
             if place is not None:
                 t = teacher.later[place] - (student.later[place] - student.output)
-            rows = mask_of(pair.batch, student.input).bool() if student.input.dim() == 3 else slice(None)
+            rows = _real(pair.batch, stack, student.input)
             found.add(student.input[rows].flatten(0, -2).float(), t[rows].flatten(0, -2).float())
     return sums
+
+
+def _real(batch: Batch, stack: Stack, x: Tensor) -> Tensor | slice:
+    """Rows of a site's input that are no padding. In a decoder they are its own positions, or those of the encoder."""
+    if x.dim() != 3:
+        return slice(None)
+    return (mask_of(batch, x) * real_positions(batch, stack, x)).bool()
 
 
 @dataclass

@@ -83,7 +83,7 @@ def pooled_basis(group: Sequence[Measured], count: int) -> Tensor:
     total = sum(one.rows for one in group)
     moments = [one.right.moment.diag() if one.right.diagonal else one.right.moment for one in group]
     pooled = Side(sum((one.rows / total * m for one, m in zip(group, moments, strict=True)), torch.zeros_like(moments[0])), 0)
-    stacked = torch.cat([one.rows**0.5 * pooled.whiten(one.left.whiten(one.weight).T).T for one in group])
+    stacked = torch.cat([one.rows**0.5 * pooled.whiten(one.left_whitened.T).T for one in group])
     if stacked.shape[0] >= stacked.shape[1]:
         vectors = eigenvectors(stacked.T)[1][:, :count]
     else:
@@ -130,7 +130,7 @@ def _damages(one: Measured, basis: Tensor) -> np.ndarray:
     weighted = one.right.times(basis.T)
     gram = basis @ weighted
     lower = torch.linalg.cholesky((gram + gram.T) / 2 + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).double())
-    projected = torch.linalg.solve_triangular(lower, (one.weight @ weighted).T, upper=False)
-    gains = one.left.whiten(projected.T).square().sum(0)
+    projected = torch.linalg.solve_triangular(lower, (one.left_whitened @ weighted).T, upper=False)
+    gains = projected.square().sum(1)
     left = one.energy - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
     return (0.5 * one.rows * left.clamp(min=0)).numpy()

@@ -15,7 +15,7 @@ from torch import Tensor
 from hpr.anatomy import Site
 from hpr.operators.lowrank import damages, private_term, rank_costs, truncate
 from hpr.operators.metric import Measured, Side
-from hpr.operators.tie import QUICK, group_name, tie
+from hpr.operators.tie import QUICK, estimate, group_name, tie
 from hpr.planning.candidates import Candidate
 from hpr.planning.plan import Term
 
@@ -33,7 +33,7 @@ def candidate(group: Sequence[Measured]) -> Candidate | None:
     private = np.unique(np.linspace(1, full - 1, 16).astype(int))
     choices, costs, found = [], [], []
     for base_rank in sorted({max(1, full // 8), max(1, full // 3)}):
-        base = _inherited(group, [one.weight for one in group], base_rank)
+        base = _truncated(group, estimate(tuple(group)), base_rank)
         for block_rank in (max(1, full // 8),):
             rests = [weight for _, weight in _after_blocks(group, base, block_rank)]
             curves = np.sum([damages(one, rest) for one, rest in zip(group, rests, strict=True)], axis=0)
@@ -66,7 +66,7 @@ def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dic
     base_term, block_term, _ = terms[group[0].site.name]
     assert base_term.rank is not None
     assert block_term.rank is not None
-    base = _inherited(group, [one.weight for one in group], base_term.rank)
+    base = _truncated(group, estimate(tuple(group)), base_term.rank)
     values: dict[str, Tensor] = {}
     _put(values, base_term, base)
     for one, (pair, rest) in zip(group, _after_blocks(group, base, block_term.rank), strict=True):
@@ -94,8 +94,12 @@ def _blocks(members: Sequence) -> Iterator[Sequence]:
 
 
 def _inherited(group: Sequence[Measured], weights: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """The low-rank part that a group has in common: its tied matrix, truncated in the mean metric."""
-    shared = tie(group, weights, steps=QUICK) if len(group) > 1 else weights[0]
+    """The low-rank part that a group's weights have in common."""
+    return _truncated(group, tie(group, weights, steps=QUICK), rank)
+
+
+def _truncated(group: Sequence[Measured], shared: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A group's tied matrix, truncated in the mean metric."""
     total = sum(one.rows for one in group)
     sides = []
     for name in ("left", "right"):

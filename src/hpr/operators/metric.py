@@ -78,9 +78,19 @@ class Measured:
     def live(self) -> bool:
         return self.rows > 0
 
+    @cached_property
+    def left_whitened(self) -> Tensor:
+        """L_leftᵀ W, (out, in): every group that the site may join asks for it."""
+        return self.left.whiten(self.weight)
+
+    @cached_property
+    def pull(self) -> Tensor:
+        """left · W · right, (out, in): what the equations for a shared matrix are made of."""
+        return self.right.times(self.left.times(self.weight).T).T
+
     def whitened(self, matrix: Tensor | None = None) -> Tensor:
         """L_leftᵀ M L_right of a matrix (out, in), by default of the weight."""
-        return self.right.whiten(self.left.whiten(self.weight if matrix is None else matrix).T).T
+        return self.right.whiten((self.left_whitened if matrix is None else self.left.whiten(matrix)).T).T
 
     @cached_property
     def energy(self) -> Tensor:

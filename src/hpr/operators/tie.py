@@ -114,10 +114,12 @@ def tie(
     steps: int = THOROUGH,
 ) -> Tensor:
     """The (out, in) matrix of least total damage for the members' weights, or for other targets."""
-    weights = [one.weight for one in group] if targets is None else list(targets)
     lefts = [one.left for one in group]
-    right_sides = [one.left.times(w) for one, w in zip(group, weights, strict=True)]
-    return solve_shared(group, lefts, right_sides, torch.stack(weights).mean(0) if start is None else start, steps)
+    if targets is None:
+        start = torch.stack([one.weight for one in group]).mean(0) if start is None else start
+        return _solve(group, lefts, [one.pull for one in group], start, steps)
+    right_sides = [one.left.times(target) for one, target in zip(group, targets, strict=True)]
+    return solve_shared(group, lefts, right_sides, torch.stack(list(targets)).mean(0) if start is None else start, steps)
 
 
 def tie_and_scale(group: Sequence[Measured], shared: Tensor, rounds: int = 3) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -137,10 +139,7 @@ def tie_and_scale(group: Sequence[Measured], shared: Tensor, rounds: int = 3) ->
             Measured(one.site, one.weight, _scaled(one.left, r), _scaled(one.right, c), one.rows)
             for one, r, c in zip(group, rows, columns, strict=True)
         ]
-        right_sides = [
-            r[:, None] * one.left.times(one.right.times(one.weight.T).T) * c
-            for one, r, c in zip(group, rows, columns, strict=True)
-        ]
+        right_sides = [r[:, None] * one.pull * c for one, r, c in zip(group, rows, columns, strict=True)]
         shared = _solve(scaled, [one.left for one in scaled], right_sides, shared)
     return shared, rows, columns
 
@@ -188,12 +187,14 @@ def conjugate_gradients(
     direction = z = precondition(residual)
     rho = (residual * z).sum()
     scale = (goal * precondition(goal)).sum()
-    for _ in range(steps):
+    for number in range(steps):
         if rho <= tolerance**2 * scale:
             break
         image = apply(direction)
         step = rho / (direction * image).sum()
         x = x + step * direction
+        if number == steps - 1:
+            break
         residual = residual - step * image
         z = precondition(residual)
         rho, before = (residual * z).sum(), rho
@@ -216,9 +217,8 @@ def _scaled(side: Side, diagonal: Tensor) -> Side:
 
 def _best_row_scale(one: Measured, matrix: Tensor) -> Tensor:
     """r minimising the damage of diag(r)·matrix − W: one linear system of size out."""
-    weighted = one.right.times(matrix.T)
-    products = matrix @ weighted
-    cross = one.left.times(one.weight @ weighted).diagonal()
+    products = matrix @ one.right.times(matrix.T)
+    cross = (one.pull * matrix).sum(1)
     if one.left.diagonal:
         return cross / (one.left.moment * products.diagonal()).clamp(min=torch.finfo(torch.float64).tiny)
     system = one.left.moment * products

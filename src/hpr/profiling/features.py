@@ -70,6 +70,18 @@ def cka(first: Tensor, second: Tensor) -> float:
     return _similarity([first, second])[0][1]
 
 
+def real_positions(batch: Batch, stack: Stack, hidden: Tensor) -> Tensor:
+    """(B, T) real positions, float64. A decoder beside an encoder has a mask of its own, or the labels say what is real."""
+    if isinstance(batch, Mapping) and "decoder" in stack.path:
+        if "decoder_attention_mask" in batch:
+            batch = {"attention_mask": batch["decoder_attention_mask"]}
+        elif "labels" in batch:
+            batch = {"attention_mask": batch["labels"] != -100}
+        elif any(key.startswith("decoder_") for key in batch):
+            batch = {}
+    return mask_of(batch, hidden).double()
+
+
 @dataclass
 class _Stack:
     """What is gathered for one stack. ``pooled[layer]``: a list of (B, D), float64."""
@@ -112,7 +124,7 @@ def _pool(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, index: 
 
     def visitor(stack: _Stack) -> Visit:
         def visit(layer: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
-            mask = _mask(batch, stack.stack, y_BTD)
+            mask = real_positions(batch, stack.stack, y_BTD)
             real = mask.unsqueeze(-1)
             pooled = torch.where(real > 0, y_BTD.double(), 0.0).sum(1) / real.sum(1).clamp(min=1.0)
             if not torch.isfinite(pooled).all():
@@ -153,7 +165,7 @@ def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, gene
                 return None  # a block that is run several times is entered once
             raw = _entering(args, kwargs)
             x_BTD = _as_positions(raw, examples, stack.stack, 0)
-            swapped, kept = _swap(x_BTD, _mask(batch, stack.stack, x_BTD), generator)
+            swapped, kept = _swap(x_BTD, real_positions(batch, stack.stack, x_BTD), generator)
             stays[stack.stack.name] = kept
             swapped = swapped.reshape(raw.shape)
             changed = tuple(swapped if value is raw else value for value in args)
@@ -205,18 +217,6 @@ def _similarity(pooled: Sequence[Tensor]) -> list[list[float]]:
 def _distance(first: Tensor, second: Tensor) -> Tensor:
     """1 − cos over the last dimension, in float64: layers differ by less than float32 resolves in a cosine near 1."""
     return 1.0 - F.cosine_similarity(first.double(), second.double(), dim=-1, eps=1e-30)
-
-
-def _mask(batch: Batch, stack: Stack, hidden: Tensor) -> Tensor:
-    """(B, T) real positions, float64. A decoder beside an encoder has a mask of its own, or the labels say what is real."""
-    if isinstance(batch, Mapping) and "decoder" in stack.path:
-        if "decoder_attention_mask" in batch:
-            batch = {"attention_mask": batch["decoder_attention_mask"]}
-        elif "labels" in batch:
-            batch = {"attention_mask": batch["labels"] != -100}
-        elif any(key.startswith("decoder_") for key in batch):
-            batch = {}
-    return mask_of(batch, hidden).double()
 
 
 def _blocks(model: nn.Module, stack: Stack) -> list[nn.Module]:
