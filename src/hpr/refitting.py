@@ -25,7 +25,8 @@ from hpr.operators.lowrank import truncate
 from hpr.operators.metric import Measured, Side
 from hpr.planning.plan import Plan
 from hpr.profiling.curvature import Progress, silent
-from hpr.profiling.objectives import Batch, call, mask_of
+from hpr.profiling.features import mask_in
+from hpr.profiling.objectives import Batch, call
 
 RIDGE = 1e-3  # pulls the regression towards the original weight, as a share of the inputs' mean variance
 
@@ -200,7 +201,7 @@ def _observe(
             t = teacher.output
             if place is not None:
                 t = teacher.later[place] - (student.later[place] - student.output)
-            rows = mask_of(pair.batch, student.input).bool() if student.input.dim() == 3 else slice(None)
+            rows = mask_in(pair.batch, stack, student.input).bool() if student.input.dim() == 3 else slice(None)
             found.add(student.input[rows].flatten(0, -2).float(), t[rows].flatten(0, -2).float())
     return sums
 

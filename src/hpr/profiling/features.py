@@ -112,7 +112,7 @@ def _pool(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, index: 
 
     def visitor(stack: _Stack) -> Visit:
         def visit(layer: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
-            mask = _mask(batch, stack.stack, y_BTD)
+            mask = mask_in(batch, stack.stack, y_BTD)
             real = mask.unsqueeze(-1)
             pooled = torch.where(real > 0, y_BTD.double(), 0.0).sum(1) / real.sum(1).clamp(min=1.0)
             if not torch.isfinite(pooled).all():
@@ -153,7 +153,7 @@ def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, gene
                 return None  # a block that is run several times is entered once
             raw = _entering(args, kwargs)
             x_BTD = _as_positions(raw, examples, stack.stack, 0)
-            swapped, kept = _swap(x_BTD, _mask(batch, stack.stack, x_BTD), generator)
+            swapped, kept = _swap(x_BTD, mask_in(batch, stack.stack, x_BTD), generator)
             stays[stack.stack.name] = kept
             swapped = swapped.reshape(raw.shape)
             changed = tuple(swapped if value is raw else value for value in args)
@@ -207,7 +207,7 @@ def _distance(first: Tensor, second: Tensor) -> Tensor:
     return 1.0 - F.cosine_similarity(first.double(), second.double(), dim=-1, eps=1e-30)
 
 
-def _mask(batch: Batch, stack: Stack, hidden: Tensor) -> Tensor:
+def mask_in(batch: Batch, stack: Stack, hidden: Tensor) -> Tensor:
     """(B, T) real positions, float64. A decoder beside an encoder has a mask of its own, or the labels say what is real."""
     if isinstance(batch, Mapping) and "decoder" in stack.path:
         if "decoder_attention_mask" in batch:
