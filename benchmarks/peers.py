@@ -40,7 +40,7 @@ def basis_sharing(model: nn.Module, sites: Sequence[Site], profile: Profile, bud
             group = [_plain(model, site, profile, whitened=True) for site in row[start : start + 2]]
             out, into = group[0].weight.shape
             rank = max(1, int(budget * len(group) * out * into / (into + len(group) * out)))
-            basis = pooled_basis(group)[:rank]
+            basis = pooled_basis(group, rank)
             for one in group:
                 _set(student, one.site, best_private(one, basis) @ basis)
     return student

@@ -184,7 +184,7 @@ def test_alternation_never_ends_above_its_pooled_start(shape: tuple[int, int]) -
         group = group_of(2 + seed, shape, seed)
         for members in (group, [one.transposed for one in group]):
             for rank in (1, 2, 4):
-                shared = basis.pooled_basis(members)[:rank]
+                shared = basis.pooled_basis(members, rank)
                 start = sum(one.damage(basis.best_private(one, shared) @ shared - one.weight) for one in members)
                 private, found = basis.alternate(members, rank)
                 end = sum(one.damage(u @ found - one.weight) for one, u in zip(members, private, strict=True))
