@@ -270,6 +270,8 @@ def test_names_of_groups() -> None:
     sites = describe(bert).slots()["encoder", slot]
     assert tie.group_name([sites[index] for index in (0, 1, 4)]) == f"encoder.0-1+4.{slot}"
     assert tie.group_name([sites[3]]) == f"encoder.3-3.{slot}"
+    other = describe(bert).slots()["encoder", "attention.self.key"]
+    assert tie.group_name([sites[0], sites[1], other[4]]) == f"encoder.0-1.{slot}+encoder.4-4.attention.self.key"
 
 
 def test_only_leaves_out_a_stack_and_slots() -> None:

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hpr.reporting import figures, render_card, render_report, words
+from hpr.reporting import figures, render_card, render_report, sections, words
 from hpr.reporting.grid import read_plan
 
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
@@ -158,6 +158,26 @@ def test_every_site_and_rank_is_on_the_map():
         assert rank in page
     for operator in {entry["operator"] for entry in PLAN["sites"].values()}:
         assert operator in page
+
+
+def test_kin_slots_of_two_stacks_are_one_row_of_boundaries():
+    keep, shared = {"operator": "keep", "damage": 0.0, "terms": []}, {"operator": "tie", "damage": 0.1, "terms": [{"u": "f"}]}
+    far = {"operator": "tie", "damage": 0.1, "terms": [{"u": "g"}]}
+    names = ["encoder.0.fc", "encoder.1.fc", "decoder.0.fc", "decoder.1.fc"]
+    for entries, taken in (([keep, shared, shared, keep], [True, False, True]), ([far, shared, far, shared], [True] * 3)):
+        plan = {"format": 1, "model": {"class": "Bart"}, "sites": dict(zip(names, entries, strict=True))}
+        metrics = {"boundaries": {"encoder · fc + decoder · fc": {"probabilities": [0.9, 0.2, 0.8], "entropy": 0.3}}}
+        plan_map = read_plan(plan, ["encoder", "decoder"])
+        (section,) = sections.boundaries(plan_map, metrics)
+        assert (section["stack"], section["rows"][0]["slot"], section["gaps"]) == (
+            "encoder + decoder",
+            "fc",
+            ["0|1", "1|0", "0|1"],
+        )
+        assert [cell["taken"] for cell in section["rows"][0]["cells"]] == taken
+        encoder, decoder = plan_map.stacks
+        assert encoder.rows[0].cells[1].groups == decoder.rows[0].cells[0 if taken[1] is False else 1].groups
+        assert "encoder + decoder" in render_report(plan, metrics)
 
 
 def test_groups_join_neighbours_and_widen():

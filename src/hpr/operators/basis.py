@@ -78,8 +78,11 @@ def output_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]])
     return values
 
 
-def pooled_basis(group: Sequence[Measured], count: int) -> Tensor:
-    """``count`` rows (count, columns), the most important first: right singular vectors of the stacked whitened weights."""
+def pooled_basis(group: Sequence[Measured], count: int | None = None) -> Tensor:
+    """Rows (count, columns), the most important first: right singular vectors of the stacked whitened weights.
+
+    All min(n · rows, columns) of them without a ``count``.
+    """
     total = sum(one.rows for one in group)
     moments = [one.right.moment.diag() if one.right.diagonal else one.right.moment for one in group]
     pooled = Side(sum((one.rows / total * m for one, m in zip(group, moments, strict=True)), torch.zeros_like(moments[0])), 0)
