@@ -31,6 +31,7 @@ from hpr.profiling.curvature import Progress, measure_curvature, peak_memory, si
 from hpr.profiling.features import measure_layers
 from hpr.profiling.objectives import Batch, Objective, objective_for
 from hpr.profiling.profile import Profile
+from hpr.profiling.trials import find_symmetries
 from hpr.refitting import refit_stacks
 from hpr.reporting import render_card, render_report
 from hpr.sharing import share
@@ -77,6 +78,7 @@ def profile(
     start = time.perf_counter()
     sites, examples = measure_curvature(model, anatomy, batches, goal, seed, progress)
     layers = measure_layers(model, anatomy, batches, seed, progress)
+    symmetries = find_symmetries(model, anatomy, batches, seed)
     about = {
         "objective": goal.name,
         "examples": examples,
@@ -86,7 +88,7 @@ def profile(
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
     }
-    return Profile(anatomy.fingerprint, sites, layers, about)
+    return Profile(anatomy.fingerprint, sites, layers, about, symmetries)
 
 
 def refit(
