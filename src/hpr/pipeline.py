@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hpr import hub
+from hpr.alignment import align
 from hpr.anatomy import describe
 from hpr.data import first_batches
 from hpr.errors import HprError
@@ -103,8 +104,10 @@ def refit(
 
     It pays on data like that which the model will see, and can lose on other data: the regression follows its text closely.
     """
+    profile.check(describe(teacher))
+    if plan.alignment:  # the student's insides are those of the turned model
+        teacher, profile, _ = align(teacher, profile, plan.alignment)
     anatomy = describe(teacher)
-    profile.check(anatomy)
     refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), batches, progress)
 
 

@@ -1,7 +1,9 @@
 """Which turn of one layer's weights makes them most like another's: orders by assignment, rotations by Procrustes.
 
+To be tied, or to share a basis: two ends, two turns.
+
 Two rows x, y of weights a, b (the diagonal of the output moment, times rows per example) that read inputs of moment A cost
-½ · ab/(a + b) · ‖x − y‖²_A nats if they are tied. That, summed over all that turns together, is made least here. Matching
+½ · ab/(a + b) · ‖x − y‖²_A nats if they are tied. That, summed over all that turns together, is what matching makes least. Matching
 neurons by assignment is known from model merging (Singh & Jaggi 2020; Ainsworth et al. 2023); this metric is not.
 
 Suffixes: B blocks of a stretch, U parts of a block that turn alike, K rows of such a part, M what the rows multiply.
@@ -17,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from hpr.operators.metric import Measured
-from hpr.profiling.symmetries import Stretch
+from hpr.symmetries import Stretch
 
 
 class Pair(NamedTuple):
@@ -43,7 +45,8 @@ def best_order(turning: Sequence[Sequence[Pair]], staying: Sequence[Pair], block
         product_BBKK = sum(
             one.weights[..., None, None] * torch.einsum("iukm,julm->ijkl", one.fixed, one.weighted) for one in parts
         )
-        cost_BB -= 2 * (product_BBKK.abs().sum((2, 3)) if _size(pairs, blocks) == 1 else torch.linalg.matrix_norm(product_BBKK, "nuc"))
+        gained_BB = product_BBKK.abs().sum((2, 3)) if product_BBKK.shape[-1] == 1 else torch.linalg.matrix_norm(product_BBKK, "nuc")
+        cost_BB -= 2 * gained_BB
     return torch.as_tensor(linear_sum_assignment(cost_BB.numpy())[1])
 
 
@@ -55,6 +58,39 @@ def best_rotation(pairs: Sequence[Pair], blocks: int) -> Tensor:
     )
     left, _, right = torch.linalg.svd(product_BKK)
     return left @ right
+
+
+def principal_rotation(sites: Sequence[tuple[Stretch, Measured]], blocks: int) -> Tensor:
+    """(B, K, K) orthogonal matrices that turn each block into the principal axes of what all its users weigh, largest first.
+
+    Bases of the turned layers then have their axes in common: sharing one loses little against a basis for each.
+    """
+    size = min(stretch.stop - stretch.start for stretch, _ in sites) // blocks
+    energy_BKK = torch.zeros(blocks, size, size, dtype=torch.float64)
+    for stretch, site in sites:
+        one = _side(site, stretch)
+        rows_BUKM = one.weight[stretch.start : stretch.stop].reshape(blocks, -1, size, one.weight.shape[1])
+        weighted_BUKM = one.right.times(rows_BUKM.flatten(0, 2).T).T.reshape(rows_BUKM.shape)
+        roots_BUKK = _root(_parts(one, stretch, size)).reshape(blocks, -1, size, size)
+        whitened_BUKM = roots_BUKK @ rows_BUKM
+        energy_BKK += one.rows * (whitened_BUKM @ (roots_BUKK @ weighted_BUKM).transpose(2, 3)).sum(1)
+    return torch.linalg.eigh(energy_BKK)[1].flip(2).transpose(1, 2)
+
+
+def _parts(one: Measured, stretch: Stretch, size: int) -> Tensor:
+    """The blocks (B·U, K, K) on the diagonal of the output moment."""
+    moment = one.left.part(stretch.start, stretch.stop).moment
+    if one.left.diagonal:
+        return torch.diag_embed(moment.reshape(-1, size))
+    count = len(moment) // size
+    blocks = torch.arange(count)
+    return moment.reshape(count, size, count, size)[blocks, :, blocks, :]
+
+
+def _root(moments: Tensor) -> Tensor:
+    """Symmetric square roots."""
+    values, vectors = torch.linalg.eigh(moments)
+    return vectors @ (values.clamp(min=0).sqrt()[..., None] * vectors.transpose(-1, -2))
 
 
 class _Blocks:

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from hpr.anatomy import Anatomy, Site
 from hpr.errors import HprError
+from hpr.symmetries import Aim, layers_of
 
 FORMAT = 1
 KEEP = "keep"
@@ -109,7 +110,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """One entry per site of a model, under a budget. ``diagnostics`` holds what the solver has to say (JSON values)."""
+    """One entry per site of a model, under a budget. ``diagnostics`` holds what the solver has to say (JSON values).
+
+    With an ``alignment`` the model's layers are turned before they share: the entries are of the turned weights. The turns
+    follow from the original weights, the profile and these aims.
+    """
 
     model_class: str
     fingerprint: str
@@ -118,6 +123,7 @@ class Plan:
     other_parameters: int
     entries: Mapping[str, Entry]
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    alignment: tuple[Aim, ...] = ()
 
     @property
     def damage(self) -> float:
@@ -170,6 +176,8 @@ class Plan:
             raise HprError(f"the plan names {unknown[0]}, which this model does not have: remove it or correct the name")
         for name, entry in self.entries.items():
             _validate_entry(anatomy[name], entry)
+        for aim in self.alignment:
+            _validate_aim(anatomy, aim)
         used = self.parameters(anatomy)
         if used > self.budget.parameters:
             raise HprError(
@@ -188,6 +196,7 @@ class Plan:
             },
             "budget": asdict(self.budget),
             "predicted_damage": self.damage,
+            **({"alignment": [aim.to_list() for aim in self.alignment]} if self.alignment else {}),
             "sites": {name: entry_to_dict(entry) for name, entry in self.entries.items()},
             "diagnostics": dict(self.diagnostics),
         }
@@ -207,6 +216,7 @@ class Plan:
                 other_parameters=int(model["other_parameters"]),
                 entries={name: entry_from_dict(name, entry) for name, entry in data["sites"].items()},
                 diagnostics=data.get("diagnostics", {}),
+                alignment=tuple(Aim.from_list(values) for values in data.get("alignment", ())),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, HprError):
@@ -330,6 +340,21 @@ def _validate_entry(site: Site, entry: Entry) -> None:
         end = max(end, stop)
     if entry.terms and end < site.out_features:
         raise HprError(f"{site.name}: rows {end} and above have no term, so their weights would be lost: cover them")
+
+
+def _validate_aim(anatomy: Anatomy, aim: Aim) -> None:
+    layers = layers_of(anatomy, aim.symmetry)
+    for stretch in aim.symmetry.stretches:
+        sizes = [
+            site.out_features if stretch.side == "rows" else site.in_features
+            for sites in layers.values()
+            for site in [sites[stretch.slot]]
+        ]
+        if not sizes or not 0 <= stretch.start < stretch.stop <= min(sizes):
+            raise HprError(
+                f"the plan's alignment turns {stretch.side} {stretch.start} to {stretch.stop} of {stretch.slot!r} in "
+                f"{aim.symmetry.stack!r}, which this model does not have: correct it, or plan anew"
+            )
 
 
 def _spell(shape: FactorShape) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hpr.anatomy import Anatomy
 from hpr.errors import HprError
-from hpr.profiling.symmetries import Symmetry
+from hpr.symmetries import Symmetry
 
 FORMAT = 1
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -17,39 +17,42 @@ from torch import Tensor, nn
 from hpr.anatomy import Anatomy, Site, module_at, weight_at
 from hpr.profiling.features import evaluating, first_examples
 from hpr.profiling.objectives import Batch, call
-from hpr.profiling.symmetries import Stretch, Symmetry, layers_of, turn_site
+from hpr.symmetries import Stretch, Symmetry, layers_of, turn_site
 
 EXAMPLES = 2  # that each guess is tried on
+POSITIONS = 24  # enough for heads to attend to different ones
 EXACT = 1e-6  # what rounding may leave, as a share of what a weight turned alone changes (norms compute in float32)
 
 
 def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], seed: int = 0) -> tuple[Symmetry, ...]:
     """The symmetries of every stack of two or more layers. The model is left as it was.
 
-    A guess is tried in one layer first, then in all at once. A few dozen passes over two examples of the longest batch;
-    stacks that cannot run in float64, or whose outputs differ from run to run, have none.
+    A guess is tried in one layer first, then in all at once: some hundred passes over two short examples. Models that cannot
+    run in float64, or whose outputs differ from run to run, have none.
     """
-    longest = max(batches, key=lambda batch: _first_tensor(batch).shape[1:].numel())
-    found: list[Symmetry] = []
-    trial = _Trial(copy.deepcopy(model).double(), anatomy, _double(first_examples(longest, EXAMPLES)), seed)
+    long_enough = [batch for batch in batches if _positions(batch) >= POSITIONS]
+    chosen = min(long_enough, key=_positions) if long_enough else max(batches, key=_positions)
+    batch = _double(first_examples(chosen, EXAMPLES))
+    trial = _Trial(copy.deepcopy(model).double(), anatomy, seed)
     with torch.no_grad(), evaluating(trial.model):
-        if trial.start():
-            for stack in anatomy.stacks:
-                if stack.layers > 1:
-                    found += [one for one in _guesses(trial, stack.name) if trial.holds(one)]
-    return tuple(found)
+        if not (trial.start(_shortened(batch)) or trial.start(batch)):
+            return ()
+        stacks = [stack.name for stack in anatomy.stacks if stack.layers > 1]
+        return tuple(one for stack in stacks for one in _guesses(trial, stack) if trial.holds(one))
 
 
 class _Trial:
     """A copy of the model in float64 on which guesses are carried out and taken back."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, batch: Batch, seed: int):
-        self.model, self.anatomy, self.batch = model, anatomy, batch
+    def __init__(self, model: nn.Module, anatomy: Anatomy, seed: int):
+        self.model, self.anatomy = model, anatomy
         self.draw = torch.Generator().manual_seed(seed)
+        self.batch: Batch = None
         self.expected = torch.empty(0)
 
-    def start(self) -> bool:
-        """Whether the model runs in float64 and gives the same twice."""
+    def start(self, batch: Batch) -> bool:
+        """Whether the model runs on a batch in float64 and gives the same twice."""
+        self.batch = batch
         try:
             self.expected = self._run()
         except RuntimeError:  # torch's error for operands of different types
@@ -213,6 +216,17 @@ def _double(batch: Batch) -> Batch:
     return {key: widened(value) for key, value in batch.items()} if isinstance(batch, Mapping) else widened(batch)
 
 
-def _first_tensor(batch: Batch) -> Tensor:
-    values: Callable[[], Any] = batch.values if isinstance(batch, Mapping) else lambda: (batch,)
-    return next(value for value in values() if isinstance(value, Tensor))
+def _positions(batch: Batch) -> int:
+    """Numbers in one example of a batch's first tensor."""
+    values = batch.values() if isinstance(batch, Mapping) else (batch,)
+    return next(value.shape[1:].numel() for value in values if isinstance(value, Tensor))
+
+
+def _shortened(batch: Batch) -> Batch:
+    """The first positions alone, where a batch is of texts: all its tensors (examples, positions)."""
+    if not isinstance(batch, Mapping):
+        return batch
+    shapes = {value.shape if isinstance(value, Tensor) else None for value in batch.values()}
+    if len(shapes) > 1 or None in shapes or len(next(iter(shapes))) != 2:
+        return batch
+    return {key: value[:, :POSITIONS] for key, value in batch.items()}

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from hpr.anatomy import Anatomy, Site, module_at, weight_at
 
 Kind = Literal["order", "rotation"]
+Goal = Literal["match", "principal"]
+SIDES = ("rows", "columns")
 
 
 class Stretch(NamedTuple):
@@ -62,8 +64,35 @@ class Symmetry:
         """The inverse of ``to_list``. Raises ``ValueError`` or ``TypeError`` for anything else."""
         stack, kind, blocks, stretches = values
         found = cls(str(stack), kind, int(blocks), tuple(Stretch(str(a), b, int(c), int(d)) for a, b, c, d in stretches))
-        if kind not in ("order", "rotation") or not found.stretches or any(one.side not in ("rows", "columns") for one in found.stretches):
+        lengths = [one.stop - one.start for one in found.stretches]
+        fits = found.blocks > 0 and all(length > 0 and length % found.blocks == 0 for length in lengths)
+        if kind not in ("order", "rotation") or not (lengths and fits) or {one.side for one in found.stretches} - {*SIDES}:
             raise ValueError(f"{values} is no symmetry")
+        return found
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A symmetry to use, and to what end.
+
+    ``match``: each layer is made like the one below, which lowers the damage of a matrix that both use. ``principal``
+    (rotations only): each layer is turned into its own principal axes, most important first, which lowers that of a basis.
+    """
+
+    symmetry: Symmetry
+    goal: Goal
+
+    def to_list(self) -> list[Any]:
+        """As JSON values: goal, then the symmetry's."""
+        return [self.goal, *self.symmetry.to_list()]
+
+    @classmethod
+    def from_list(cls, values: Sequence[Any]) -> Aim:
+        """The inverse of ``to_list``. Raises ``ValueError`` or ``TypeError`` for anything else."""
+        goal, *rest = values
+        found = cls(Symmetry.from_list(rest), goal)
+        if goal not in ("match", "principal") or (goal == "principal" and found.symmetry.kind != "rotation"):
+            raise ValueError(f"{goal!r} is no goal of this symmetry")
         return found
 
 
