@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hpr import hub
-from hpr.alignment import align
+from hpr import alignment, hub
 from hpr.anatomy import describe
 from hpr.data import first_batches
 from hpr.errors import HprError
@@ -106,7 +105,7 @@ def refit(
     """
     profile.check(describe(teacher))
     if plan.alignment:  # the student's insides are those of the turned model
-        teacher, profile, _ = align(teacher, profile, plan.alignment)
+        teacher, profile, _ = alignment.align(teacher, profile, plan.alignment)
     anatomy = describe(teacher)
     refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), batches, progress)
 
@@ -141,13 +140,15 @@ def compress(
     seed: int = 0,
     tokenizer: Any = None,
     progress: Progress = silent,
+    align: bool | Literal["auto"] = "auto",
 ) -> Compression:
     """Compress a model without training: profile, plan, share, choose by measurement, evaluate, and write a folder.
 
     ``model``: a folder, a name, a module (with its ``tokenizer``), or None for the packaged all-MiniLM-L6-v2. ``data``: a
     text file, a list of texts, an ``.npy`` or ``.npz`` file, or None for the standard library's docstrings. Up to ``plans``
-    plans are re-scored end to end. ``refit="auto"`` refits where the data is the user's own and re-scoring finds it better.
-    Raises ``HprError`` before anything is written where an input does not serve.
+    plans are re-scored end to end. ``align``: also plan with aligned layers (see ``planner.draft``). ``refit="auto"``
+    refits where the data is the user's own and re-scoring finds it better. Raises ``HprError`` before anything is written
+    where an input does not serve.
     """
     clock = _Clock()
     torch.manual_seed(seed)
@@ -162,7 +163,7 @@ def compress(
     with clock("profile"):
         found = profile(opened.model, texts.calibration, goal.name, seed, progress)
     with clock("plan"):
-        sketch = draft(opened.model, found, only, operators, progress=progress)
+        sketch = draft(opened.model, found, only, operators, progress=progress, align=align)
         limit = sketch.budget(budget)
         tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))]
         tried += _other_budgets(sketch, limit.parameters) if plans > 1 else []
@@ -191,6 +192,7 @@ def compress(
             "measured": score.divergence.mean,
             "quality": score.agreement if score.cosine is None else score.cosine,
             "chosen": index == best,
+            "aligned": bool(one.alignment),
         }
         for index, ((text, one), score) in enumerate(zip(tried, scores, strict=True))
     ]
@@ -293,7 +295,7 @@ def _metrics(
 
 
 def _gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
-    """What the best plan without each operator would cost, for the operators that the plan uses."""
+    """What the best plan without each operator, and without alignment, would cost, for those that the plan uses."""
     used = {entry.operator for entry in plan.entries.values()} & {*OPERATORS, segments.NAME} - {KEEP}
     best = sketch.best(plan.budget).damage
     gains = []
@@ -303,6 +305,8 @@ def _gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
         except HprError:
             continue  # without it the budget cannot be met at all
         gains.append({"operator": operator, "damage_without": without, "damage_with": best})
+    if plan.alignment:
+        gains.append({"operator": "alignment", "damage_without": sketch.plain.best(plan.budget).damage, "damage_with": best})
     return gains
 
 

@@ -97,7 +97,7 @@ class Aim:
 
 
 def turned(matrix: Tensor, stretch: Stretch, turn: Tensor) -> Tensor:
-    """A copy of (n, …) with the rows of a stretch turned: by an order of its blocks (blocks,), or by rotations (blocks, k, k)."""
+    """A copy of (n, …) with the rows of a stretch turned, by an order of its blocks (blocks,) or rotations (blocks, k, k)."""
     part = matrix[stretch.start : stretch.stop]
     if turn.dim() == 1:
         part = part.reshape(len(turn), -1)[turn].reshape(part.shape)

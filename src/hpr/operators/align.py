@@ -3,8 +3,8 @@
 To be tied, or to share a basis: two ends, two turns.
 
 Two rows x, y of weights a, b (the diagonal of the output moment, times rows per example) that read inputs of moment A cost
-½ · ab/(a + b) · ‖x − y‖²_A nats if they are tied. That, summed over all that turns together, is what matching makes least. Matching
-neurons by assignment is known from model merging (Singh & Jaggi 2020; Ainsworth et al. 2023); this metric is not.
+½ · ab/(a + b) · ‖x − y‖²_A nats if they are tied. That, summed over all that turns together, is what matching makes least.
+Matching neurons by assignment is known from model merging (Singh & Jaggi 2020; Ainsworth et al. 2023); this metric is not.
 
 Suffixes: B blocks of a stretch, U parts of a block that turn alike, K rows of such a part, M what the rows multiply.
 """
@@ -42,10 +42,11 @@ def best_order(turning: Sequence[Sequence[Pair]], staying: Sequence[Pair], block
     for pairs in turning:
         parts = [_Blocks(pair, blocks, _size(pairs, blocks)) for pair in pairs]
         cost_BB += sum(one.squares() for one in parts)
-        product_BBKK = sum(
-            one.weights[..., None, None] * torch.einsum("iukm,julm->ijkl", one.fixed, one.weighted) for one in parts
+        products = [one.weights[..., None, None] * torch.einsum("iukm,julm->ijkl", one.fixed, one.weighted) for one in parts]
+        product_BBKK = torch.stack(products).sum(0)
+        gained_BB = (
+            product_BBKK.abs().sum((2, 3)) if product_BBKK.shape[-1] == 1 else torch.linalg.matrix_norm(product_BBKK, "nuc")
         )
-        gained_BB = product_BBKK.abs().sum((2, 3)) if product_BBKK.shape[-1] == 1 else torch.linalg.matrix_norm(product_BBKK, "nuc")
         cost_BB -= 2 * gained_BB
     return torch.as_tensor(linear_sum_assignment(cost_BB.numpy())[1])
 
@@ -53,10 +54,10 @@ def best_order(turning: Sequence[Sequence[Pair]], staying: Sequence[Pair], block
 def best_rotation(pairs: Sequence[Pair], blocks: int) -> Tensor:
     """(B, K, K) orthogonal matrices that bring the moved layer's blocks closest to those in their place (Schönemann 1966)."""
     parts = [_Blocks(pair, blocks, _size(pairs, blocks)) for pair in pairs]
-    product_BKK = sum(
+    products = [
         one.weights.diagonal()[:, None, None] * torch.einsum("bukm,bulm->bkl", one.fixed, one.weighted) for one in parts
-    )
-    left, _, right = torch.linalg.svd(product_BKK)
+    ]
+    left, _, right = torch.linalg.svd(torch.stack(products).sum(0))
     return left @ right
 
 
@@ -99,7 +100,8 @@ class _Blocks:
     def __init__(self, pair: Pair, blocks: int, size: int):
         fixed, moved = (_side(one, pair.stretch) for one in (pair.fixed, pair.moved))
         a, b = (
-            one.rows * _diagonal(one)[pair.stretch.start : pair.stretch.stop].reshape(blocks, -1).mean(1) for one in (fixed, moved)
+            one.rows * _diagonal(one)[pair.stretch.start : pair.stretch.stop].reshape(blocks, -1).mean(1)
+            for one in (fixed, moved)
         )
         self.weights = a[:, None] * b / (a[:, None] + b)
         self.fixed, self.moved = (
@@ -117,7 +119,8 @@ class _Blocks:
 
     def _times(self, rows_BUKM: Tensor) -> Tensor:
         flat = rows_BUKM.flatten(0, 2).T
-        return sum(0.5 * side.times(flat) for side in self.inner).T.reshape(rows_BUKM.shape)
+        first, second = (side.times(flat) for side in self.inner)
+        return ((first + second) / 2).T.reshape(rows_BUKM.shape)
 
 
 def _side(one: Measured, stretch: Stretch) -> Measured:

@@ -281,6 +281,8 @@ def _spread(batches: Sequence[Batch], limit: int) -> list[int]:
 
 
 def first_examples(batch: Batch, count: int) -> Batch:
+    """The same batch with at most ``count`` examples."""
+
     def cut(value: Any) -> Any:
         return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
 

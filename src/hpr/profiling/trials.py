@@ -21,6 +21,7 @@ from hpr.symmetries import Stretch, Symmetry, layers_of, turn_site
 
 EXAMPLES = 2  # that each guess is tried on
 POSITIONS = 24  # enough for heads to attend to different ones
+TOO_FEW = 4  # with fewer all heads may attend alike, and seem to be one
 EXACT = 1e-6  # what rounding may leave, as a share of what a weight turned alone changes (norms compute in float32)
 
 
@@ -28,10 +29,12 @@ def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch]
     """The symmetries of every stack of two or more layers. The model is left as it was.
 
     A guess is tried in one layer first, then in all at once: some hundred passes over two short examples. Models that cannot
-    run in float64, or whose outputs differ from run to run, have none.
+    run in float64, or whose outputs differ from run to run, have none; nor is anything found on examples of a few positions.
     """
     long_enough = [batch for batch in batches if _positions(batch) >= POSITIONS]
     chosen = min(long_enough, key=_positions) if long_enough else max(batches, key=_positions)
+    if _positions(chosen) < TOO_FEW:
+        return ()
     batch = _double(first_examples(chosen, EXAMPLES))
     trial = _Trial(copy.deepcopy(model).double(), anatomy, seed)
     with torch.no_grad(), evaluating(trial.model):
@@ -226,7 +229,7 @@ def _shortened(batch: Batch) -> Batch:
     """The first positions alone, where a batch is of texts: all its tensors (examples, positions)."""
     if not isinstance(batch, Mapping):
         return batch
-    shapes = {value.shape if isinstance(value, Tensor) else None for value in batch.values()}
-    if len(shapes) > 1 or None in shapes or len(next(iter(shapes))) != 2:
+    shapes = {tuple(value.shape) if isinstance(value, Tensor) else () for value in batch.values()}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
         return batch
     return {key: value[:, :POSITIONS] for key, value in batch.items()}
