@@ -19,6 +19,8 @@ from hpr.symmetries import Aim, Symmetry, layers_of
 
 SHARES = (0.5, 0.25)  # of a pair's parameters
 MARGIN = 0.02
+Damages = dict[str, np.ndarray]
+_HELPED = {"match": {tie.TIE}, "principal": {basis.INPUT, basis.OUTPUT}}  # only these are looked at again
 _QUICK = (tie.TIE, basis.INPUT, basis.OUTPUT)  # others lie between these, and cost more to look at
 
 
@@ -43,14 +45,18 @@ def worthwhile(
         if not pairs:
             continue
         layers = [site.layer for site in pairs[0] if site.layer is not None]
-        alone = [_alone([measured[site.name] for site in pair], operators) for pair in pairs]
-        before = _damage(measured, pairs, alone, names)
+        groups = [[measured[site.name] for site in pair] for pair in pairs]
+        alone = [_alone(group, operators) for group in groups]
+        shared = [_least(group, names) for group in groups]
+        before = _total(shared, alone)
         best = 1 - margin
         aims: tuple[Aim, ...] = ()
         for goal in goals(unit):
             state = dict(measured)
             turn_all(anatomy, state, dict(profile.sites), goal, layers)
-            after = _damage(state, pairs, alone, names)
+            helped = [name for name in names if name in _HELPED[goal[0].goal]] or names
+            turned = [_least([state[site.name] for site in pair], helped) for pair in pairs]
+            after = _total([old | new for old, new in zip(shared, turned, strict=True)], alone)
             known = np.isfinite(before) & (before > 0)
             ratio = float((after[known] / before[known]).mean()) if known.any() else 1.0
             if ratio < best:
@@ -72,27 +78,24 @@ def _middle_pairs(anatomy: Anatomy, unit: Sequence[Symmetry], chosen: Set[str]) 
     return [(sites[lower][slot], sites[upper][slot]) for slot in sites[lower] if slot in sites[upper]]
 
 
-def _alone(pair: Sequence[Measured], operators: Set[str]) -> np.ndarray:
-    """Damage of both sites at each share if nothing is shared; no turn changes it."""
+def _alone(group: Sequence[Measured], operators: Set[str]) -> np.ndarray:
+    """Damage at each share if nothing is shared; no turn changes it."""
     if lowrank.NAME not in operators:
         return np.full(len(SHARES), np.inf)
-    return np.sum([_least([one], [lowrank.NAME]) for one in pair], axis=0)
+    return np.sum([_least([one], [lowrank.NAME])[lowrank.NAME] for one in group], axis=0)
 
 
-def _damage(
-    measured: Mapping[str, Measured], pairs: Sequence[tuple[Site, Site]], alone: Sequence[np.ndarray], names: Sequence[str]
-) -> np.ndarray:
-    shared = [_least([measured[site.name] for site in pair], names) for pair in pairs]
-    return np.sum([np.minimum(one, other) for one, other in zip(shared, alone, strict=True)], axis=0)
+def _least(group: Sequence[Measured], names: Sequence[str]) -> Damages:
+    """The least damage at each share of a group's parameters, operator by operator; inf where it cannot be as small."""
+    found = {}
+    for name in names:
+        curve = OPERATORS[name].candidate(group)
+        limits = [share * sum(one.site.parameters for one in group) for share in SHARES]
+        if curve is not None:
+            found[name] = np.array([curve.damages[curve.parameters <= limit].min(initial=np.inf) for limit in limits])
+    return found
 
 
-def _least(group: Sequence[Measured], names: Sequence[str]) -> np.ndarray:
-    """The least damage at each share of a group's parameters; inf where nothing is small enough."""
-    curves = [curve for name in names if (curve := OPERATORS[name].candidate(group)) is not None]
-    limits = [share * sum(one.site.parameters for one in group) for share in SHARES]
-    return np.array(
-        [
-            min((curve.damages[curve.parameters <= limit].min(initial=np.inf) for curve in curves), default=np.inf)
-            for limit in limits
-        ]
-    )
+def _total(shared: Sequence[Damages], alone: Sequence[np.ndarray]) -> np.ndarray:
+    """The least of all, summed over slots."""
+    return np.sum([np.min([one, *several.values()], axis=0) for several, one in zip(shared, alone, strict=True)], axis=0)
