@@ -42,7 +42,7 @@ def home(tmp_path_factory):
     (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
     model, profile, plan = (str(folder / name) for name in ("model", "profile.safetensors", "plan.json"))
     run("profile", model, "--data", str(folder / "texts.txt"), "-o", profile)
-    run("plan", model, "--profile", profile, "--budget", "60%", "-o", plan)
+    run("plan", model, "--profile", profile, "--budget", "60%", "--no-align", "-o", plan)  # some tests share without it
     return folder
 
 
@@ -160,6 +160,20 @@ def test_plan(home, tmp_path):
     used = {entry["operator"] for entry in read(target)["sites"].values()}
     assert used <= {"keep", "low rank", "tie + scale"}
     assert read(target)["sites"]["embeddings.word_embeddings"]["operator"] == "keep"
+
+
+def test_plan_aligns_if_it_may(home, tmp_path):
+    target = tmp_path / "plan.json"
+    common = ["plan", home / "model", "--profile", home / "profile.safetensors", "-o", target, "--operators", "tie"]
+    common += ["--budget", "60%", "--only", "encoder.*"]
+    assert "layers are aligned first" not in run(*common, "--no-align").stdout
+    plain = read(target)
+    assert "alignment" not in plain
+    assert "layers are aligned first" in run(*common, "--align").stdout
+    aligned = read(target)
+    assert aligned["alignment"]
+    assert aligned["predicted_damage"] < plain["predicted_damage"]
+    run("share", home / "model", "--plan", target, "--profile", home / "profile.safetensors", "-o", tmp_path / "out")
 
 
 def test_share_eval_and_report(home, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hpr import hub
+from hpr import alignment, hub
 from hpr.anatomy import describe
 from hpr.data import first_batches
 from hpr.errors import HprError
@@ -31,6 +31,7 @@ from hpr.profiling.curvature import Progress, measure_curvature, peak_memory, si
 from hpr.profiling.features import measure_layers
 from hpr.profiling.objectives import Batch, Objective, objective_for
 from hpr.profiling.profile import Profile
+from hpr.profiling.trials import find_symmetries
 from hpr.refitting import refit_stacks
 from hpr.reporting import render_card, render_report
 from hpr.sharing import share
@@ -77,6 +78,7 @@ def profile(
     start = time.perf_counter()
     sites, examples = measure_curvature(model, anatomy, batches, goal, seed, progress)
     layers = measure_layers(model, anatomy, batches, seed, progress)
+    symmetries = find_symmetries(model, anatomy, batches, seed)
     about = {
         "objective": goal.name,
         "examples": examples,
@@ -86,7 +88,7 @@ def profile(
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
     }
-    return Profile(anatomy.fingerprint, sites, layers, about)
+    return Profile(anatomy.fingerprint, sites, layers, about, symmetries)
 
 
 def refit(
@@ -101,8 +103,10 @@ def refit(
 
     It pays on data like that which the model will see, and can lose on other data: the regression follows its text closely.
     """
+    profile.check(describe(teacher))
+    if plan.alignment:  # the student's insides are those of the turned model
+        teacher, profile, _ = alignment.align(teacher, profile, plan.alignment)
     anatomy = describe(teacher)
-    profile.check(anatomy)
     refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), batches, progress)
 
 
@@ -136,13 +140,15 @@ def compress(
     seed: int = 0,
     tokenizer: Any = None,
     progress: Progress = silent,
+    align: bool | Literal["auto"] = "auto",
 ) -> Compression:
     """Compress a model without training: profile, plan, share, choose by measurement, evaluate, and write a folder.
 
     ``model``: a folder, a name, a module (with its ``tokenizer``), or None for the packaged all-MiniLM-L6-v2. ``data``: a
     text file, a list of texts, an ``.npy`` or ``.npz`` file, or None for the standard library's docstrings. Up to ``plans``
-    plans are re-scored end to end. ``refit="auto"`` refits where the data is the user's own and re-scoring finds it better.
-    Raises ``HprError`` before anything is written where an input does not serve.
+    plans are re-scored end to end. ``align``: also plan with aligned layers (see ``planner.draft``). ``refit="auto"``
+    refits where the data is the user's own and re-scoring finds it better. Raises ``HprError`` before anything is written
+    where an input does not serve.
     """
     clock = _Clock()
     torch.manual_seed(seed)
@@ -157,7 +163,7 @@ def compress(
     with clock("profile"):
         found = profile(opened.model, texts.calibration, goal.name, seed, progress)
     with clock("plan"):
-        sketch = draft(opened.model, found, only, operators, progress=progress)
+        sketch = draft(opened.model, found, only, operators, progress=progress, align=align)
         limit = sketch.budget(budget)
         tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))]
         tried += _other_budgets(sketch, limit.parameters) if plans > 1 else []
@@ -186,6 +192,7 @@ def compress(
             "measured": score.divergence.mean,
             "quality": score.agreement if score.cosine is None else score.cosine,
             "chosen": index == best,
+            "aligned": bool(one.alignment),
         }
         for index, ((text, one), score) in enumerate(zip(tried, scores, strict=True))
     ]
@@ -288,7 +295,7 @@ def _metrics(
 
 
 def _gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
-    """What the best plan without each operator would cost, for the operators that the plan uses."""
+    """What the best plan without each operator, and without alignment, would cost, for those that the plan uses."""
     used = {entry.operator for entry in plan.entries.values()} & {*OPERATORS, segments.NAME} - {KEEP}
     best = sketch.best(plan.budget).damage
     gains = []
@@ -298,6 +305,8 @@ def _gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
         except HprError:
             continue  # without it the budget cannot be met at all
         gains.append({"operator": operator, "damage_without": without, "damage_with": best})
+    if plan.alignment:
+        gains.append({"operator": "alignment", "damage_without": sketch.plain.best(plan.budget).damage, "damage_with": best})
     return gains
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from hpr.alignment import turn_all, units
 from hpr.anatomy import Anatomy, Site, describe
 from hpr.errors import HprError
 from hpr.groupings import Groups, Similar, composites
@@ -27,26 +28,34 @@ from hpr.planning.plan import KEEP, Budget, Entry, Plan, parse_budget
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.profile import Profile
 from hpr.sharing import unshareable
+from hpr.symmetries import Aim, Symmetry
 from hpr.tracks import Row, rows
+from hpr.worthwhile import MARGIN, worthwhile
 
 LONGEST_GROUP = 3
 
 
 @dataclass(frozen=True)
 class Draft:
-    """All candidates of a model, measured: ``tracks`` for the solver, ``fixed`` sites that stay as they are."""
+    """All candidates of a model, measured: ``tracks`` for the solver, ``fixed`` sites that stay as they are.
+
+    ``turned``: the candidates of the same model, aligned as ``alignment`` says, where that may pay. Plans are made of either.
+    """
 
     anatomy: Anatomy
     tracks: tuple[Track, ...]
     fixed: tuple[Site, ...]
     only: str | None = None
+    alignment: tuple[Aim, ...] = ()
+    turned: Draft | None = None
 
     def narrowed(self, only: str) -> Draft:
         """The same candidates for some sites alone; all others stay as they are."""
         chosen = {site.name for site in self.anatomy.select(only)}
         tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
         planned = {name for track in tracks for name in _sites(track)}
-        return Draft(self.anatomy, tracks, tuple(site for site in self.anatomy.sites if site.name not in planned), only)
+        fixed = tuple(site for site in self.anatomy.sites if site.name not in planned)
+        return Draft(self.anatomy, tracks, fixed, only, self.alignment, self.turned and self.turned.narrowed(only))
 
     def limit(self, budget: Budget) -> int:
         """Parameters left for the sites on the tracks. Raises ``HprError`` where nothing is left, naming the least budget."""
@@ -66,14 +75,33 @@ class Draft:
 
     def best(self, budget: Budget) -> Plan:
         """The plan of least predicted damage, of all searches: all operators together and each one alone."""
+        return min((one._best(budget) for one in self._either), key=lambda plan: plan.damage)
+
+    @property
+    def plain(self) -> Draft:
+        """The same without alignment."""
+        return replace(self, turned=None)
+
+    @property
+    def _either(self) -> tuple[Draft, ...]:
+        return (self,) if self.turned is None else (self, self.turned)
+
+    def _best(self, budget: Budget) -> Plan:
         return self.plan(self._guarded(solver.plan_candidates, budget)[0], budget)
 
     def alternatives(self, budget: Budget, count: int) -> list[Plan]:
         """Up to ``count`` plans worth measuring, unlike each other, the best by its own measure first.
 
         In turn: the best plan, the best without each operator that it uses (an operator whose damage is predicted too low
-        shows up there), then the best structures of the K-best search.
+        shows up there), then the best structures of the K-best search. Where aligning may pay, the last one is the best
+        plan of the worse of the two, aligned or not.
         """
+        if self.turned is None:
+            return self._alternatives(budget, count)
+        better, worse = sorted(self._either, key=lambda one: one._best(budget).damage)
+        return [*better._alternatives(budget, max(1, count - 1)), *([worse._best(budget)] if count > 1 else [])]
+
+    def _alternatives(self, budget: Budget, count: int) -> list[Plan]:
         found = [self._guarded(solver.plan_candidates, budget)[0]]
         used = sorted({choice.candidate.operator for choice in found[0].choices} - {KEEP, segments.NAME})
         if len(used) > 1:
@@ -88,7 +116,7 @@ class Draft:
 
     def without(self, operator: str, budget: Budget) -> Plan:
         """The best plan that does not use one operator. Raises ``HprError`` where there is none."""
-        return self.plan(self._without(operator, budget), budget)
+        return min((one.plan(one._without(operator, budget), budget) for one in self._either), key=lambda plan: plan.damage)
 
     def _without(self, operator: str, budget: Budget) -> Solution:
         others = {name for name in (*OPERATORS, segments.NAME) if name != operator}
@@ -102,7 +130,7 @@ class Draft:
             entries |= _entries(choice, self.anatomy)
         entries |= _segmented(solution.choices, self.anatomy)
         diagnostics = {"label": solution.label, "solver": _account(solution), "boundaries": self._boundaries(solution)}
-        return Plan(
+        plan = Plan(
             model_class=self.anatomy.model_class,
             fingerprint=self.anatomy.fingerprint,
             budget=budget,
@@ -111,6 +139,7 @@ class Draft:
             entries={site.name: entries[site.name] for site in self.anatomy.sites},
             diagnostics=diagnostics,
         )
+        return replace(plan, alignment=_used(self.alignment, plan, self.anatomy))
 
     def _guarded(self, search: Callable[..., list[Solution]], budget: Budget, *more: int) -> list[Solution]:
         limit = self.limit(budget)
@@ -146,10 +175,13 @@ def draft(
     operators: Iterable[str] | None = None,
     longest_group: int = LONGEST_GROUP,
     progress: Progress = silent,
+    align: bool | Literal["auto"] = "auto",
 ) -> Draft:
     """Measure every candidate of a model. ``operators``: names to consider, all by default; *keep* is always among them.
 
-    Raises ``HprError`` for a profile of another model, a pattern that matches nothing and operators that do not exist.
+    ``align``: also of the model with aligned layers; ``"auto"`` where a look at one pair of layers promises that it pays
+    (see ``worthwhile``), True wherever it promises anything. Raises ``HprError`` for a profile of another model, a pattern
+    that matches nothing and operators that do not exist.
     """
     anatomy = describe(model)
     profile.check(anatomy)
@@ -159,17 +191,31 @@ def draft(
     chosen = {site.name for site in anatomy.select(only) if measured[site.name].live and site.name not in bound}
     fixed = tuple(site for site in anatomy.sites if site.name not in chosen)
     every = rows(model, anatomy, chosen)
-    tracks = []
-    for index, row in enumerate(every):
-        group = [measured[site.name] for site in row.sites]
-        if row.sites[0].kind == "embedding" and segments.NAME in allowed:
-            tracks.append(segments.track(group[0]))
-        else:
-            tracks.append(_track(row, group, allowed, longest_group, profile))
-        progress("curves", index + 1, len(every))
-    if not tracks:
+    if not every:
         raise HprError("no site is left to plan: every one is unused by the objective or outside only=")
-    return Draft(anatomy, tuple(tracks), fixed, only)
+    aims: tuple[Aim, ...] = ()
+    if align:
+        aims = worthwhile(anatomy, profile, measured, chosen, allowed, MARGIN if align == "auto" else 0.0)
+    touched = [any(_touches(aim, site) for aim in aims for site in row.sites if site.expert is None) for row in every]
+    total, tracks = len(every) + sum(touched), []
+
+    def curves(row: Row) -> Track:
+        return _track(row, [measured[site.name] for site in row.sites], allowed, longest_group, profile)
+
+    for index, row in enumerate(every):
+        tracks.append(curves(row))
+        progress("curves", index + 1, total)
+    plain = Draft(anatomy, tuple(tracks), fixed, only)
+    if not aims:
+        return plain
+    turn_all(anatomy, measured, dict(profile.sites), aims)
+    done = len(every)
+    for index, row in enumerate(every):
+        if touched[index]:
+            tracks[index] = curves(row)
+            done += 1
+            progress("curves", done, total)
+    return replace(plain, turned=Draft(anatomy, tuple(tracks), fixed, only, aims))
 
 
 def known_operators(names: Iterable[str] | None) -> set[str]:
@@ -186,19 +232,22 @@ def plan(
     budget: str = "50%",
     only: str | None = None,
     operators: Iterable[str] | None = None,
+    align: bool | Literal["auto"] = "auto",
 ) -> Plan:
     """The plan of least predicted damage under a budget (``50%``, ``11M`` parameters, ``45MB`` on disk).
 
-    ``only`` is a shell pattern of site names (``encoder.*``); a percentage then counts the selected weights alone. Raises
-    ``HprError`` for an impossible budget, naming the smallest possible.
+    ``only`` is a shell pattern of site names (``encoder.*``); a percentage then counts the selected weights alone. ``align``
+    as in ``draft``. Raises ``HprError`` for an impossible budget, naming the smallest possible.
     """
-    sketch = draft(model, profile, only, operators)
+    sketch = draft(model, profile, only, operators, align=align)
     return sketch.best(sketch.budget(budget))
 
 
 def _track(row: Row, group: Sequence[Measured], allowed: set[str], longest: int, profile: Profile) -> Track:
     """Candidates of one row: every operator on every run up to ``longest``, on every whole stack and on all, and groupings."""
     whole = dict.fromkeys([*row.spans, (0, len(group))])
+    if group[0].site.kind == "embedding" and segments.NAME in allowed:
+        return segments.track(group[0])
     candidates: dict[tuple[int, int], tuple[Candidate, ...]] = {}
     for start in range(len(group)):
         for stop in range(start + 1, len(group) + 1):
@@ -224,6 +273,20 @@ def _track(row: Row, group: Sequence[Measured], allowed: set[str], longest: int,
     for span, own in found.items():
         candidates[span] = (*candidates.get(span, ()), *own)
     return Track(row.name, len(group), candidates)
+
+
+def _touches(aim: Aim, site: Site) -> bool:
+    return site.stack == aim.symmetry.stack and site.slot in aim.symmetry.slots
+
+
+def _used(aims: Sequence[Aim], plan: Plan, anatomy: Anatomy) -> tuple[Aim, ...]:
+    """Those that serve a group of the plan: of an attention or feed-forward that shares anything all, else none."""
+    sharing = [anatomy[name] for names in plan.groups() for name in names]
+    used: set[Symmetry] = set()
+    for unit in units([aim.symmetry for aim in aims]):
+        if any(_touches(aim, site) for aim in aims if aim.symmetry in unit for site in sharing if site.expert is None):
+            used |= set(unit)
+    return tuple(aim for aim in aims if aim.symmetry in used)
 
 
 def _similarity(row: Row, profile: Profile) -> Similar:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hpr import operators
+from hpr.alignment import align
 from hpr.anatomy import Anatomy, Site, base_of, describe, module_at, slice_at, weight_at, weight_of
 from hpr.bank import (
     BANK,
@@ -87,9 +88,15 @@ def share(model: nn.Module, plan: Plan | Rule, profile: Profile | None = None) -
     changed = {name: entry.terms for name, entry in plan.entries.items() if entry.terms}
     if not changed and not plan.layers:
         return copy.deepcopy(model)
-    fitted = operators.fit(model, anatomy, plan, profile) if rule is None else rule.fit(model, anatomy, plan)
+    if plan.alignment:
+        if profile is None:
+            raise HprError("the plan turns layers before they share, which takes the profile it was made with: give that, too")
+        student, profile, _ = align(model, profile, plan.alignment)
+        fitted = operators.fit(student, describe(student), plan, profile)
+    else:
+        student = copy.deepcopy(model)
+        fitted = operators.fit(model, anatomy, plan, profile) if rule is None else rule.fit(model, anatomy, plan)
     _check_finite(changed, fitted)
-    student = copy.deepcopy(model)
     by_path = {anatomy[name].path: terms for name, terms in changed.items()}
     terms, shapes, kept = with_kept(student, by_path, plan.factors(anatomy))
     terms |= dict.fromkeys(vanished_paths(anatomy, plan), ())

@@ -115,6 +115,12 @@ def solver_line(plan: Mapping[str, Any], parameters: int) -> str:
     )
 
 
+def alignment_line(aligned: float, plain: float) -> str:
+    """What turning layers before they share gains in predicted damage."""
+    saved = 100 * (1 - aligned / plain)
+    return f"layers are aligned first: that saves {saved:.1f} % of {figure(plain, 'nats')} predicted without"
+
+
 def _runs(cells: Sequence[Cell | None]) -> list[str]:
     """``0–1: sib 93`` for every group of neighbours, and for neighbours that are all kept."""
     runs: list[list[tuple[int, Cell]]] = []

@@ -32,6 +32,10 @@ Data = Annotated[
 Budget = Annotated[str, typer.Option(metavar="SIZE", help="Of all unique parameters: 50%, 11M parameters, or 45MB on disk.")]
 Only = Annotated[str | None, typer.Option(metavar="PATTERN", help="Change only sites that match: 'encoder.*,pooler*'.")]
 Operators = Annotated[str | None, typer.Option(metavar="A,B", help="Use only these operators, beside keep.")]
+Align = Annotated[
+    bool | None,
+    typer.Option("--align/--no-align", help="Also plan with aligned layers; by default where a look at a few says it pays."),
+]
 Goal = Annotated[str | None, typer.Option("--objective", metavar="NAME", help="What the model is for; else by its class.")]
 Examples = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many texts are read.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything that is drawn.")]
@@ -115,6 +119,7 @@ def plan(
     budget: Budget = "50%",
     only: Only = None,
     operators: Operators = None,
+    align: Align = None,
     output: Output = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
@@ -131,7 +136,9 @@ def plan(
     opened = open_model(model)
     limit = parse_budget(budget, describe(opened.model), only)  # before minutes are spent on curves
     with bars() as progress:
-        sketch = planner.draft(opened.model, found, only, operator_names(operators), progress=progress)
+        sketch = planner.draft(
+            opened.model, found, only, operator_names(operators), progress=progress, align="auto" if align is None else align
+        )
     best = sketch.best(limit)
     best.save(output)
     as_dict, used = best.to_dict(), best.parameters(sketch.anatomy)
@@ -139,7 +146,8 @@ def plan(
     result = {"output": str(output), "parameters": used} | {
         key: as_dict[key] for key in ("model", "budget", "predicted_damage", "diagnostics")
     }
-    notes = lines(tables.solver_line(as_dict, used), f"written: {output}")
+    gain = [tables.alignment_line(best.damage, sketch.plain.best(limit).damage)] if best.alignment else []
+    notes = lines(tables.solver_line(as_dict, used), *gain, f"written: {output}")
     show(result, as_json, tables.plan_table(as_dict, stacks), tables.operators_table(as_dict), notes)
 
 
@@ -225,6 +233,7 @@ def compress(
         bool | None,
         typer.Option("--refit/--no-refit", help="Refit to what the smaller layers emit; by default where it measures better."),
     ] = None,
+    align: Align = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -237,7 +246,19 @@ def compress(
     wish: bool | Literal["auto"] = "auto" if refit is None else refit
     with bars() as progress:
         made = pipeline.compress(
-            model, budget, output, data, only, names, objective, examples, plans, wish, seed, progress=progress
+            model,
+            budget,
+            output,
+            data,
+            only,
+            names,
+            objective,
+            examples,
+            plans,
+            wish,
+            seed,
+            progress=progress,
+            align="auto" if align is None else align,
         )
     as_dict = made.plan.to_dict()
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")

@@ -6,7 +6,7 @@ Moments are damped (a share of their mean diagonal is added) and factorised once
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -117,10 +117,16 @@ def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict
     for site in anatomy.sites:
         weight = weight_at(model, site).detach().cpu().double()
         known = profile.sites[site.name] if profile else plain_statistics(site)
-        left = smooth_frequencies(known.left) if profile and site.kind == "embedding" and known.live else known.left
-        damping = OUTPUT_DAMPING if site.kind == "linear" else DAMPING
-        measured[site.name] = Measured(site, weight, Side(left, damping), Side(known.right), known.rows, known.mean)
+        if profile and site.kind == "embedding" and known.live:
+            known = replace(known, left=smooth_frequencies(known.left))
+        measured[site.name] = measured_site(site, weight, known)
     return measured
+
+
+def measured_site(site: Site, weight: Tensor, known: SiteStatistics) -> Measured:
+    """A site's weight (out, in), float64, in the metric of its statistics."""
+    left = Side(known.left, OUTPUT_DAMPING if site.kind == "linear" else DAMPING)
+    return Measured(site, weight, left, Side(known.right), known.rows, known.mean)
 
 
 def smooth_frequencies(counts: Tensor, window: int = 255) -> Tensor:

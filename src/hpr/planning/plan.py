@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from hpr.anatomy import Anatomy, Site
 from hpr.errors import HprError
 from hpr.planning.layers import DROPPED, REUSED, check_entries, check_states
+from hpr.symmetries import Aim, layers_of
 
 FORMAT = 1
 KEEP = "keep"
@@ -114,6 +115,9 @@ class Plan:
 
     ``layers``: layer name (``encoder.3``) → its state, where it does not compute all by itself (see ``planning.layers``);
     ``removed``: how many parameters besides the weights of sites go with such layers (see ``vanishing.Vanishing``).
+
+    With an ``alignment`` the model's layers are turned before they share: the entries are of the turned weights. The turns
+    follow from the original weights, the profile and these aims.
     """
 
     model_class: str
@@ -125,6 +129,7 @@ class Plan:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, int] = field(default_factory=dict)
+    alignment: tuple[Aim, ...] = ()
 
     @property
     def damage(self) -> float:
@@ -181,6 +186,8 @@ class Plan:
         check_entries(anatomy, self.layers, self.removed, operators)
         for name, entry in self.entries.items():
             _validate_entry(anatomy[name], entry)
+        for aim in self.alignment:
+            _validate_aim(anatomy, aim)
         used = self.parameters(anatomy)
         if used > self.budget.parameters:
             raise HprError(
@@ -200,6 +207,7 @@ class Plan:
             "budget": asdict(self.budget),
             "predicted_damage": self.damage,
             **({"layers": dict(self.layers), "removed": dict(self.removed)} if self.layers else {}),
+            **({"alignment": [aim.to_list() for aim in self.alignment]} if self.alignment else {}),
             "sites": {name: entry_to_dict(entry) for name, entry in self.entries.items()},
             "diagnostics": dict(self.diagnostics),
         }
@@ -221,6 +229,7 @@ class Plan:
                 diagnostics=data.get("diagnostics", {}),
                 layers=dict(data.get("layers", {})),
                 removed=dict(data.get("removed", {})),
+                alignment=tuple(Aim.from_list(values) for values in data.get("alignment", ())),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, HprError):
@@ -344,6 +353,21 @@ def _validate_entry(site: Site, entry: Entry) -> None:
         end = max(end, stop)
     if entry.terms and end < site.out_features and entry.operator != REUSED:
         raise HprError(f"{site.name}: rows {end} and above have no term, so their weights would be lost: cover them")
+
+
+def _validate_aim(anatomy: Anatomy, aim: Aim) -> None:
+    layers = layers_of(anatomy, aim.symmetry)
+    for stretch in aim.symmetry.stretches:
+        sizes = [
+            site.out_features if stretch.side == "rows" else site.in_features
+            for sites in layers.values()
+            for site in [sites[stretch.slot]]
+        ]
+        if not sizes or not 0 <= stretch.start < stretch.stop <= min(sizes):
+            raise HprError(
+                f"the plan's alignment turns {stretch.side} {stretch.start} to {stretch.stop} of {stretch.slot!r} in "
+                f"{aim.symmetry.stack!r}, which this model does not have: correct it, or plan anew"
+            )
 
 
 def _spell(shape: FactorShape) -> str:

@@ -57,7 +57,7 @@ def measure_layers(
             _pool(model, watched, batches[index], index)
             progress("features", done, total)
         for done, index in enumerate(context, len(chosen) + 1):
-            _replace(model, watched, _first_examples(batches[index], CONTEXT_EXAMPLES), generator)
+            _replace(model, watched, first_examples(batches[index], CONTEXT_EXAMPLES), generator)
             progress("features", done, total)
     return {name: stack.features() for name, stack in watched.items() if all(stack.pooled)}
 
@@ -280,7 +280,9 @@ def _spread(batches: Sequence[Batch], limit: int) -> list[int]:
     return [index * len(batches) // count for index in range(count)]
 
 
-def _first_examples(batch: Batch, count: int) -> Batch:
+def first_examples(batch: Batch, count: int) -> Batch:
+    """The same batch with at most ``count`` examples."""
+
     def cut(value: Any) -> Any:
         return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hpr.anatomy import Anatomy
 from hpr.errors import HprError
+from hpr.symmetries import Symmetry
 
 FORMAT = 1
 
@@ -55,12 +56,16 @@ class LayerFeatures:
 
 @dataclass(frozen=True)
 class Profile:
-    """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions."""
+    """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions.
+
+    ``symmetries``: what may be turned without changing what the model computes, as trials found.
+    """
 
     fingerprint: str
     sites: Mapping[str, SiteStatistics]
     layers: Mapping[str, LayerFeatures] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    symmetries: tuple[Symmetry, ...] = ()
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise ``HprError`` unless this profile was taken of that model."""
@@ -91,6 +96,7 @@ class Profile:
             "sites": sites,
             "layers": {name: vars(features) for name, features in self.layers.items()},
             "about": dict(self.about),
+            "symmetries": [one.to_list() for one in self.symmetries],
         }
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +126,7 @@ class Profile:
                 parts = {part: tensors[site[part]] for part in ("left", "right", "mean") if part in site}
                 sites[name] = SiteStatistics(rows=site["rows"], **parts)
             layers = {name: LayerFeatures(**features) for name, features in header["layers"].items()}
-            return cls(header["fingerprint"], sites, layers, header["about"])
-        except (KeyError, TypeError, AttributeError) as error:
+            symmetries = tuple(Symmetry.from_list(values) for values in header.get("symmetries", ()))
+            return cls(header["fingerprint"], sites, layers, header["about"], symmetries)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error
