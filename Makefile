@@ -20,7 +20,7 @@ demo: .venv/.demo ## Compress the packaged all-MiniLM-L6-v2 to half its paramete
 	$(BIN)/hpr compress --budget 50% --output out/demo
 
 test: lint ## Install and run every check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv/.dev ## Style, format and types
 	$(BIN)/ruff check
