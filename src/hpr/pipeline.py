@@ -6,8 +6,8 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +22,12 @@ from hpr.data import first_batches
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.evaluation.metrics import Comparison, Estimate, compare, divergence
+from hpr.interventions import intervene, reuses
 from hpr.models import OpenModel, Splits, open_model, open_splits
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import measure
 from hpr.planner import Draft, draft, known_operators
-from hpr.planning.plan import KEEP, Plan, parse_budget
+from hpr.planning.plan import KEEP, Budget, Plan, parse_budget
 from hpr.profiling.curvature import Progress, measure_curvature, peak_memory, silent
 from hpr.profiling.features import measure_layers
 from hpr.profiling.objectives import Batch, Objective, objective_for
@@ -36,6 +37,7 @@ from hpr.reporting import render_card, render_report
 from hpr.sharing import share
 
 REFITTED = 1024  # examples a refit regresses on
+REUSE_MARGIN = 1.2  # of the best predicted damage without reuse: up to that, plans with reuse are worth measuring
 _OTHER_BUDGETS = (0.6, 0.8, 1.25, 1.5)  # of the one asked for: what the report shows of quality against size
 
 
@@ -122,6 +124,27 @@ def rescore(
     return measured
 
 
+def reusing_plans(
+    model: nn.Module,
+    profile: Profile,
+    sketch: Draft,
+    budget: Budget,
+    batches: Sequence[Batch],
+    objective: Objective,
+    progress: Progress = silent,
+) -> list[Plan]:
+    """Plans in which layers are dropped or reuse attention, where they promise to be no worse than the best without.
+
+    Their damage is the measured one of the layers together plus what is predicted for the rest. At most two, the best first.
+    """
+    best = sketch.best(budget).damage
+    found = []
+    for reuse in reuses(model, profile.interventions, batches, objective, best, progress):
+        with suppress(HprError):  # what is left cannot meet the budget
+            found.append(sketch.reusing(reuse).best(budget))
+    return sorted((plan for plan in found if plan.damage < REUSE_MARGIN * best), key=lambda plan: plan.damage)[:2]
+
+
 def compress(
     model: str | Path | nn.Module | None = None,
     budget: str = "50%",
@@ -160,6 +183,13 @@ def compress(
         sketch = draft(opened.model, found, only, operators, progress=progress)
         limit = sketch.budget(budget)
         tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))]
+    with clock("interventions"):
+        if plans > 1 and only is None and operators is None:
+            found = replace(found, interventions=intervene(opened.model, texts.rescoring, goal, progress))
+            tried += [
+                (budget, plan) for plan in reusing_plans(opened.model, found, sketch, limit, texts.rescoring, goal, progress)
+            ]
+    with clock("plan"):
         tried += _other_budgets(sketch, limit.parameters) if plans > 1 else []
     with clock("rescore"):
         scores = rescore(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal, progress)
@@ -169,7 +199,7 @@ def compress(
     with clock("fit"):
         student = share(opened.model, plan, found)
     refitted = False
-    if refit is True or (refit == "auto" and texts.own):
+    if refit is True or (refit == "auto" and texts.own and not plan.layers):
         with clock("refit"):
             student, refitted = _refitted(
                 student, opened.model, plan, found, texts, goal, scores[best].divergence, refit, progress

@@ -55,12 +55,16 @@ class LayerFeatures:
 
 @dataclass(frozen=True)
 class Profile:
-    """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions."""
+    """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions.
+
+    ``interventions``: layer → state → true divergence in nats per example, where it was measured (``hpr.interventions``).
+    """
 
     fingerprint: str
     sites: Mapping[str, SiteStatistics]
     layers: Mapping[str, LayerFeatures] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    interventions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise ``HprError`` unless this profile was taken of that model."""
@@ -91,6 +95,7 @@ class Profile:
             "sites": sites,
             "layers": {name: vars(features) for name, features in self.layers.items()},
             "about": dict(self.about),
+            "interventions": {layer: dict(damages) for layer, damages in self.interventions.items()},
         }
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +125,6 @@ class Profile:
                 parts = {part: tensors[site[part]] for part in ("left", "right", "mean") if part in site}
                 sites[name] = SiteStatistics(rows=site["rows"], **parts)
             layers = {name: LayerFeatures(**features) for name, features in header["layers"].items()}
-            return cls(header["fingerprint"], sites, layers, header["about"])
+            return cls(header["fingerprint"], sites, layers, header["about"], header.get("interventions", {}))
         except (KeyError, TypeError, AttributeError) as error:
             raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error
