@@ -6,8 +6,8 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +22,13 @@ from hpr.data import first_batches
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.evaluation.metrics import Comparison, Estimate, compare, divergence
+from hpr.interventions import intervene, reuses
 from hpr.models import OpenModel, Splits, open_model, open_splits
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import measure
 from hpr.planner import Draft, draft, known_operators
-from hpr.planning.plan import KEEP, Plan, parse_budget
+from hpr.planning.layers import site_layer
+from hpr.planning.plan import KEEP, Budget, Plan, parse_budget
 from hpr.profiling.curvature import Progress, measure_curvature, peak_memory, silent
 from hpr.profiling.features import measure_layers
 from hpr.profiling.objectives import Batch, Objective, objective_for
@@ -37,6 +39,7 @@ from hpr.reporting import render_card, render_report
 from hpr.sharing import share
 
 REFITTED = 1024  # examples a refit regresses on
+REUSE_MARGIN = 1.2  # of the best predicted damage without reuse: up to that, plans with reuse are worth measuring
 _OTHER_BUDGETS = (0.6, 0.8, 1.25, 1.5)  # of the one asked for: what the report shows of quality against size
 
 
@@ -126,6 +129,31 @@ def rescore(
     return measured
 
 
+def reusing_plans(
+    model: nn.Module,
+    profile: Profile,
+    sketch: Draft,
+    budget: Budget,
+    batches: Sequence[Batch],
+    objective: Objective,
+    progress: Progress = silent,
+) -> list[Plan]:
+    """Plans in which layers are dropped or reuse attention, where they promise to be no worse than the best without.
+
+    Their damage is the measured one of the layers together plus what is predicted for the rest. At most two, the best first.
+    """
+    best = sketch.best(budget)
+    price = (best.diagnostics["solver"] or {}).get("multiplier") or 0.0
+    chosen = set(sketch.anatomy.select(sketch.only))
+    outside = {site_layer(site) for site in sketch.anatomy.sites if site not in chosen}
+    layers = {name: damages for name, damages in profile.interventions.items() if name not in outside}
+    found = []
+    for reuse in reuses(model, layers, batches, objective, price, progress):
+        with suppress(HprError):  # what is left cannot meet the budget
+            found.append(sketch.reusing(reuse).best(budget))
+    return sorted((plan for plan in found if plan.damage < REUSE_MARGIN * best.damage), key=lambda plan: plan.damage)[:2]
+
+
 def compress(
     model: str | Path | nn.Module | None = None,
     budget: str = "50%",
@@ -141,14 +169,16 @@ def compress(
     tokenizer: Any = None,
     progress: Progress = silent,
     align: bool | Literal["auto"] = "auto",
+    reuse: bool = False,
 ) -> Compression:
     """Compress a model without training: profile, plan, share, choose by measurement, evaluate, and write a folder.
 
     ``model``: a folder, a name, a module (with its ``tokenizer``), or None for the packaged all-MiniLM-L6-v2. ``data``: a
     text file, a list of texts, an ``.npy`` or ``.npz`` file, or None for the standard library's docstrings. Up to ``plans``
-    plans are re-scored end to end. ``align``: also plan with aligned layers (see ``planner.draft``). ``refit="auto"``
-    refits where the data is the user's own and re-scoring finds it better. Raises ``HprError`` before anything is written
-    where an input does not serve.
+    plans are re-scored end to end. ``align``: also plan with aligned layers (see ``planner.draft``). ``reuse``:
+    also try plans in which layers are dropped or reuse attention (see ``reusing_plans``), which takes two passes over the
+    re-scoring text for each layer and state. ``refit="auto"`` refits where the data is the user's own and re-scoring finds
+    it better. Raises ``HprError`` before anything is written where an input does not serve.
     """
     clock = _Clock()
     torch.manual_seed(seed)
@@ -166,6 +196,12 @@ def compress(
         sketch = draft(opened.model, found, only, operators, progress=progress, align=align)
         limit = sketch.budget(budget)
         tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))]
+    if reuse:
+        with clock("interventions"):
+            found = replace(found, interventions=intervene(opened.model, texts.rescoring, goal, progress))
+            others = reusing_plans(opened.model, found, sketch, limit, texts.rescoring, goal, progress)
+            tried += [(budget, plan) for plan in others]
+    with clock("plan"):
         tried += _other_budgets(sketch, limit.parameters) if plans > 1 else []
     with clock("rescore"):
         scores = rescore(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal, progress)
@@ -175,7 +211,7 @@ def compress(
     with clock("fit"):
         student = share(opened.model, plan, found)
     refitted = False
-    if refit is True or (refit == "auto" and texts.own):
+    if refit is True or (refit == "auto" and texts.own and not plan.layers):
         with clock("refit"):
             student, refitted = _refitted(
                 student, opened.model, plan, found, texts, goal, scores[best].divergence, refit, progress

@@ -18,6 +18,7 @@ from hpr.alignment import turn_all, units
 from hpr.anatomy import Anatomy, Site, describe
 from hpr.errors import HprError
 from hpr.groupings import Groups, Similar, composites
+from hpr.interventions import Reuse
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import Measured, measure
 from hpr.planning import solver
@@ -30,6 +31,7 @@ from hpr.profiling.profile import Profile
 from hpr.sharing import unshareable
 from hpr.symmetries import Aim, Symmetry
 from hpr.tracks import Row, rows
+from hpr.vanishing import with_layers
 from hpr.worthwhile import MARGIN, worthwhile
 
 LONGEST_GROUP = 3
@@ -48,6 +50,17 @@ class Draft:
     only: str | None = None
     alignment: tuple[Aim, ...] = ()
     turned: Draft | None = None
+    reuse: Reuse | None = None
+
+    def reusing(self, reuse: Reuse) -> Draft:
+        """The same candidates for what is left once some layers are dropped or reuse what others compute."""
+        gone = set(reuse.vanishing.rows)
+        chosen = {site.name for site in self.anatomy.sites} - gone
+        tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
+        planned = {name for track in tracks for name in _sites(track)}
+        fixed = tuple(site for site in self.anatomy.sites if site.name not in planned | gone)
+        turned = self.turned and self.turned.reusing(reuse)
+        return replace(self, tracks=tracks, fixed=fixed, turned=turned, reuse=reuse)
 
     def narrowed(self, only: str) -> Draft:
         """The same candidates for some sites alone; all others stay as they are."""
@@ -67,7 +80,11 @@ class Draft:
     @property
     def untouched(self) -> int:
         """Parameters that no plan changes: biases, norms, sites without gradient and sites outside ``only``."""
-        return self.anatomy.other_parameters + sum(site.parameters for site in self.fixed)
+        kept = self.anatomy.other_parameters + sum(site.parameters for site in self.fixed)
+        if self.reuse is None:
+            return kept
+        vanished = sum(self.anatomy[name].parameters for name in self.reuse.vanishing.rows)
+        return kept + vanished - self.reuse.parameters(self.anatomy)
 
     def budget(self, text: str) -> Budget:
         """A budget as text (50%, 11M, 45MB) for this model."""
@@ -129,6 +146,7 @@ class Draft:
         for choice in solution.choices:
             entries |= _entries(choice, self.anatomy)
         entries |= _segmented(solution.choices, self.anatomy)
+        entries |= {name: Entry(KEEP) for name in (self.reuse.vanishing.rows if self.reuse else ())}  # give way below
         diagnostics = {"label": solution.label, "solver": _account(solution), "boundaries": self._boundaries(solution)}
         plan = Plan(
             model_class=self.anatomy.model_class,
@@ -139,7 +157,8 @@ class Draft:
             entries={site.name: entries[site.name] for site in self.anatomy.sites},
             diagnostics=diagnostics,
         )
-        return replace(plan, alignment=_used(self.alignment, plan, self.anatomy))
+        plan = replace(plan, alignment=_used(self.alignment, plan, self.anatomy))
+        return plan if self.reuse is None else _with_reuse(plan, self.anatomy, self.reuse)
 
     def _guarded(self, search: Callable[..., list[Solution]], budget: Budget, *more: int) -> list[Solution]:
         limit = self.limit(budget)
@@ -166,6 +185,16 @@ class Draft:
                 one = boundaries(track, solution.multiplier, temperature)
                 found[track.name] = {"probabilities": one.probabilities.tolist(), "entropy": one.entropy}
         return found
+
+
+def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:
+    """The plan with states of layers, their damage spread over the sites that vanish."""
+    plan = with_layers(plan, anatomy, reuse.states, reuse.vanishing)
+    share = reuse.damage / len(reuse.vanishing.rows)
+    spread = {name: replace(plan.entries[name], damage=share) for name in reuse.vanishing.rows}
+    named = ", ".join(f"{layer} {state}" for layer, state in reuse.states.items())
+    label = f"{plan.diagnostics['label']}, {named}"
+    return replace(plan, entries={**plan.entries, **spread}, diagnostics={**plan.diagnostics, "label": label})
 
 
 def draft(

@@ -234,6 +234,9 @@ def compress(
         typer.Option("--refit/--no-refit", help="Refit to what the smaller layers emit; by default where it measures better."),
     ] = None,
     align: Align = None,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Also try to drop layers, or let them reuse attention of the layer below.")
+    ] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -259,6 +262,7 @@ def compress(
             seed,
             progress=progress,
             align="auto" if align is None else align,
+            reuse=reuse,
         )
     as_dict = made.plan.to_dict()
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")

@@ -59,6 +59,7 @@ class Profile:
     """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions.
 
     ``symmetries``: what may be turned without changing what the model computes, as trials found.
+    ``interventions``: layer → state → true divergence in nats per example, where it was measured (``hpr.interventions``).
     """
 
     fingerprint: str
@@ -66,6 +67,7 @@ class Profile:
     layers: Mapping[str, LayerFeatures] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     symmetries: tuple[Symmetry, ...] = ()
+    interventions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise ``HprError`` unless this profile was taken of that model."""
@@ -97,6 +99,7 @@ class Profile:
             "layers": {name: vars(features) for name, features in self.layers.items()},
             "about": dict(self.about),
             "symmetries": [one.to_list() for one in self.symmetries],
+            "interventions": {layer: dict(damages) for layer, damages in self.interventions.items()},
         }
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +130,6 @@ class Profile:
                 sites[name] = SiteStatistics(rows=site["rows"], **parts)
             layers = {name: LayerFeatures(**features) for name, features in header["layers"].items()}
             symmetries = tuple(Symmetry.from_list(values) for values in header.get("symmetries", ()))
-            return cls(header["fingerprint"], sites, layers, header["about"], symmetries)
+            return cls(header["fingerprint"], sites, layers, header["about"], symmetries, header.get("interventions", {}))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error

@@ -1,0 +1,76 @@
+"""KWT-1: layers that are dropped or reuse attention, alone and in plans: accuracy against floating-point operations.
+
+Interventions and choices use 150 calibration clips without labels; accuracy and divergence are those of the 1,845 evaluation
+clips. Prints one JSON object a line. Run: python benchmarks/kwt1_reuse.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import torch
+
+import hpr
+import kwt1
+from hpr.evaluation.metrics import accuracy, compare
+from hpr.evaluation.sizes import forward_flops, parameters
+from hpr.interventions import intervene, reuses
+from hpr.pipeline import REUSE_MARGIN, reusing_plans
+from hpr.planner import draft
+from hpr.planning.plan import keep_all
+from hpr.profiling.objectives import OBJECTIVES
+from hpr.vanishing import with_layers
+from kwt1_closed_form import clips
+from paths import shared
+
+GOAL = OBJECTIVES["classification"]
+PRICE = 3e-6  # nats a parameter: lets the rows of reuse alone go on to six layers
+BUDGETS = ("80%", "60%", "50%", "40%", "30%")
+
+
+def main() -> None:
+    """Print interventions, then one row for each way to reuse, then plans with and without."""
+    torch.manual_seed(0)
+    model = kwt1.load(shared() / "models" / "kwt1")
+    anatomy = hpr.describe(model)
+    calibration, _ = clips("calibration")
+    profiled, choosing = list(calibration[:450].split(50)), list(calibration[450:].split(50))
+    evaluation, labels = clips("evaluation")
+    evaluated = list(evaluation.split(205))
+    dense = forward_flops(model, evaluated[0])
+
+    def report(method: str, student: torch.nn.Module, **more: object) -> None:
+        found = compare(student, model, evaluated, GOAL)
+        row = {
+            "method": method,
+            "flops": forward_flops(student, evaluated[0]) / dense,
+            "parameters": parameters(student) / anatomy.total_parameters,
+            "accuracy": accuracy(found.student, labels),
+            "divergence": found.divergence.mean,
+        }
+        print(json.dumps({**row, **more}), flush=True)
+
+    report("dense", model)
+    profile = hpr.profile(model, profiled, "classification")
+    profile = replace(profile, interventions=intervene(model, choosing, GOAL))
+    print(json.dumps({"interventions": profile.interventions}), flush=True)
+    for reuse in reuses(model, profile.interventions, choosing, GOAL, price=PRICE):
+        plan = with_layers(keep_all(anatomy), anatomy, reuse.states, reuse.vanishing)
+        report("reuse alone", hpr.share(model, plan), states=reuse.states, on_choosing=reuse.damage)
+    sketch = draft(model, profile)
+    for budget in BUDGETS:
+        limit = sketch.budget(budget)
+        best = sketch.best(limit)
+        report("plan without reuse", hpr.share(model, best, profile), budget=budget, predicted=best.damage)
+        found = reusing_plans(model, profile, sketch, limit, choosing, GOAL)
+        for plan in found:
+            student = hpr.share(model, plan, profile)
+            report("plan with reuse", student, budget=budget, predicted=plan.damage, layers=dict(plan.layers))
+        if not found:
+            print(json.dumps({"budget": budget, "with reuse": f"none within {REUSE_MARGIN} of the best"}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
