@@ -45,12 +45,12 @@ class Factor(nn.Linear):
     def reset_parameters(self) -> None:
         """Factors are always loaded, never drawn."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """F·x over the last dimension: (…, columns) → (…, rows).
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """F·x over the last dimension, plus a bias (rows,) in the same pass: (…, columns) → (…, rows).
 
         F is put together first: permuting a weight costs less than permuting the activations of many rows.
         """
-        return F.linear(x, self.dense())
+        return F.linear(x, self.dense(), bias)
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows of F by number: (…) → (…, columns)."""
@@ -179,18 +179,23 @@ class SharedLinear(SharedSite):
 
     def forward(self, x: Tensor) -> Tensor:
         total: Tensor | None = None
+        bias = self.bias
         for term in self.terms:
             y = x if term.column_scale is None else x * self.bank[term.column_scale].weight[0]
             if term.v is not None:
                 y = self.bank[term.v](y)
-            y = self.bank[term.u](y)
+            whole = term.rows is None or term.rows == (0, self.out_features)
+            if whole and term.row_scale is None and bias is not None:
+                y, bias = self.bank[term.u](y, bias), None  # a pass of its own would cost as much as a small product
+            else:
+                y = self.bank[term.u](y)
             if term.row_scale is not None:
                 y = y * self.bank[term.row_scale].weight[0]
-            if term.rows is not None and term.rows != (0, self.out_features):
+            if not whole and term.rows is not None:
                 y = F.pad(y, (term.rows[0], self.out_features - term.rows[1]))
             total = y if total is None else total + y
         assert total is not None
-        return total if self.bias is None else total + self.bias
+        return total if bias is None else total + bias
 
 
 class SharedEmbedding(SharedSite):
