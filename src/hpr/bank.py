@@ -63,12 +63,11 @@ class Factor(nn.Linear):
 
     def dense(self) -> Tensor:
         """F itself, (rows, columns)."""
+        if not self.shape.identity:
+            return self.weight
+        side = 0 if self.shape.identity == "rows" else 1
         identity = torch.eye(min(self.shape[:2]), dtype=self.weight.dtype, device=self.weight.device)
-        if self.shape.identity == "rows":
-            return torch.cat([identity, self.weight]).index_select(0, self.order)
-        if self.shape.identity == "columns":
-            return torch.cat([identity, self.weight], dim=1).index_select(1, self.order)
-        return self.weight
+        return torch.cat([identity, self.weight], dim=side).index_select(side, self.order)
 
 
 class FactorBank(nn.Module):
