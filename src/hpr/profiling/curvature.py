@@ -268,7 +268,7 @@ def _add_linear(target: _Moments, x: Tensor, gradient: Tensor) -> None:
     x = _by_example(x.float())
     flat_g, flat_x = g.flatten(0, 1), x.flatten(0, 1)
     weight = flat_g.square().sum(1)
-    live = weight > 0
+    live = _live(weight)
     if not (rows := int(live.sum())):
         return
     mean = flat_x[live].sum(0)
@@ -300,6 +300,11 @@ def _add_linear(target: _Moments, x: Tensor, gradient: Tensor) -> None:
     )
 
 
+def _live(squares: Tensor) -> Tensor:
+    """Rows that reach the loss. Masked ones have no gradient, up to what rounding leaves of the largest; ``squares``: norms²."""
+    return squares > torch.finfo(torch.float32).eps ** 2 * (squares.max() if len(squares) else 0)
+
+
 def _worth_forming(g: Tensor, x: Tensor) -> bool:
     """Whether the examples' own dW (out, in) are smaller work than products across their rows: long texts, narrow sites."""
     length, rows, columns = g.shape[1], g.shape[2], x.shape[2]
@@ -319,7 +324,7 @@ def _merged(
 def _add_embedding(target: _Moments, ids: Tensor, gradient: Tensor) -> None:
     gradient = gradient.detach().reshape(-1, gradient.shape[-1]).float()
     ids = ids.reshape(-1)
-    live = gradient.abs().amax(dim=1) > 0
+    live = _live(gradient.square().sum(1))
     if target.sizes is not None and (rows := int(live.sum())):
         counts = torch.bincount(ids[live], minlength=target.site.out_features)
         target.add(rows, counts=[counts], left=[(gradient, gradient)])
@@ -328,7 +333,7 @@ def _add_embedding(target: _Moments, ids: Tensor, gradient: Tensor) -> None:
 def _add_expert(target: _Moments, x: Tensor, gradient: Tensor) -> None:
     g, x = gradient.detach().reshape(-1, gradient.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
     weight = g.square().sum(1)
-    if target.sizes is not None and (rows := int((weight > 0).sum())):
+    if target.sizes is not None and (rows := int(_live(weight).sum())):
         weighted = weight[:, None] * x
         target.add(rows, changes=[(weighted * x).sum()], left=[(g, g)], right=[(weighted, x)])
 
