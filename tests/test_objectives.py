@@ -1,5 +1,6 @@
 """Objectives: divergences against the formulas, losses with the right Fisher matrix, masks, and the choice by class."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,16 @@ import transformers as tf
 from torch import Tensor, nn
 
 from hpr.errors import HprError
-from hpr.profiling.objectives import OBJECTIVES, call, examples_in, mask_of, objective_for
+from hpr.profiling.objectives import (
+    OBJECTIVES,
+    TEMPERATURES,
+    UNCERTAIN,
+    call,
+    examples_in,
+    mask_of,
+    objective_for,
+    softened,
+)
 
 CATEGORICAL = [name for name, one in OBJECTIVES.items() if one.categorical]
 
@@ -108,6 +118,35 @@ def test_the_loss_has_the_fisher_matrix_of_the_divergence(name: str) -> None:
         objective.loss(outputs(values), batch, generator).backward()
         total += torch.outer(values.grad.flatten(), values.grad.flatten()) / 400
     assert (total - hessian).norm() < 0.25 * hessian.norm()
+
+
+def test_at_a_temperature_the_fisher_matrix_is_that_of_the_softened_outputs() -> None:
+    """E[∇ℓ ∇ℓᵀ] at T against the covariance of a label at T, in closed form: logits as sure as these have next to none at 1."""
+    logits = torch.tensor([[9.0, 0.0, -3.0]])
+    for temperature in (1.0, 4.0):
+        objective = replace(OBJECTIVES["classification"], temperature=temperature)
+        chances = (logits / temperature).softmax(-1)[0]
+        expected = chances.diag() - torch.outer(chances, chances)
+        generator, total = torch.Generator().manual_seed(0), torch.zeros(3, 3)
+        for _ in range(2000):
+            values = logits.clone().requires_grad_()
+            objective.loss(values, None, generator).backward()
+            total += torch.outer(values.grad[0], values.grad[0]) / 2000
+        assert (total - expected).norm() < 0.1 * expected.norm() + 1e-3
+    assert objective.divergence(logits, logits / 4, None) == OBJECTIVES["classification"].divergence(logits, logits / 4, None)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0.1, 1.0), (8.0, 3.0), (1000.0, TEMPERATURES[-1])])
+def test_outputs_are_softened_as_far_as_they_are_certain(scale: float, expected: float) -> None:
+    model = nn.Linear(3, 3, bias=False).train()
+    with torch.no_grad():
+        model.weight.copy_(scale * torch.eye(3))
+    found = softened(OBJECTIVES["classification"], model, [torch.eye(3), torch.eye(3)])
+    assert found.temperature == expected
+    differing = 1 - model(torch.eye(3)).div(expected).softmax(-1).square().sum(-1).mean()
+    assert scale == 1000 or differing >= UNCERTAIN * 2 / 3
+    assert model.training
+    assert softened(OBJECTIVES["hidden"], model, [torch.eye(3)]) is OBJECTIVES["hidden"]
 
 
 def test_the_loss_is_a_sum_over_examples_and_reproducible() -> None:

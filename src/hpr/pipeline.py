@@ -31,7 +31,7 @@ from hpr.planning.layers import site_layer
 from hpr.planning.plan import KEEP, Budget, Plan, parse_budget
 from hpr.profiling.curvature import Progress, measure_curvature, peak_memory, silent
 from hpr.profiling.features import measure_layers
-from hpr.profiling.objectives import Batch, Objective, objective_for
+from hpr.profiling.objectives import Batch, Objective, objective_for, softened
 from hpr.profiling.profile import Profile
 from hpr.profiling.trials import find_symmetries
 from hpr.refitting import refit_stacks
@@ -77,13 +77,14 @@ def profile(
     batches and for losses, activations or gradients that are not finite.
     """
     anatomy = describe(model)
-    goal = objective_for(model, objective)
     start = time.perf_counter()
+    goal = softened(objective_for(model, objective), model, batches[: max(1, len(batches) // 16)])
     sites, examples = measure_curvature(model, anatomy, batches, goal, seed, progress)
     layers = measure_layers(model, anatomy, batches, seed, progress)
     symmetries = find_symmetries(model, anatomy, batches, seed)
     about = {
         "objective": goal.name,
+        "temperature": goal.temperature,
         "examples": examples,
         "tokens": sum(_tokens(batch) for batch in batches),
         "seed": seed,

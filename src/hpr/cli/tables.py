@@ -97,8 +97,9 @@ def before_after(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Ta
 
 def profile_lines(about: Mapping[str, Any]) -> list[str]:
     """One line on what a profile was made of."""
+    soft = f" at temperature {about['temperature']:g}" if about["temperature"] != 1 else ""
     return [
-        f"{exact(about['examples'])} examples, {exact(about['tokens'])} tokens, objective {about['objective']}; "
+        f"{exact(about['examples'])} examples, {exact(about['tokens'])} tokens, objective {about['objective']}{soft}; "
         f"{seconds(about['seconds'])}, peak memory {byte_count(about['peak_memory_bytes'])}"
     ]
 

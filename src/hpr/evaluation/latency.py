@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hpr.errors import HprError
 from hpr.evaluation.sizes import resident_bytes
-from hpr.profiling.features import evaluating
-from hpr.profiling.objectives import Batch, call
+from hpr.profiling.objectives import Batch, call, evaluating
 
 
 @dataclass(frozen=True)

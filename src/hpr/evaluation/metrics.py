@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from hpr.data import in_input_order
 from hpr.errors import HprError
-from hpr.profiling.features import evaluating
-from hpr.profiling.objectives import Batch, Objective, call
+from hpr.profiling.objectives import Batch, Objective, call, evaluating
 
 _IGNORED = -100  # a label that transformers leaves out of the loss
 

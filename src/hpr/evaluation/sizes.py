@@ -22,8 +22,7 @@ from hpr.anatomy import Anatomy, Site, module_at, slice_at
 from hpr.bank import SharedEmbedding, SharedSite, bank_of, factors_of, terms_in
 from hpr.errors import HprError
 from hpr.planning.plan import Term
-from hpr.profiling.features import evaluating
-from hpr.profiling.objectives import Batch, call
+from hpr.profiling.objectives import Batch, call, evaluating
 
 OTHER = "biases, norms and other"
 _DTYPES = {  # in the order in which safetensors lays tensors out: the last first

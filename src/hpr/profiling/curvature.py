@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hpr.anatomy import Anatomy, Site, module_at, slice_at
 from hpr.errors import HprError
-from hpr.profiling.objectives import Batch, Objective, call, examples_in
+from hpr.profiling.objectives import Batch, Objective, call, evaluating, examples_in
 from hpr.profiling.profile import SiteStatistics
 from hpr.profiling.reading import Record, WeightsRead, experts_one_by_one, with_graph
 
@@ -197,17 +197,13 @@ def _trace(moment: Tensor) -> float:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without parameter gradients, everything restored afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
     model.requires_grad_(False)
-    model.eval()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluating(model):
             yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, flag in training:
-            module.training = flag
 
 
 @contextmanager
@@ -301,7 +297,7 @@ def _add_linear(target: _Moments, x: Tensor, gradient: Tensor) -> None:
 
 
 def _live(squares: Tensor) -> Tensor:
-    """Rows that reach the loss. Masked ones have no gradient, up to what rounding leaves of the largest; ``squares``: norms²."""
+    """Rows that reach the loss, by norm² of their gradients: masked ones have none, up to rounding of the largest."""
     return squares > torch.finfo(torch.float32).eps ** 2 * (squares.max() if len(squares) else 0)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hpr.anatomy import Anatomy, Stack, module_at
 from hpr.errors import HprError
 from hpr.profiling.curvature import Progress, silent
-from hpr.profiling.objectives import Batch, call, examples_in, mask_of
+from hpr.profiling.objectives import Batch, call, evaluating, examples_in, mask_of
 from hpr.profiling.profile import LayerFeatures
 
 POOLED_EXAMPLES = 512
@@ -288,15 +288,3 @@ def first_examples(batch: Batch, count: int) -> Batch:
 
     size = examples_in(batch)
     return {key: cut(value) for key, value in batch.items()} if isinstance(batch, Mapping) else cut(batch)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own flag restored afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag

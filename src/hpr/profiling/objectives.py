@@ -3,12 +3,17 @@
 Each objective reads the model's outputs as the mean of a distribution; its divergence is that distribution's KL, and its
 loss, drawn from the model itself, has the same Fisher matrix. So predicted damage and measured divergence share a unit:
 nats per example. Embeddings and hidden states are means of unit Gaussians: ½‖e − ê‖² nats.
+
+Where a categorical model is certain of what it writes, gradients all but vanish and say nothing about changes that are no
+longer small. Then the loss is that of the outputs at a higher temperature (``softened``), as in distillation (Hinton et al.
+2015); the divergence stays the true one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +25,8 @@ from hpr.errors import HprError
 
 Batch = Any  # a mapping of keyword inputs, or one tensor for a plain module
 Draw = Callable[[Tensor, torch.Generator], Tensor]
+TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+UNCERTAIN = 0.3  # of what even outputs have, in the mean of 1 − Σ p²: from there on gradients say enough
 
 
 @dataclass(frozen=True)
@@ -29,16 +36,20 @@ class Objective:
     name: str
     read: Callable[[Any, Batch], tuple[Tensor, Tensor]]
     categorical: bool
+    temperature: float = 1.0
 
     def loss(self, outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The summed loss of a batch against a draw from the model's own output distribution (a scalar, nats)."""
+        """The summed loss of a batch against a draw from the model's own output distribution (a scalar, nats).
+
+        At a temperature T its Fisher matrix is that of T² · KL between the outputs at T, which does not shrink with T.
+        """
         predictions, weight = self.read(outputs, batch)
         if self.categorical:
-            log_probabilities = F.log_softmax(predictions.float(), dim=-1)
+            log_probabilities = F.log_softmax(predictions.float() / self.temperature, dim=-1)
             flat = log_probabilities.detach().exp().reshape(-1, predictions.shape[-1])
             drawn = torch.multinomial(flat.to(generator.device), 1, generator=generator).to(predictions.device)
             drawn = drawn.reshape(*predictions.shape[:-1], 1)
-            return -(log_probabilities.gather(-1, drawn).squeeze(-1) * weight).sum()
+            return -(log_probabilities.gather(-1, drawn).squeeze(-1) * weight).sum() * self.temperature
         direction = torch.randn(predictions.shape, generator=generator, dtype=torch.float32).to(predictions.device)
         return ((predictions.float() * direction).sum(-1) * weight).sum()
 
@@ -60,9 +71,42 @@ def call(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, every module's own flag restored afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
 def examples_in(batch: Batch) -> int:
     """Number of examples in a batch."""
     return len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+
+
+def softened(objective: Objective, model: nn.Module, batches: Sequence[Batch]) -> Objective:
+    """The objective at the lowest of ``TEMPERATURES`` at which the model's outputs on these batches are uncertain enough.
+
+    That is measured as the mean of 1 − Σ p² over predictions, against its value for even outputs: the chance that two labels
+    drawn from one output differ, and the trace of the covariance that the curvature is made of. Gaussian outputs have no
+    temperature.
+    """
+    if not objective.categorical:
+        return objective
+    differing, count = torch.zeros(len(TEMPERATURES), dtype=torch.float64), 0.0
+    with torch.no_grad(), evaluating(model):
+        for batch in batches:
+            predictions, weight = objective.read(call(model, batch), batch)
+            for index, temperature in enumerate(TEMPERATURES):
+                same = F.softmax(predictions.float() / temperature, dim=-1).square().sum(-1)
+                differing[index] += float(((1 - same) * weight).sum())
+            count += float(weight.sum()) * (1 - 1 / predictions.shape[-1])
+    enough = (differing >= UNCERTAIN * count).tolist()
+    return replace(objective, temperature=TEMPERATURES[enough.index(True) if any(enough) else -1])
 
 
 def mask_of(batch: Batch, positions: Tensor) -> Tensor:

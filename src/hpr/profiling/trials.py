@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hpr.anatomy import Anatomy, Site, module_at, weight_at
-from hpr.profiling.features import evaluating, first_examples
-from hpr.profiling.objectives import Batch, call
+from hpr.profiling.features import first_examples
+from hpr.profiling.objectives import Batch, call, evaluating
 from hpr.symmetries import Stretch, Symmetry, layers_of, turn_site
 
 EXAMPLES = 2  # that each guess is tried on
