@@ -150,6 +150,15 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     raise HprError(f"{type(model).__name__} has no module {path!r}: the plan or checkpoint is of another model")
 
 
+def has_module(model: nn.Module, path: str) -> bool:
+    """Whether ``module_at`` finds one there."""
+    try:
+        module_at(model, path)
+    except HprError:
+        return False
+    return True
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
     """A site's weight as (out, in), whatever the module's own layout; a view, never a copy."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]

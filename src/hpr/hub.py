@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hpr.anatomy import module_at, slice_at
+from hpr.anatomy import has_module, slice_at
 from hpr.bank import (
     BANK,
     FORMAT,
@@ -210,13 +210,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _has(model: nn.Module, path: str) -> bool:
-    if slice_at(model, path) is not None:
-        return True
-    try:
-        module_at(model, path)
-    except HprError:
-        return False
-    return True
+    return slice_at(model, path) is not None or has_module(model, path)
 
 
 def _check_checkpoint(bank: FactorBank | None, files: Iterable[str]) -> None:

@@ -65,7 +65,7 @@ def open_model(name: str | os.PathLike[str] | None = None) -> OpenModel:
     config = read_config(folder)
     pooling, weights = _sentence_encoder(folder)
     kind = AutoModel if pooling is not None else _class_named(config)
-    with _quiet():
+    with quietly():
         model = _load_weights(kind, weights, folder)
         tokenizer = _load_tokenizer(weights, folder)
     objective = objective_for(model).name if pooling is None else pooling
@@ -276,7 +276,7 @@ def _load_tokenizer(folder: Path, shown: Path) -> Any | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No bars and no warnings from transformers while it loads; its errors stay."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -1,0 +1,117 @@
+"""The global loss: what a student is trained to keep of its teacher, as one number a batch.
+
+Every part is relative, so that weights mean the same for every model: a Gaussian output's squared error against the teacher's
+own square, a categorical one's T² · KL per prediction, hidden states like Gaussian outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpr.anatomy import Anatomy, has_module, module_at
+from hpr.errors import HprError
+from hpr.profiling.objectives import Batch, Objective, call, evaluating, mask_of
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much each part counts; 0 leaves it out. ``temperature`` softens categorical outputs (Hinton et al. 2015).
+
+    ``hidden``: the hidden states that each layer of the original emits (Romero et al. 2015), mean over layers.
+    ``labels``: the loss that labels in the batches give.
+    """
+
+    outputs: float = 1.0
+    hidden: float = 0.0
+    labels: float = 0.0
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        parts = (self.outputs, self.hidden, self.labels)
+        if min(parts) < 0 or not sum(parts) > 0 or not self.temperature > 0:
+            raise HprError(f"{self}: weights must not be negative, one must be above 0, and so must the temperature")
+
+
+class GlobalLoss:
+    """The loss of a student on a batch, beside its teacher; the teacher runs without gradients, in evaluation mode."""
+
+    def __init__(self, teacher: nn.Module, anatomy: Anatomy, objective: Objective, weights: Weights):
+        self.teacher, self.objective, self.weights = teacher, objective, weights
+        self._paths = [f"{stack.path}.{layer}" for stack in anatomy.stacks for layer in range(stack.layers)]
+
+    def __call__(self, student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The weighted sum, a scalar, and its parts. Raises ``HprError`` where labels are wanted and there are none.
+
+        ``student`` may be wrapped for several processes: its forward is called once, as it is.
+        """
+        inner = getattr(student, "module", student)
+        paths = [path for path in self._paths if has_module(inner, path)] if self.weights.hidden else []  # some are dropped
+        with torch.no_grad(), evaluating(self.teacher), emitted(self.teacher, paths) as expected:
+            taught = call(self.teacher, batch)
+        with emitted(inner, paths) as found:
+            learnt = call(student, batch)
+        parts = {}
+        if self.weights.outputs:
+            parts["outputs"] = self.weights.outputs * self.outputs(taught, learnt, batch)
+        if self.weights.hidden:
+            distances = [squared(expected[path], found[path], mask_of(batch, expected[path])) for path in paths]
+            parts["hidden"] = self.weights.hidden * torch.stack(distances).mean()
+        if self.weights.labels:
+            parts["labels"] = self.weights.labels * labelled(learnt, batch)
+        return torch.stack(list(parts.values())).sum(), {name: float(part.detach()) for name, part in parts.items()}
+
+    def outputs(self, taught: Any, learnt: Any, batch: Batch) -> Tensor:
+        """Divergence of the outputs, mean over predictions."""
+        expected, weight = self.objective.read(taught, batch)
+        found, _ = self.objective.read(learnt, batch)
+        if not self.objective.categorical:
+            return squared(expected, found, weight)
+        temperature = self.weights.temperature
+        log_p, log_q = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (expected, found))
+        distance = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return temperature**2 * (distance * weight).sum() / weight.sum().clamp(min=1)
+
+
+def squared(expected: Tensor, found: Tensor, weight: Tensor) -> Tensor:
+    """Σ ‖e − ê‖² / Σ ‖e‖² over the vectors that count: 0 where equal, 1 where nothing is left."""
+    expected, found = expected.float(), found.float()
+    error = ((expected - found).square().sum(-1) * weight).sum()
+    return error / (expected.square().sum(-1) * weight).sum().clamp(min=1e-12)
+
+
+def labelled(outputs: Any, batch: Batch) -> Tensor:
+    """The model's own loss where it gives one; cross-entropy with ``labels`` of classes otherwise."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if loss is not None:
+        return loss
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if labels is None or logits is None:
+        raise HprError("labels count in the loss, but this batch or model has none: set their weight to 0, or bring 'labels'")
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+
+
+@contextmanager
+def emitted(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Path → the hidden states that the layer there emits in the passes made inside, those of the last pass."""
+    found: dict[str, Tensor] = {}
+
+    def note(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[path] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = [module_at(model, path).register_forward_hook(note(path)) for path in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,81 @@
+"""Healing of a model that was opened by name: what the recipe, the augmentation and the data are by default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hpr.anatomy import describe
+from hpr.data import Source
+from hpr.healing.amounts import amount, steps_within
+from hpr.healing.augmentation import Augmentation, augmentation
+from hpr.healing.losses import GlobalLoss
+from hpr.healing.recipe import Healing, Recipe, heal
+from hpr.healing.trainer import Watch
+from hpr.models import OpenModel, open_splits
+from hpr.profiling.curvature import Progress, silent
+from hpr.profiling.objectives import objective_for
+
+HEALED = 65536  # examples of the user's data to train on, at most
+
+
+def heal_opened(
+    student: nn.Module,
+    teacher: OpenModel,
+    data: Source | Sequence[str] | None,
+    how_long: str = "300steps",
+    recipe: Recipe | None = None,
+    folder: Path | None = None,
+    progress: Progress = silent,
+    watch: Watch | None = None,
+) -> tuple[Healing, Recipe]:
+    """Heal a student in place on a text file, texts, an array file or docstrings (None), its guard taken from the same data.
+
+    ``how_long``: ``500steps`` or ``10min``, which is turned into steps by timing a few. Six of every eight examples train,
+    one is the guard's (256 at most), one is left for figures. Returns the recipe that was used, too.
+    """
+    steps, seconds = amount(how_long)
+    splits = open_splits(data, teacher, HEALED)
+    goal, recipe = objective_for(teacher.model, teacher.objective), recipe or Recipe()
+    if steps is None:
+        assert seconds is not None
+        loss = GlobalLoss(teacher.model, describe(teacher.model), goal, recipe.weights)
+        steps = steps_within(seconds, student, loss, splits.calibration)
+    recipe = replace(recipe, steps=steps)
+    found = heal(
+        student,
+        teacher.model,
+        splits.calibration,
+        splits.rescoring,
+        recipe,
+        goal,
+        changes_for(teacher),
+        folder=folder,
+        progress=progress,
+        watch=watch,
+    )
+    return found, recipe
+
+
+def changes_for(opened: OpenModel) -> Augmentation:
+    """How to change the inputs of a model: any token but the special ones may stand for another."""
+    if opened.tokenizer is None or opened.objective in ("causal-lm", "seq2seq"):
+        return augmentation()
+    special = set(opened.tokenizer.all_special_ids)
+    return augmentation([number for number in range(len(opened.tokenizer)) if number not in special])
+
+
+def as_metrics(found: Healing, recipe: Recipe) -> dict[str, Any]:
+    """What metrics.json keeps of it."""
+    return {
+        "before": found.before.mean,
+        "after": found.after.mean,
+        "best_step": found.best_step,
+        "seconds": found.seconds,
+        "recipe": asdict(recipe),
+        "history": found.history,
+    }

@@ -1,0 +1,59 @@
+"""Which batch stands at which step: fixed by a seed, so that a run which is resumed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.utils.data import Dataset
+
+from hpr.errors import HprError
+from hpr.healing.augmentation import Augmentation
+from hpr.profiling.objectives import Batch
+
+
+class Schedule(Dataset):
+    """The batches of a whole run, ``length`` of them, each epoch in an order of its own.
+
+    ``batches``: prepared ones, or several sources of them by name with ``shares`` of the steps (in proportion; all alike
+    without). Item ``i`` depends on the seed and on ``i`` alone, augmentation included.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch] | Mapping[str, Sequence[Batch]],
+        length: int,
+        seed: int = 0,
+        augment: Augmentation | None = None,
+        shares: Mapping[str, float] | None = None,
+    ):
+        sources = dict(batches) if isinstance(batches, Mapping) else {"data": batches}
+        for name, source in sources.items():
+            if not len(source):
+                raise HprError(f"there are no batches in {name!r}: at least one is needed")
+        shares = dict(shares or dict.fromkeys(sources, 1.0))
+        if set(shares) != set(sources) or min(shares.values()) <= 0:
+            raise HprError(f"shares {shares} must be above 0, one for each of {', '.join(sources)}")
+        self.length, self.seed, self.augment = length, seed, augment
+        self.sources = list(sources.values())
+        draw = torch.Generator().manual_seed(seed)
+        weights = torch.tensor([shares[name] for name in sources], dtype=torch.float64)
+        self.chosen = torch.multinomial(weights, max(length, 1), replacement=True, generator=draw)
+        self.turns = torch.zeros(len(self.chosen), dtype=torch.long)  # how often a source was drawn before
+        for number in range(len(self.sources)):
+            places = torch.eq(self.chosen, number)
+            self.turns[places] = torch.arange(int(places.sum()))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, step: int) -> Batch:
+        source = int(self.chosen[step])
+        epoch, place = divmod(int(self.turns[step]), len(self.sources[source]))
+        order = torch.randperm(len(self.sources[source]), generator=_draw(self.seed, source, epoch))
+        batch = self.sources[source][int(order[place])]
+        return batch if self.augment is None else self.augment(batch, _draw(self.seed, -1, step))
+
+
+def _draw(seed: int, kind: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + kind + 1) * 1_000_003 + number)

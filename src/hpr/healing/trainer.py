@@ -1,0 +1,181 @@
+"""Transformers' Trainer for shared factors: groups of learning rates, a guard instead of an evaluation loss, exact resuming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hpr.bank import BANK, bank_of, factors_of, module_name, terms_in
+from hpr.errors import HprError
+from hpr.evaluation.metrics import divergence
+from hpr.healing.losses import GlobalLoss
+from hpr.profiling.curvature import Progress
+from hpr.profiling.objectives import Batch
+
+Watch = Callable[[Mapping[str, float]], None]  # step, loss and guard at each check
+GUARD = "eval_guard"  # the divergence on guard batches, in nats per example, as the Trainer's log names it
+_STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+_PARTS = (_STATE, "optimizer.pt", "scheduler.pt", "model.safetensors")
+
+
+class HealingTrainer(Trainer):
+    """Trains a student by a global loss. Its dataset's items are whole batches, in the order of the steps.
+
+    ``evaluate`` is the divergence from the teacher on the guard batches. One learning rate for each group of ``groups``.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        args: TrainingArguments,
+        schedule: Dataset,
+        loss: GlobalLoss,
+        guard: Sequence[Batch],
+        groups: list[dict[str, Any]],
+        dropout: bool,
+        progress: Progress,
+        watch: Watch | None = None,
+    ):
+        super().__init__(
+            model=student,
+            args=args,
+            train_dataset=schedule,
+            eval_dataset=schedule,  # never read: evaluate() has batches of its own
+            data_collator=_only,
+            callbacks=[_Shown(progress, watch)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch, so accumulated batches are averaged
+        self.student, self.global_loss, self.guard = student, loss, guard
+        self.groups, self.dropout = groups, dropout
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        return None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # a guess for dense models, and no batch of one tensor has a main input
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.groups, lr=self.args.learning_rate, weight_decay=0.0)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        if not self.dropout:
+            model.eval()
+        loss, _ = self.global_loss(model, inputs)
+        if not torch.isfinite(loss):
+            raise HprError(
+                f"the loss of step {self.state.global_step + 1} is {loss.item()}: lower the learning rate "
+                f"({self.args.learning_rate:g}), or remove non-finite inputs"
+            )
+        return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        found = divergence(self.student, self.global_loss.teacher, self.guard, self.global_loss.objective)
+        metrics = {GUARD: found.mean}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Shown(TrainerCallback):
+    """Reports each step, with the last loss and guard metric."""
+
+    def __init__(self, progress: Progress, watch: Watch | None):
+        self._progress, self._watch = progress, watch
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._progress("heal", state.global_step, state.max_steps)
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._watch is not None:
+            self._watch(history(state.log_history)[-1])
+
+
+def history(log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """One row a check of what the Trainer logged: step, the mean loss since the check before, and guard in nats per example."""
+    rows: dict[int, dict[str, float]] = {}
+    for entry in log:
+        for key, name in (("loss", "loss"), (GUARD, "guard")):
+            if key in entry:
+                rows.setdefault(int(entry["step"]), {"step": int(entry["step"])})[name] = entry[key]
+    return [rows[step] for step in sorted(rows)]
+
+
+def groups(student: nn.Module, rate: float, shared_rate: float, delta_decay: float) -> list[dict[str, Any]]:
+    """Parameters of an optimiser, each once: those of one model alone, factors that several sites share, private deltas.
+
+    Shared factors get ``shared_rate`` times the rate and no weight decay; private low-rank factors beside a shared one are
+    pulled back to what is shared by ``delta_decay``; all else decays not at all.
+    """
+    shared, deltas = _roles(student)
+    kinds: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            factor = name.rsplit(f"{BANK}.factors.", 1)[-1].removesuffix(".weight") if f"{BANK}.factors." in name else None
+            kind = (rate * (shared_rate if factor in shared else 1.0), delta_decay if factor in deltas else 0.0)
+            kinds.setdefault(kind, []).append(parameter)
+    if not kinds:
+        raise HprError(f"no parameter of this {type(student).__name__} takes a gradient: nothing can be healed")
+    return [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in kinds.items()]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written whole; what a crash left half-written is removed."""
+    whole: dict[int, Path] = {}
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            json.loads((path / _STATE).read_text(encoding="utf-8"))
+            complete = all((path / name).is_file() for name in _PARTS)
+        except (OSError, ValueError):
+            complete = False
+        if complete:
+            whole[int(path.name.rsplit("-", 1)[1])] = path
+        else:
+            shutil.rmtree(path)
+    return whole[max(whole)] if whole else None
+
+
+def _roles(student: nn.Module) -> tuple[set[str], set[str]]:
+    """Keys of factors that several sites read, and of private ones whose site also reads a shared one."""
+    if bank_of(student) is None:
+        return set(), set()
+    sites: Mapping[str, list[str]] = {
+        path: factors_of(terms) for module in student.modules() for path, terms in terms_in(module).items()
+    }
+    readers: dict[str, int] = {}
+    for factors in sites.values():
+        for factor in factors:
+            readers[factor] = readers.get(factor, 0) + 1
+    shared = {factor for factor, count in readers.items() if count > 1}
+    deltas: set[str] = set()
+    for module in student.modules():
+        for terms in terms_in(module).values():
+            inherits = any(shared.intersection(term.factors) for term in terms)
+            deltas |= {
+                factor for term in terms if inherits and not shared.intersection(term.factors) for factor in term.factors
+            }
+    return {module_name(name) for name in shared}, {module_name(name) for name in deltas}
+
+
+def _only(items: list[Batch]) -> Batch:
+    (item,) = items
+    return item
