@@ -90,19 +90,20 @@ def ours(on: Ground, share: float) -> Iterator[Made]:
     yield Made("hpr, refit", student, kept, facts={"measured": after, "chosen": after < before})
 
 
-def dropped(on: Ground, share: float) -> Made:
-    """As few layers left out as the budget allows: at or above its size. Each is the one that costs the least text loss."""
+def dropped(on: Ground, share: float) -> Iterator[Made]:
+    """Layers left out one by one, each of least text loss by then: the last model above a budget, and the first within."""
     (stack,) = on.sketch.anatomy.stacks
     each = {layer: sum(site.parameters for site in on.sites if site.layer == layer) for layer in range(stack.layers)}
     gone: list[int] = []
-    while True:
-        left = [layer for layer in each if layer not in gone]
-        fitting = [layer for layer in left if sum(each[one] for one in left) - each[layer] >= math.floor(share * on.dense)]
-        if not fitting:
-            break
-        gone.append(min(fitting, key=lambda layer: _loss_without(on, [*gone, layer], stack.path)))
-    student = peers.drop_layers(on.model, gone, stack.path)
-    return Made("peer: drop_layers", student, sum(each.values()) - sum(each[layer] for layer in gone), facts={"dropped": gone})
+    while (kept := on.dense - sum(each[layer] for layer in gone)) > math.floor(share * on.dense):
+        smaller = min(set(each) - set(gone), key=lambda layer: _loss_without(on, [*gone, layer], stack.path))
+        within = kept - each[smaller] <= math.floor(share * on.dense)
+        if within and gone:
+            yield Made("peer: drop_layers, above", peers.drop_layers(on.model, gone, stack.path), kept, facts={"dropped": gone})
+        gone = [*gone, smaller]
+        if within:
+            student = peers.drop_layers(on.model, gone, stack.path)
+            yield Made("peer: drop_layers, within", student, kept - each[smaller], facts={"dropped": gone})
 
 
 def _loss_without(on: Ground, layers: list[int], path: str) -> float:

@@ -100,7 +100,7 @@ def measured(name: str, documents: Sequence[str], examples: int) -> list[dict[st
     say(model=name, weights=on.dense, stories=len(documents), **about, seconds=time.perf_counter() - start)
     rows = [report(name, opened, Made("dense", opened.model, on.dense), None, on.dense, documents)]
     for share in (0.7, 0.5):
-        for made in (*students(on, share), dropped(on, share)):
+        for made in (*students(on, share), *dropped(on, share)):
             rows.append(report(name, opened, made, share, on.dense, documents))
     return rows
 

@@ -101,8 +101,9 @@ def test_peers_keep_what_they_say(llama):
 
 def test_dropped_layers_are_the_cheapest_and_generate(llama):
     on = grounds(llama)
-    made = dropped(on, 0.5)
-    assert (made.parameters, len(made.facts["dropped"])) == (on.dense * 2 // 3, 1)  # of three layers, at or above the half
+    made, within = dropped(on, 0.5)
+    assert (made.parameters, len(made.facts["dropped"])) == (on.dense * 2 // 3, 1)  # of three layers
+    assert (within.parameters, within.facts["dropped"][0]) == (on.dense // 3, made.facts["dropped"][0])
     losses = []
     for layer in range(3):
         batch = on.data.rescoring[0]

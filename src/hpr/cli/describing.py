@@ -77,15 +77,18 @@ def check_original(folder: Path, original: OpenModel) -> None:
 
 
 def note_metrics(folder: Path, original: OpenModel, figures: Mapping[str, Any]) -> None:
-    """Put new figures into the metrics.json beside a plan.json; a measure on other data is added, on the same replaced."""
-    if not (folder / "plan.json").is_file():
-        return
+    """Put new figures into the metrics.json beside a plan.json (see ``with_figures``)."""
+    if (folder / "plan.json").is_file():
+        write_text(folder / "metrics.json", json.dumps(with_figures(folder, original, figures), indent=1) + "\n")
+
+
+def with_figures(folder: Path, original: OpenModel, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a folder with new figures: a measure on other data is added, on the same replaced."""
     plan = Plan.load(folder / "plan.json")
     metrics = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else _empty(plan, original)
     measured = {(row["name"], row["data"]) for row in figures["quality"]}
     older = [row for row in metrics.get("quality", []) if (row.get("name"), row.get("data")) not in measured]
-    metrics |= {**figures, "quality": [*older, *figures["quality"]]}
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return metrics | {**figures, "quality": [*older, *figures["quality"]]}
 
 
 def write_report(folder: Path) -> Path:

@@ -182,6 +182,62 @@ def share(
     show({"output": str(folder), **counted}, as_json, lines(text, f"written: {output}"))
 
 
+@app.command(epilog=example("heal out --teacher path/to/model --data texts.txt --for 10min"))
+def heal(
+    folder: Folder,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The original; the packaged one if left out.")] = None,
+    data: Data = None,
+    how_long: Annotated[str, typer.Option("--for", metavar="AMOUNT", help="500steps, 90s, 10min or 2h.")] = "300steps",
+    rate: Annotated[
+        float, typer.Option(min=0, metavar="RATE", help="The peak learning rate, relative to each factor's own scale.")
+    ] = 1e-3,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where to write; in place if left out.")
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Keep checkpoints here; the same command goes on from the last. None if left out."),
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a smaller model until it does again what its original does; its weights are only replaced by better ones."""
+    quiet()
+    from hpr import evaluation, hub, pipeline
+    from hpr.cli import tables
+    from hpr.cli.describing import check_original, with_figures
+    from hpr.healing import Recipe
+    from hpr.healing.opened import as_metrics, heal_opened
+    from hpr.models import open_model, open_splits
+    from hpr.planning.plan import Plan
+    from hpr.profiling.objectives import objective_for
+
+    target = output or folder
+    hub.check_folder(target)
+    plan = Plan.load(folder / "plan.json")
+    student, original = open_model(folder), open_model(teacher)
+    check_original(folder, original)
+    with bars() as progress:
+        recipe = Recipe(rate=rate, seed=seed)
+        found, used = heal_opened(
+            student.model,
+            original,
+            data,
+            how_long,
+            recipe,
+            checkpoints,
+            progress,
+            lambda row: err.print(tables.check_line(row)),
+        )
+    splits = open_splits(data, original)
+    goal = objective_for(original.model, original.objective)
+    with err.status("evaluating"):
+        figures = evaluation.evaluate(student.model, original.model, splits.heldout, goal, data=f"{splits.source}, held out")
+    metrics = with_figures(folder, original, figures) | {"healing": as_metrics(found, used)}
+    pipeline.write(student.model, target, plan, metrics, original)
+    show(metrics | {"output": str(target)}, as_json, lines(tables.healing_line(metrics["healing"]), f"written: {target}"))
+
+
 @app.command("eval", epilog=example("eval out --teacher path/to/model --data held_out.txt"))
 def evaluate(
     folder: Folder,

@@ -36,14 +36,14 @@ RECIPE = "recipe.json"  # beside the checkpoints: what they belong to
 class Recipe:
     """How to heal. ``steps`` of the optimiser, each on ``accumulate`` batches per process.
 
-    ``rate``: the peak learning rate (AdamW), reached after ``warmup`` of the steps and taken down to 0 by a cosine; shared
-    factors get ``shared_rate`` times it. ``delta_decay``: weight decay of private deltas; nothing else decays. Gradients are
+    ``rate``: the peak learning rate (AdamW) relative to the scale of each parameter (see ``trainer.groups``), reached after
+    ``warmup`` of the steps and taken down to 0 by a cosine; shared factors get ``shared_rate`` times it. ``delta_decay``: weight decay of private deltas; nothing else decays. Gradients are
     clipped to norm 1 over all unique parameters. ``dropout``: as the model has it, or none. ``checks``: how often the guard is
     measured and a checkpoint written. ``bf16``: products in bfloat16.
     """
 
     steps: int = 300
-    rate: float = 5e-4
+    rate: float = 1e-3
     warmup: float = 0.1
     weights: Weights = field(default_factory=Weights)
     dropout: bool = False

@@ -23,6 +23,7 @@ from hpr.profiling.objectives import Batch
 
 Watch = Callable[[Mapping[str, float]], None]  # step, loss and guard at each check
 GUARD = "eval_guard"  # the divergence on guard batches, in nats per example, as the Trainer's log names it
+SMALLEST = 1e-3  # root mean square: biases that are nearly 0 move all the same
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _PARTS = (_STATE, "optimizer.pt", "scheduler.pt", "model.safetensors")
 
@@ -121,21 +122,24 @@ def history(log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 
 def groups(student: nn.Module, rate: float, shared_rate: float, delta_decay: float) -> list[dict[str, Any]]:
-    """Parameters of an optimiser, each once: those of one model alone, factors that several sites share, private deltas.
+    """Parameters of an optimiser, each once, in a group of its own: factors that several sites share count once.
 
-    Shared factors get ``shared_rate`` times the rate and no weight decay; private low-rank factors beside a shared one are
-    pulled back to what is shared by ``delta_decay``; all else decays not at all.
+    A step of AdamW moves every number by about its rate, and factors differ in scale by orders of magnitude, so a rate is
+    relative to the root mean square of its parameter (as in Adafactor, Shazeer & Stern 2018). Shared factors get
+    ``shared_rate`` times it and no weight decay; private low-rank factors beside a shared one are pulled back to what is
+    shared by ``delta_decay``; all else decays not at all.
     """
     shared, deltas = _roles(student)
-    kinds: dict[tuple[float, float], list[nn.Parameter]] = {}
+    found = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             factor = name.rsplit(f"{BANK}.factors.", 1)[-1].removesuffix(".weight") if f"{BANK}.factors." in name else None
-            kind = (rate * (shared_rate if factor in shared else 1.0), delta_decay if factor in deltas else 0.0)
-            kinds.setdefault(kind, []).append(parameter)
-    if not kinds:
+            scale = max(float(parameter.detach().float().square().mean().sqrt()), SMALLEST)
+            lr = rate * scale * (shared_rate if factor in shared else 1.0)
+            found.append({"params": [parameter], "lr": lr, "weight_decay": delta_decay if factor in deltas else 0.0})
+    if not found:
         raise HprError(f"no parameter of this {type(student).__name__} takes a gradient: nothing can be healed")
-    return [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in kinds.items()]
+    return found
 
 
 def last_checkpoint(folder: Path) -> Path | None:
