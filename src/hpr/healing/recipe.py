@@ -37,9 +37,10 @@ class Recipe:
     """How to heal. ``steps`` of the optimiser, each on ``accumulate`` batches per process.
 
     ``rate``: the peak learning rate (AdamW) relative to the scale of each parameter (see ``trainer.groups``), reached after
-    ``warmup`` of the steps and taken down to 0 by a cosine; shared factors get ``shared_rate`` times it. ``delta_decay``: weight decay of private deltas; nothing else decays. Gradients are
-    clipped to norm 1 over all unique parameters. ``dropout``: as the model has it, or none. ``checks``: how often the guard is
-    measured and a checkpoint written. ``bf16``: products in bfloat16.
+    ``warmup`` of the steps and taken down to 0 by a cosine; shared factors get ``shared_rate`` times it. ``delta_decay``:
+    weight decay of private deltas; nothing else decays. Gradients are clipped to norm 1 over all unique parameters.
+    ``dropout``: as the model has it, or none. ``checks``: how often the guard is measured and a checkpoint written. ``bf16``:
+    products in bfloat16. ``checkpointing``: activations are computed again on the way back, to save memory.
     """
 
     steps: int = 300
