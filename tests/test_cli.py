@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import hpr
 import hpr.hub
 from hpr.cli import app, console, verbs
+from hpr.evaluation.sizes import parameters
 
 VERBS = ("inspect", "profile", "plan", "share", "eval", "report", "compress")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(35))]
@@ -194,6 +195,21 @@ def test_share_eval_and_report(home, tmp_path):
     assert len(read(out / "metrics.json")["quality"]) == 2 * rows
     assert json.loads(run("report", out, "--json").stdout) == {"report": str(out / "report.html")}
     assert "more.txt" in (out / "report.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    assert not left_behind(tmp_path)
+
+
+def test_heal(home, tmp_path):
+    out, data, teacher = tmp_path / "out", home / "texts.txt", ("--teacher", home / "model")
+    run("share", home / "model", "--plan", home / "plan.json", "-o", out)  # without a profile there is more to heal
+    wanted = ["heal", out, *teacher, "--data", data, "--rate", "0.005", "-o", tmp_path / "healed", "--json"]
+    made = json.loads(run(*wanted, "--for", "20steps").stdout)
+    assert made["healing"]["after"] < made["healing"]["before"]
+    assert len(made["healing"]["history"]) == 10
+    assert {path.name for path in (tmp_path / "healed").iterdir()} >= FILES
+    assert read(tmp_path / "healed" / "metrics.json")["healing"] == made["healing"]
+    assert made["sizes"]["after"]["parameters"] == parameters(tf.AutoModel.from_pretrained(out))
+    assert "is no amount of healing" in said(run("heal", out, *teacher, "--for", "a while", code=2))
+    assert "content that is not from HPR" in said(run("heal", home / "model", *teacher, "--data", data, code=2))
     assert not left_behind(tmp_path)
 
 
