@@ -95,9 +95,10 @@ def dropped(on: Ground, share: float) -> Iterator[Made]:
     (stack,) = on.sketch.anatomy.stacks
     each = {layer: sum(site.parameters for site in on.sites if site.layer == layer) for layer in range(stack.layers)}
     gone: list[int] = []
-    while (kept := on.dense - sum(each[layer] for layer in gone)) > math.floor(share * on.dense):
+    limit = math.floor(share * on.dense)
+    while (kept := on.dense - sum(each[layer] for layer in gone)) > limit:
         smaller = min(set(each) - set(gone), key=lambda layer: _loss_without(on, [*gone, layer], stack.path))
-        within = kept - each[smaller] <= math.floor(share * on.dense)
+        within = kept - each[smaller] <= limit
         if within and gone:
             yield Made("peer: drop_layers, above", peers.drop_layers(on.model, gone, stack.path), kept, facts={"dropped": gone})
         gone = [*gone, smaller]

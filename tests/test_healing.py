@@ -1,5 +1,6 @@
 """Healing: the loss against references, schedules that depend on the step alone, the guard, resuming, several processes."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def pair() -> tuple[nn.Module, nn.Module]:
 
 
 def copy_of(student: nn.Module) -> nn.Module:
-    return hpr.sharing.copy.deepcopy(student)
+    return copy.deepcopy(student)
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -389,7 +390,6 @@ t.heal(student, teacher, t.batches(), guard, recipe, augment=change, folder=Path
 def test_killed_and_resumed_is_as_if_uninterrupted(pair, tmp_path: Path, step: int) -> None:
     recipe = arguments(tmp_path)["recipe"]
     expected = healed_weights(pair, tmp_path / "whole", recipe)
-    torch.save([pair[0].state_dict(), pair[1].state_dict()], tmp_path / "pair.pt")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "run"), str(step), str(Path(__file__).parent)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -277,7 +277,7 @@ def _load_tokenizer(folder: Path, shown: Path) -> Any | None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """No bars and no warnings from transformers while it loads; its errors stay."""
+    """No bars and no warnings from transformers while it loads or trains; its errors stay."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -29,7 +29,7 @@ from hpr.operators.metric import measure
 from hpr.planner import Draft, draft, known_operators
 from hpr.planning.layers import site_layer
 from hpr.planning.plan import KEEP, Budget, Plan, parse_budget
-from hpr.profiling.curvature import Progress, measure_curvature, peak_memory, silent
+from hpr.profiling.curvature import Progress, first_few, measure_curvature, peak_memory, silent
 from hpr.profiling.features import measure_layers
 from hpr.profiling.objectives import Batch, Objective, objective_for, softened
 from hpr.profiling.profile import Profile
@@ -78,7 +78,7 @@ def profile(
     """
     anatomy = describe(model)
     start = time.perf_counter()
-    goal = softened(objective_for(model, objective), model, batches[: max(1, len(batches) // 16)])
+    goal = softened(objective_for(model, objective), model, first_few(batches))
     sites, examples = measure_curvature(model, anatomy, batches, goal, seed, progress)
     layers = measure_layers(model, anatomy, batches, seed, progress)
     symmetries = find_symmetries(model, anatomy, batches, seed)

@@ -207,7 +207,7 @@ def heal(
     from hpr.cli import tables
     from hpr.cli.describing import check_original, with_figures
     from hpr.healing import Recipe
-    from hpr.healing.opened import as_metrics, heal_opened
+    from hpr.healing.opened import HEALED, as_metrics, heal_opened
     from hpr.models import open_model, open_splits
     from hpr.planning.plan import Plan
     from hpr.profiling.objectives import objective_for
@@ -217,19 +217,19 @@ def heal(
     plan = Plan.load(folder / "plan.json")
     student, original = open_model(folder), open_model(teacher)
     check_original(folder, original)
+    splits = open_splits(data, original, HEALED)
     with bars() as progress:
         recipe = Recipe(rate=rate, seed=seed)
         found, used = heal_opened(
             student.model,
             original,
-            data,
+            splits,
             how_long,
             recipe,
             checkpoints,
             progress,
             lambda row: err.print(tables.check_line(row)),
         )
-    splits = open_splits(data, original)
     goal = objective_for(original.model, original.objective)
     with err.status("evaluating"):
         figures = evaluation.evaluate(student.model, original.model, splits.heldout, goal, data=f"{splits.source}, held out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,36 +9,33 @@ from typing import Any
 from torch import nn
 
 from hpr.anatomy import describe
-from hpr.data import Source
 from hpr.healing.amounts import amount, steps_within
 from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.recipe import Healing, Recipe, heal
 from hpr.healing.trainer import Watch
-from hpr.models import OpenModel, open_splits
+from hpr.models import OpenModel, Splits
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.objectives import objective_for
 
-HEALED = 65536  # examples of the user's data to train on, at most
+HEALED = 65536  # examples to open splits with, so that nearly all of the user's data trains
 
 
 def heal_opened(
     student: nn.Module,
     teacher: OpenModel,
-    data: Source | Sequence[str] | None,
+    splits: Splits,
     how_long: str = "300steps",
     recipe: Recipe | None = None,
     folder: Path | None = None,
     progress: Progress = silent,
     watch: Watch | None = None,
 ) -> tuple[Healing, Recipe]:
-    """Heal a student in place on a text file, texts, an array file or docstrings (None), its guard taken from the same data.
+    """Heal a student in place on the calibration part of opened data; the re-scoring part is the guard.
 
-    ``how_long``: ``500steps`` or ``10min``, which is turned into steps by timing a few. Six of every eight examples train,
-    one is the guard's (256 at most), one is left for figures. Returns the recipe that was used, too.
+    ``how_long``: ``500steps`` or ``10min``, which is turned into steps by timing a few. Returns the recipe that was used, too.
     """
     steps, seconds = amount(how_long)
-    splits = open_splits(data, teacher, HEALED)
     goal, recipe = objective_for(teacher.model, teacher.objective), recipe or Recipe()
     if steps is None:
         assert seconds is not None

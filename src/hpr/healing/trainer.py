@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,21 +163,14 @@ def _roles(student: nn.Module) -> tuple[set[str], set[str]]:
     """Keys of factors that several sites read, and of private ones whose site also reads a shared one."""
     if bank_of(student) is None:
         return set(), set()
-    sites: Mapping[str, list[str]] = {
-        path: factors_of(terms) for module in student.modules() for path, terms in terms_in(module).items()
-    }
-    readers: dict[str, int] = {}
-    for factors in sites.values():
-        for factor in factors:
-            readers[factor] = readers.get(factor, 0) + 1
+    sites = {path: terms for module in student.modules() for path, terms in terms_in(module).items()}  # tied modules once
+    readers = Counter(factor for terms in sites.values() for factor in factors_of(terms))
     shared = {factor for factor, count in readers.items() if count > 1}
     deltas: set[str] = set()
-    for module in student.modules():
-        for terms in terms_in(module).values():
-            inherits = any(shared.intersection(term.factors) for term in terms)
-            deltas |= {
-                factor for term in terms if inherits and not shared.intersection(term.factors) for factor in term.factors
-            }
+    for terms in sites.values():
+        private = [term for term in terms if shared.isdisjoint(term.factors)]
+        if len(private) < len(terms):
+            deltas.update(factors_of(private))
     return {module_name(name) for name in shared}, {module_name(name) for name in deltas}
 
 

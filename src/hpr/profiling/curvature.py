@@ -56,7 +56,7 @@ def measure_curvature(
     if not batches:
         raise HprError("no calibration batches: at least one is needed")
     generator = torch.Generator().manual_seed(seed)
-    few = batches[: max(1, len(batches) // 16)]
+    few = first_few(batches)
     total = 2 * len(few) + len(batches)
     moments = {site.name: _Moments(site) for site in anatomy.sites}
     done = 0
@@ -76,6 +76,11 @@ def measure_curvature(
                     progress("curvature", done, total)
     examples = sum(examples_in(batch) for batch in batches)
     return {name: moment.finish(examples) for name, moment in moments.items()}, examples
+
+
+def first_few(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The sixteenth of the batches that is looked at before all are."""
+    return batches[: max(1, len(batches) // 16)]
 
 
 def peak_memory() -> int:
