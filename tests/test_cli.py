@@ -208,6 +208,10 @@ def test_heal(home, tmp_path):
     assert {path.name for path in (tmp_path / "healed").iterdir()} >= FILES
     assert read(tmp_path / "healed" / "metrics.json")["healing"] == made["healing"]
     assert made["sizes"]["after"]["parameters"] == parameters(tf.AutoModel.from_pretrained(out))
+    begun = [*wanted[:-1], "--checkpoints", tmp_path / "run", "--json"]
+    first = json.loads(run(*begun, "--for", "12steps").stdout)["healing"]
+    again = json.loads(run(*begun, "--for", "1s").stdout)["healing"]  # goes on, however many steps fit now
+    assert (again["recipe"], again["history"], again["after"]) == (first["recipe"], first["history"], first["after"])
     assert "is no amount of healing" in said(run("heal", out, *teacher, "--for", "a while", code=2))
     assert "content that is not from HPR" in said(run("heal", home / "model", *teacher, "--data", data, code=2))
     assert not left_behind(tmp_path)

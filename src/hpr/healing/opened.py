@@ -12,7 +12,7 @@ from hpr.anatomy import describe
 from hpr.healing.amounts import amount, steps_within
 from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.losses import GlobalLoss
-from hpr.healing.recipe import Healing, Recipe, heal
+from hpr.healing.recipe import Healing, Recipe, heal, steps_begun
 from hpr.healing.trainer import Watch
 from hpr.models import OpenModel, Splits
 from hpr.profiling.curvature import Progress, silent
@@ -37,6 +37,7 @@ def heal_opened(
     """
     steps, seconds = amount(how_long)
     goal, recipe = objective_for(teacher.model, teacher.objective), recipe or Recipe()
+    steps = steps or steps_begun(folder)  # another timing would make another run of it
     if steps is None:
         assert seconds is not None
         loss = GlobalLoss(teacher.model, describe(teacher.model), goal, recipe.weights)

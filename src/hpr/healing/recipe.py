@@ -139,6 +139,12 @@ def heal(
     return Healing(before, after, best_step, recipe.steps, time.perf_counter() - start, history(trainer.state.log_history))
 
 
+def steps_begun(folder: Path | None) -> int | None:
+    """The steps of the run whose checkpoints a folder holds, None where there is none."""
+    found = None if folder is None else _known(folder)
+    return None if found is None else int(found["recipe"]["steps"])
+
+
 def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
     every = max(1, recipe.steps // recipe.checks)
     return TrainingArguments(
@@ -186,17 +192,24 @@ def _facts(recipe: Recipe, student: nn.Module, batches: Any, shares: Mapping[str
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
     """Take a folder for checkpoints. Raises where it holds those of another run."""
-    path = folder / RECIPE
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    known = _known(folder)
+    if known is None:
         if any(folder.glob("checkpoint-*")):
-            raise HprError(f"{folder} holds checkpoints of something else: choose another folder") from None
-        write_text(path, json.dumps(facts, indent=1) + "\n")
-        return
-    except ValueError as error:
-        raise HprError(f"{path} is not JSON ({error}): remove the folder to start anew") from error
-    if different := [key for key in facts if known.get(key) != json.loads(json.dumps(facts[key]))]:
+            raise HprError(f"{folder} holds checkpoints of something else: choose another folder")
+        write_text(folder / RECIPE, json.dumps(facts, indent=1) + "\n")
+    elif different := [key for key in facts if known.get(key) != json.loads(json.dumps(facts[key]))]:
         raise HprError(
             f"{folder} holds checkpoints of a run with other {', '.join(different)}: choose another folder, or remove it"
         )
+
+
+def _known(folder: Path) -> dict[str, Any] | None:
+    """What ``_claim`` wrote into a folder. Raises where that cannot be read."""
+    path = folder / RECIPE
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise HprError(f"{path} is not JSON ({error}): remove the folder to start anew") from error
+    return found
