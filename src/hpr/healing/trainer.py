@@ -125,8 +125,8 @@ def history(log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 def groups(student: nn.Module, rate: float, shared_rate: float, delta_decay: float) -> list[dict[str, Any]]:
     """Parameters of an optimiser, each once, in a group of its own: factors that several sites share count once.
 
-    A step of AdamW moves every number by about its rate, and factors differ in scale by orders of magnitude, so a rate is
-    relative to the root mean square of its parameter (as in Adafactor, Shazeer & Stern 2018). Shared factors get
+    A step of AdamW moves every number by about its rate, whatever the scale of its factor, so a rate is relative
+    to the root mean square of its parameter (as in Adafactor, Shazeer & Stern 2018). Shared factors get
     ``shared_rate`` times it and no weight decay; private low-rank factors beside a shared one are pulled back to what is
     shared by ``delta_decay``; all else decays not at all.
     """
