@@ -21,7 +21,7 @@ from hpr.anatomy import describe
 from hpr.bank import bank_of
 from hpr.planning.plan import keep_all
 from hpr.profiling.objectives import call
-from hpr.sharing import unshareable
+from hpr.replaceable import unshareable
 
 Batch = dict[str, Tensor]
 

@@ -21,7 +21,8 @@ from hpr.experts import SharedExperts
 from hpr.planning.plan import FactorShape, Term, keep_all
 from hpr.profiling.curvature import measure_curvature
 from hpr.profiling.objectives import Objective
-from hpr.sharing import attach, share, unshare, unshareable
+from hpr.replaceable import unshareable
+from hpr.sharing import attach, share, unshare
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}
 CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {

@@ -19,7 +19,7 @@ from hpr.errors import HprError
 from hpr.operators import tie
 from hpr.planning.plan import KEEP, Plan
 from hpr.presets import Preset
-from hpr.sharing import unshareable
+from hpr.replaceable import unshareable
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 32}
 TEXT = SIZES | {"vocab_size": 40}

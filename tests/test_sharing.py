@@ -15,7 +15,8 @@ from hpr.anatomy import describe, module_at, weight_of
 from hpr.bank import SharedEmbedding, SharedLinear, SharedSite, bank_of, is_specification
 from hpr.errors import HprError
 from hpr.planning.plan import FactorShape, Term, keep_all
-from hpr.sharing import attach, share, unshare, unshareable
+from hpr.replaceable import unshareable
+from hpr.sharing import attach, share, unshare
 
 Build = Callable[..., nn.Module]
 HEADS = {

@@ -21,9 +21,10 @@ from hpr.operators import Fitted, tie
 from hpr.planning.layers import DROPPED, REUSED, WEIGHTS, site_layer
 from hpr.planning.plan import KEEP, Budget, Entry, Plan, Term, keep_all
 from hpr.profiling.objectives import Batch, objective_for
+from hpr.replaceable import unshareable
 from hpr.reuse import paths_of
 from hpr.rules import Replication, Rules, replication
-from hpr.sharing import share, unshareable
+from hpr.sharing import share
 from hpr.vanishing import vanishing, with_layers
 
 _log = logging.getLogger(__name__)

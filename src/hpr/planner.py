@@ -28,7 +28,7 @@ from hpr.planning.composite import restrict
 from hpr.planning.plan import KEEP, Budget, Entry, Plan, parse_budget
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.profile import Profile
-from hpr.sharing import unshareable
+from hpr.replaceable import unshareable
 from hpr.symmetries import Aim, Symmetry
 from hpr.tracks import Row, rows
 from hpr.vanishing import with_layers

@@ -16,7 +16,7 @@ from hpr.bank import factors_of
 from hpr.errors import HprError
 from hpr.operators import Fitted, tie
 from hpr.planning.plan import KEEP, Budget, Entry, Plan, keep_all
-from hpr.sharing import unshareable
+from hpr.replaceable import unshareable
 
 
 @dataclass(frozen=True)

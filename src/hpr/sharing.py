@@ -8,10 +8,7 @@ A module that holds the very parameter of a site (a head tied to the embedding) 
 from __future__ import annotations
 
 import copy
-import dis
 import functools
-import inspect
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,8 +33,9 @@ from hpr.bank import (
 )
 from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
-from hpr.experts import SharedExperts, check_experts, shared_experts, site_of, with_kept
+from hpr.experts import SharedExperts, shared_experts, site_of, with_kept
 from hpr.planning.plan import KEEP, FactorShape, Plan, Term
+from hpr.replaceable import check_replaceable, check_site, unshareable
 from hpr.reuse import check, install, paths_of
 from hpr.slices import Slice
 from hpr.ties import Tie, declared_ties, drop_ties, resolved, restore_ties
@@ -45,15 +43,6 @@ from hpr.vanished import SomeRows, Vanished, check_vanished, only_rows, vanished
 
 if TYPE_CHECKING:
     from hpr.profiling.profile import Profile
-
-
-_NO_COMPUTATION = (
-    "__init__",
-    "_init_weights",
-    "_reset_parameters",
-    "reset_parameters",
-    "tie_weights",
-)  # read no weights to use
 
 
 class Rule(Protocol):
@@ -150,7 +139,7 @@ def attach(
     for path, terms in terms_by_path.items():
         if path in vanished:
             continue
-        _check_site(model, path)
+        check_site(model, path)
         _check_shapes(site_of(path, experts[path]) if path in experts else _site_at(path, sources[path]), terms, shapes)
     first = _first(terms_by_path, experts, {**sources, **vanished})
     install(model, layers or {})
@@ -171,25 +160,6 @@ def attach(
     setattr(base, BANK, bank.train(base.training))
     drop_ties(declared)
     return bank
-
-
-def unshareable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-    """Site name → why it has to be kept: its module cannot be replaced, or it is a table that is not of hidden states."""
-    reasons: dict[str, str] = {}
-    read_by_linears = {site.in_features for site in anatomy.sites if site.kind == "linear"}
-    all_frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    for site in anatomy.sites:
-        if site.kind == "embedding":
-            if site.in_features not in read_by_linears:
-                reasons[site.name] = f"{site.path} has rows that no Linear reads, like a table of relative positions: it stays"
-            elif not (all_frozen or module_at(model, site.path).weight.requires_grad):
-                reasons[site.name] = f"{site.path} is a fixed table (it takes no gradient): it stays"
-        try:
-            for path in (site.path, *site.aliases):
-                _check_site(model, path)
-        except HprError as error:
-            reasons[site.name] = str(error)
-    return reasons
 
 
 def unshare(student: nn.Module) -> nn.Module:
@@ -262,7 +232,7 @@ def _readers(
     for name, module in model.named_modules():
         path = named.get(module) or by_weight.get(id(getattr(module, "weight", None)))
         if path is not None and module not in owners:
-            _check_replaceable(model, name, module)
+            check_replaceable(model, name, module)
             if weight_of(module).shape != weight_of(sources[path]).shape or _transposed(module) != _transposed(sources[path]):
                 raise HprError(f"{name} cannot read the factors of {path}, their sizes or layouts differ: correct the aliases")
             owners[module] = path
@@ -309,73 +279,6 @@ def _embedding_like(source: Any) -> type[SharedEmbedding]:
     The name keeps that of ``source``, by which transformers finds the non-persistent buffers it has to fill in.
     """
     return type(f"Shared{source.__name__}", (source, _DelegatedEmbedding), {})
-
-
-def _check_site(model: nn.Module, path: str) -> None:
-    expert = slice_at(model, path)
-    if expert is None:
-        _check_replaceable(model, path, module_at(model, path))
-    else:
-        check_experts(model, path, expert)
-        _check_read_past(model, path, expert.module, expert.parameter)
-
-
-def _check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Raise where a swap would compute something else."""
-    mend = "plan to keep it (`only=` leaves it out)"
-    kind = type(module)
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            raise HprError(f"{path} renormalises its rows (max_norm), which factors cannot: {mend}")
-        if kind.forward is not nn.Embedding.forward and not _delegates(kind):
-            raise HprError(f"{path} is a {kind.__name__}, which reads its whole table instead of looking up rows: {mend}")
-    elif not isinstance(module, nn.Linear | Conv1D):
-        raise HprError(f"{path} is a {kind.__name__}, neither Linear, Conv1D nor Embedding: {mend}")
-    elif kind.forward not in (nn.Linear.forward, Conv1D.forward):
-        raise HprError(f"{path} is a {kind.__name__} with a forward of its own: {mend}")
-    _check_read_past(model, path, module, "weight")
-
-
-def _check_read_past(model: nn.Module, path: str, module: nn.Module, parameter: str) -> None:
-    for parent in model.modules():
-        for name in _read_past(type(parent), parameter):  # type: ignore[arg-type]  # a class is hashable
-            if parent._modules.get(name) is module:
-                raise HprError(
-                    f"{path} belongs to a {type(parent).__name__}, which reads its weight past the module: "
-                    f"plan to keep it (`only=` leaves it out)"
-                )
-
-
-@functools.cache
-def _read_past(kind: Any, parameter: str) -> frozenset[str]:
-    """Names of children whose parameter a class reads itself, for more than its dtype: torch's MultiheadAttention does."""
-    found = set()
-    for owner in kind.__mro__:
-        for name, function in vars(owner).items():
-            if name in _NO_COMPUTATION or not inspect.isfunction(function):
-                continue
-            steps = [step.argval for step in dis.get_instructions(inspect.unwrap(function))]
-            for place in range(len(steps) - 4):
-                origin, child, weight, *after = steps[place : place + 5]
-                harmless = after[0] in ("dtype", "device", "shape") or after == ["torch", "Tensor"]  # the last: isinstance
-                if origin == "self" and weight == parameter and not harmless:
-                    found.add(child)
-    return frozenset(found)
-
-
-def _delegates(kind: type[nn.Module]) -> bool:
-    """Whether every forward between a class and ``nn.Embedding`` hands over to the next and reads no weights itself.
-
-    ``self.weight.dtype`` is harmless, since a shared module has that too.
-    """
-    for owner in kind.__mro__[: kind.__mro__.index(nn.Embedding)]:
-        if "forward" not in vars(owner):
-            continue
-        steps = [step.argval for step in dis.get_instructions(inspect.unwrap(vars(owner)["forward"]))]
-        after_weight = [step for weight, step in itertools.pairwise(steps) if weight == "weight"]
-        if "super" not in steps or not {"dtype", "device"}.issuperset(after_weight):
-            return False
-    return True
 
 
 def _site_at(path: str, module: nn.Module) -> Site:

@@ -15,9 +15,9 @@ from hpr.models import OpenModel
 from hpr.pipeline import versions
 from hpr.planning.plan import Plan, write_text
 from hpr.profiling.curvature import memory_needed
+from hpr.replaceable import unshareable
 from hpr.reporting import render_report
 from hpr.reuse import droppable, reusable
-from hpr.sharing import unshareable
 
 OTHER = "biases, norms and other"
 
