@@ -24,6 +24,7 @@ from hpr.errors import HprError
 from hpr.healing import Recipe, Weights, augmentation, heal
 from hpr.healing.amounts import amount, steps_within
 from hpr.healing.augmentation import replace_tokens, vary
+from hpr.healing.cache import Taught
 from hpr.healing.losses import GlobalLoss, labelled, squared
 from hpr.healing.schedule import Schedule
 from hpr.healing.trainer import groups, last_checkpoint
@@ -105,7 +106,7 @@ def test_categorical_outputs_are_compared_at_a_temperature() -> None:
         9 * float(F.kl_div((q / 3).log_softmax(-1), (p / 3).softmax(-1), reduction="sum"))
         for p, q in zip(expected, found, strict=True)
     )
-    assert float(loss.outputs(expected, found, None)) == pytest.approx(reference / 5, rel=1e-6)
+    assert float(loss.outputs(Taught(expected, torch.ones(5)), found, None)) == pytest.approx(reference / 5, rel=1e-6)
 
 
 def test_labels() -> None:

@@ -27,7 +27,7 @@ from hpr.planning.layers import DROPPED, KEYS, WEIGHTS
 from hpr.planning.plan import Entry, Plan, Term, keep_all
 from hpr.profiling.objectives import call
 from hpr.refitting import refit_stacks
-from hpr.reuse import block_path, droppable, reusable, with_states
+from hpr.reuse import droppable, reusable, with_states
 from hpr.sharing import share, unshare
 from hpr.vanishing import example_batch, vanishing, with_layers
 
@@ -84,9 +84,9 @@ def reference(model: nn.Module, batch: Any, state: str, monkeypatch: pytest.Monk
     eager, kept = source.eager_attention_forward, {}
     first: dict[nn.Module, nn.Module] = {}
     for stack in describe(model).stacks:
-        lowest = attention_modules(module_at(model, block_path(stack, f"{stack.name}.0")))
+        lowest = attention_modules(module_at(model, stack.block(0)))
         for layer in range(1, stack.layers):
-            block = module_at(model, block_path(stack, f"{stack.name}.{layer}"))
+            block = module_at(model, stack.block(layer))
             first |= {module: lowest[path] for path, module in attention_modules(block).items()}
 
     def patched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any) -> tuple:

@@ -67,6 +67,15 @@ class Stack:
     path: str
     layers: int
 
+    def block(self, layer: int | str) -> str:
+        """Path of a layer's block below the base model."""
+        return f"{self.path}.{layer}" if self.path else str(layer)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the blocks of all layers, the lowest first."""
+        return tuple(self.block(layer) for layer in range(self.layers))
+
 
 @dataclass(frozen=True)
 class Anatomy:

@@ -62,7 +62,7 @@ def refit_stacks(
             for stack in anatomy.stacks:
                 hidden = [_Pair(_enter(teacher, stack, batch), _enter(student, stack, batch), batch) for batch in batches]
                 for layer in range(stack.layers):
-                    blocks = [module_at(model, f"{stack.path}.{layer}") for model in (teacher, student)]
+                    blocks = [module_at(model, stack.block(layer)) for model in (teacher, student)]
                     sites = [site for site in anatomy.sites if site.stack == stack.name and site.layer == layer]
                     sites = [site for site in sites if plan.entries[site.name].terms and site.name in measured]
                     sites = [site for site in sites if site.expert is None]  # the two models may route a row differently
@@ -149,10 +149,7 @@ def _enter(model: nn.Module, stack: Stack, batch: Batch) -> _Entry:
             slim["past_key_values"] = None  # a cache would remember this call in the next
         calls.append(((None, *positional[1:]) if positional else (), slim))
 
-    handles = [
-        module_at(model, f"{stack.path}.{layer}").register_forward_pre_hook(note, with_kwargs=True)
-        for layer in range(stack.layers)
-    ]
+    handles = [module_at(model, path).register_forward_pre_hook(note, with_kwargs=True) for path in stack.blocks]
     try:
         call(model, batch)
     finally:
@@ -273,7 +270,7 @@ def _watching(block: nn.Module, stack: Stack, layer: int, stage: Sequence[Site])
 
 
 def _within(site: Site, stack: Stack, layer: int) -> str:
-    return site.path.removeprefix(f"{stack.path}.{layer}.")
+    return site.path.removeprefix(f"{stack.block(layer)}.")
 
 
 def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Measured, sums: _Sums) -> None:

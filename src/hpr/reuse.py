@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpr.anatomy import Anatomy, Stack, describe, module_at
+from hpr.anatomy import Anatomy, describe, module_at
 from hpr.attention import Clearing, Holder, attention_modules, role_of
 from hpr.errors import HprError
 from hpr.planning.layers import DROPPED, STATES, WEIGHTS, check_states, source
@@ -51,13 +51,11 @@ def reading_the_same(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 def paths_of(anatomy: Anatomy, states: Mapping[str, str]) -> dict[str, str]:
     """The same states by the paths of the blocks, below the base model."""
     stacks = {stack.name: stack for stack in anatomy.stacks}
-    return {block_path(stacks[name.rpartition(".")[0]], name): state for name, state in states.items()}
-
-
-def block_path(stack: Stack, layer: str) -> str:
-    """Path of a layer's block below the base model."""
-    number = layer.rpartition(".")[2]
-    return f"{stack.path}.{number}" if stack.path else number
+    found = {}
+    for name, state in states.items():
+        stack, _, number = name.rpartition(".")
+        found[stacks[stack].block(number)] = state
+    return found
 
 
 def install(model: nn.Module, layers: Mapping[str, str]) -> None:

@@ -167,8 +167,7 @@ def _check_attention(original: nn.Module, anatomy: Anatomy, states: Mapping[str,
     through = reading_the_same(original)
     for stack in anatomy.stacks:
         if any(name.rpartition(".")[0] == stack.name for name in states):
-            for layer in range(stack.layers):
-                path = f"{stack.path}.{layer}" if stack.path else str(layer)
+            for path in stack.blocks:
                 for name, module in attention_at(through, path).items():
                     role_of(module, name).gives_weights = Holder()
     with torch.no_grad():

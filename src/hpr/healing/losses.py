@@ -6,7 +6,7 @@ own square, a categorical one's T² · KL per prediction, hidden states like Gau
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from hpr.anatomy import Anatomy, has_module, module_at
 from hpr.errors import HprError
+from hpr.healing.cache import Cache, Taught
+from hpr.healing.stages import Forcing
 from hpr.profiling.objectives import Batch, Objective, call, evaluating, mask_of
 
 
@@ -44,32 +46,46 @@ class GlobalLoss:
 
     def __init__(self, teacher: nn.Module, anatomy: Anatomy, objective: Objective, weights: Weights):
         self.teacher, self.objective, self.weights = teacher, objective, weights
-        self._paths = [f"{stack.path}.{layer}" for stack in anatomy.stacks for layer in range(stack.layers)]
+        self.cache: Cache | None = None
+        self.paths = [path for stack in anatomy.stacks for path in stack.blocks]
 
-    def __call__(self, student: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, student: nn.Module, batch: Batch, forcing: Forcing | None = None) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum, a scalar, and its parts. Raises ``HprError`` where labels are wanted and there are none.
 
-        ``student`` may be wrapped for several processes: its forward is called once, as it is.
+        ``student`` may be wrapped for several processes: its forward is called once, as it is. Under an active ``forcing``
+        (see ``stages``) the parts are those of each layer by itself, and of the outputs.
         """
         inner = getattr(student, "module", student)
-        paths = [path for path in self._paths if has_module(inner, path)] if self.weights.hidden else []  # some are dropped
-        with torch.no_grad(), evaluating(self.teacher), emitted(self.teacher, paths) as expected:
-            taught = call(self.teacher, batch)
+        forced = forcing is not None and forcing.active
+        paths = [path for path in self.paths if has_module(inner, path)] if self.weights.hidden or forced else []
+        taught = self.taught(batch, paths, kept=not forced)
         with emitted(inner, paths) as found:
             learnt = call(student, batch)
         parts = {}
         if self.weights.outputs:
             parts["outputs"] = self.weights.outputs * self.outputs(taught, learnt, batch)
-        if self.weights.hidden:
-            distances = [squared(expected[path], found[path], mask_of(batch, expected[path])) for path in paths]
-            parts["hidden"] = self.weights.hidden * torch.stack(distances).mean()
+        pairs = [(taught.hidden[path], found[path]) for path in paths]
+        if forced:
+            assert forcing is not None
+            pairs += [(forcing.inputs[path], own) for path, own in forcing.own.items()]
+        if pairs:
+            distances = [squared(expected, given, mask_of(batch, expected)) for expected, given in pairs]
+            parts["hidden"] = (1.0 if forced else self.weights.hidden) * torch.stack(distances).mean()
         if self.weights.labels:
             parts["labels"] = self.weights.labels * labelled(learnt, batch)
         return torch.stack(list(parts.values())).sum(), {name: float(part.detach()) for name, part in parts.items()}
 
-    def outputs(self, taught: Any, learnt: Any, batch: Batch) -> Tensor:
+    def taught(self, batch: Batch, paths: Sequence[str] = (), kept: bool = False) -> Taught:
+        """What the teacher gives on a batch; where it is ``kept`` in a cache it runs once only."""
+        if kept and self.cache is not None:
+            return self.cache(batch, lambda: self.taught(batch, paths))
+        with torch.no_grad(), evaluating(self.teacher), emitted(self.teacher, paths) as hidden:
+            predictions, weight = self.objective.read(call(self.teacher, batch), batch)
+        return Taught(predictions, weight, hidden)
+
+    def outputs(self, taught: Taught, learnt: Any, batch: Batch) -> Tensor:
         """Divergence of the outputs, mean over predictions."""
-        expected, weight = self.objective.read(taught, batch)
+        expected, weight = taught.predictions, taught.weight
         found, _ = self.objective.read(learnt, batch)
         if not self.objective.categorical:
             return squared(expected, found, weight)
@@ -99,7 +115,7 @@ def labelled(outputs: Any, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def emitted(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Tensor]]:
+def emitted(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Path → the hidden states that the layer there emits in the passes made inside, those of the last pass."""
     found: dict[str, Tensor] = {}
 

@@ -11,8 +11,9 @@ from torch import nn
 from hpr.anatomy import describe
 from hpr.healing.amounts import amount, steps_within
 from hpr.healing.augmentation import Augmentation, augmentation
+from hpr.healing.claim import steps_begun
 from hpr.healing.losses import GlobalLoss
-from hpr.healing.recipe import Healing, Recipe, heal, steps_begun
+from hpr.healing.recipe import Healing, Recipe, heal
 from hpr.healing.trainer import Watch
 from hpr.models import OpenModel, Splits
 from hpr.profiling.curvature import Progress, silent
@@ -75,4 +76,5 @@ def as_metrics(found: Healing, recipe: Recipe) -> dict[str, Any]:
         "seconds": found.seconds,
         "recipe": asdict(recipe),
         "history": found.history,
+        "stages": found.gains,
     }

@@ -44,6 +44,11 @@ class Schedule(Dataset):
             places = torch.eq(self.chosen, number)
             self.turns[places] = torch.arange(int(places.sum()))
 
+    @property
+    def different(self) -> int:
+        """How many batches there are before augmentation."""
+        return sum(len(source) for source in self.sources)
+
     def __len__(self) -> int:
         return self.length
 

@@ -19,6 +19,7 @@ from hpr.bank import BANK, bank_of, factors_of, module_name, terms_in
 from hpr.errors import HprError
 from hpr.evaluation.metrics import divergence
 from hpr.healing.losses import GlobalLoss
+from hpr.healing.stages import Course, Stages
 from hpr.profiling.curvature import Progress
 from hpr.profiling.objectives import Batch
 
@@ -44,6 +45,7 @@ class HealingTrainer(Trainer):
         guard: Sequence[Batch],
         groups: list[dict[str, Any]],
         dropout: bool,
+        course: Course,
         progress: Progress,
         watch: Watch | None = None,
     ):
@@ -53,12 +55,12 @@ class HealingTrainer(Trainer):
             train_dataset=schedule,
             eval_dataset=schedule,  # never read: evaluate() has batches of its own
             data_collator=_only,
-            callbacks=[_Shown(progress, watch)],
+            callbacks=[_Shown(course.stages, progress, watch)],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch, so accumulated batches are averaged
         self.student, self.global_loss, self.guard = student, loss, guard
-        self.groups, self.dropout = groups, dropout
+        self.groups, self.dropout, self.course = groups, dropout, course
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
@@ -79,7 +81,7 @@ class HealingTrainer(Trainer):
     ) -> torch.Tensor:
         if not self.dropout:
             model.eval()
-        loss, _ = self.global_loss(model, inputs)
+        loss, _ = self.global_loss(model, inputs, self.course.enter(self.state.global_step))
         if not torch.isfinite(loss):
             raise HprError(
                 f"the loss of step {self.state.global_step + 1} is {loss.item()}: lower the learning rate "
@@ -90,6 +92,7 @@ class HealingTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
+        self.course.leave()
         found = divergence(self.student, self.global_loss.teacher, self.guard, self.global_loss.objective)
         metrics = {GUARD: found.mean}
         self.log(metrics)
@@ -98,12 +101,14 @@ class HealingTrainer(Trainer):
 
 
 class _Shown(TrainerCallback):
-    """Reports each step, with the last loss and guard metric."""
+    """Reports each step, with the last loss and guard metric; a stage ends with a check."""
 
-    def __init__(self, progress: Progress, watch: Watch | None):
-        self._progress, self._watch = progress, watch
+    def __init__(self, stages: Stages, progress: Progress, watch: Watch | None):
+        self._stages, self._progress, self._watch = stages, progress, watch
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self._stages.ends:
+            control.should_log = control.should_evaluate = control.should_save = True
         if state.is_world_process_zero:
             self._progress("heal", state.global_step, state.max_steps)
 

@@ -220,7 +220,7 @@ def _distance(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _blocks(model: nn.Module, stack: Stack) -> list[nn.Module]:
-    return [module_at(model, f"{stack.path}.{layer}" if stack.path else str(layer)) for layer in range(stack.layers)]
+    return [module_at(model, path) for path in stack.blocks]
 
 
 @contextmanager
