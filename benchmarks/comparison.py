@@ -18,12 +18,12 @@ import peers
 from hpr.anatomy import Anatomy, Site, describe
 from hpr.data import first_batches
 from hpr.evaluation.metrics import compare
-from hpr.models import Splits
 from hpr.pipeline import REFITTED, rescore
 from hpr.planner import Draft, draft
 from hpr.planning.plan import Plan
 from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import Profile
+from hpr.splits import Splits
 from rows import count
 
 PLANS = 4

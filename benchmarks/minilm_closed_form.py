@@ -22,7 +22,7 @@ import peers
 from hpr.data import sts_pairs, text_batches
 from hpr.evaluation.metrics import compare
 from hpr.evaluation.tasks import embedder, sts_correlation
-from hpr.models import open_model, open_splits
+from hpr.models import open_model
 from hpr.operators import OPERATORS
 from hpr.pipeline import rescore
 from hpr.planner import Draft, draft
@@ -31,6 +31,7 @@ from hpr.planning.composite import restrict
 from hpr.planning.plan import Plan
 from hpr.profiling.curvature import peak_memory
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.splits import open_splits
 from paths import shared
 from rows import count, say
 

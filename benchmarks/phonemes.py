@@ -21,8 +21,9 @@ from transformers import BartForConditionalGeneration
 from comparison import Made, ground, spanning, students
 from hpr.data import read_texts, text_batches
 from hpr.evaluation.metrics import compare
-from hpr.models import OpenModel, open_splits, own_answers
+from hpr.models import OpenModel
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.splits import open_splits, own_answers
 from paths import shared
 from rows import markdown, say
 

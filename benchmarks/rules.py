@@ -14,8 +14,9 @@ import hpr
 from hpr.evaluation.latency import latency
 from hpr.evaluation.metrics import compare
 from hpr.evaluation.sizes import forward_flops, parameters
-from hpr.models import open_data, open_model
+from hpr.models import open_model
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.splits import open_data
 from rows import markdown, say
 
 OWN = [False]

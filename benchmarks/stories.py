@@ -21,8 +21,9 @@ from torch import nn
 
 from comparison import Made, dropped, ground, students
 from hpr.data import read_texts
-from hpr.models import OpenModel, open_model, open_splits
+from hpr.models import OpenModel, open_model
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.splits import open_splits
 from paths import shared
 from rows import markdown, say
 

@@ -17,9 +17,9 @@ import stories
 from comparison import Ground, dropped, ground, spanning, students
 from hpr.anatomy import weight_at
 from hpr.data import Batches
-from hpr.models import Splits
 from hpr.planning.plan import KEEP, Entry, Term, keep_all
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.splits import Splits
 
 
 class Letters:

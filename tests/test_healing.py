@@ -21,7 +21,7 @@ import hpr
 from hpr.anatomy import describe
 from hpr.bank import module_name, terms_in
 from hpr.errors import HprError
-from hpr.healing import Recipe, Weights, augmentation, heal
+from hpr.healing import Recipe, Weights, augmentation, train
 from hpr.healing.amounts import amount, steps_within
 from hpr.healing.augmentation import replace_tokens, vary
 from hpr.healing.cache import Taught
@@ -235,7 +235,7 @@ def test_healing_helps_and_touches_nothing_else(pair) -> None:
     student, before = copy_of(student).train(), weights_of(teacher)
     rows: list[dict[str, float]] = []
     done: list[tuple[str, int, int]] = []
-    found = heal(
+    found = train(
         student,
         teacher,
         batches(),
@@ -259,7 +259,7 @@ def test_healing_helps_and_touches_nothing_else(pair) -> None:
 def test_weights_of_the_start_are_kept_where_nothing_is_better(pair) -> None:
     teacher, student = pair
     student, before = copy_of(student), weights_of(student)
-    found = heal(student, teacher, batches(), batches(2, seed=5), Recipe(steps=4, rate=100.0, warmup=0, checks=2))
+    found = train(student, teacher, batches(), batches(2, seed=5), Recipe(steps=4, rate=100.0, warmup=0, checks=2))
     assert found.best_step == 0
     assert found.after == found.before
     assert equal(weights_of(student), before)
@@ -268,7 +268,7 @@ def test_weights_of_the_start_are_kept_where_nothing_is_better(pair) -> None:
 def test_a_healed_model_reloads_bit_equal(pair, tmp_path: Path) -> None:
     teacher, student = pair
     student = copy_of(student)
-    heal(student, teacher, batches(), batches(2, seed=5), Recipe(steps=4, checks=1))
+    train(student, teacher, batches(), batches(2, seed=5), Recipe(steps=4, checks=1))
     hpr.save(student, tmp_path / "out")
     again = tf.AutoModel.from_pretrained(tmp_path / "out")
     batch = batches(1)[0]
@@ -285,7 +285,7 @@ def test_language_models(objective: str) -> None:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    found = heal(student, teacher, batches(), batches(2, seed=5), Recipe(steps=20, rate=1e-2, checks=2))
+    found = train(student, teacher, batches(), batches(2, seed=5), Recipe(steps=20, rate=1e-2, checks=2))
     assert found.after.mean < found.before.mean
 
 
@@ -297,7 +297,7 @@ def test_arrays_for_a_plain_module() -> None:
         student[0].weight += 0.3 * torch.randn(16, 6)
     data = list(torch.randn(64, 6).split(8))
     goal = OBJECTIVES["classification"]
-    found = heal(student, teacher, data[:-2], data[-2:], Recipe(steps=40, rate=3e-2), goal, augmentation())
+    found = train(student, teacher, data[:-2], data[-2:], Recipe(steps=40, rate=3e-2), goal, augmentation())
     assert found.after.mean < 0.5 * found.before.mean
 
 
@@ -315,7 +315,7 @@ def test_labels_train_a_head() -> None:
     before = right(student)
     recipe = Recipe(steps=60, rate=5e-2, weights=Weights(outputs=0, labels=1))
     trainer_rows: list[float] = []
-    heal(student, teacher, labelled_batches, labelled_batches[:2], recipe, watch=lambda row: trainer_rows.append(row["loss"]))
+    train(student, teacher, labelled_batches, labelled_batches[:2], recipe, watch=lambda row: trainer_rows.append(row["loss"]))
     assert trainer_rows[-1] < 0.7 * trainer_rows[0]
     assert before == right(student)  # the guard, divergence from an untrained teacher, keeps what was there
 
@@ -326,7 +326,7 @@ def test_a_loss_that_is_not_finite(pair) -> None:
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
     with pytest.raises(HprError, match="not finite"):
-        heal(broken, teacher, batches(), batches(2, seed=5), Recipe(steps=3))
+        train(broken, teacher, batches(), batches(2, seed=5), Recipe(steps=3))
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"rate": 0}, {"warmup": 1}, {"shared_rate": -1}, {"checks": 0}])
@@ -363,7 +363,7 @@ def arguments(tmp_path: Path) -> dict:
 def healed_weights(pair, folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
     teacher, student = pair
     student = copy_of(student)
-    heal(student, teacher, batches(), batches(2, seed=5), recipe, augment=augmentation(range(3, 60)), folder=folder)
+    train(student, teacher, batches(), batches(2, seed=5), recipe, augment=augmentation(range(3, 60)), folder=folder)
     return weights_of(student)
 
 
@@ -383,7 +383,7 @@ def stop(stage, done, total):
 recipe = t.arguments(Path(sys.argv[1]))["recipe"]
 change = t.augmentation(range(3, 60))
 guard = t.batches(2, seed=5)
-t.heal(student, teacher, t.batches(), guard, recipe, augment=change, folder=Path(sys.argv[1]), progress=stop)
+t.train(student, teacher, t.batches(), guard, recipe, augment=change, folder=Path(sys.argv[1]), progress=stop)
 """
 
 

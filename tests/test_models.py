@@ -11,8 +11,10 @@ import transformers as tf
 from transformers.utils import logging
 
 import hpr.models
+import hpr.splits
 from hpr.errors import HprError
-from hpr.models import PACKAGED, open_data, open_model, own_answers
+from hpr.models import PACKAGED, open_model
+from hpr.splits import open_data, own_answers
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "layer", "reads", "writes", "its", "factor", "text"]
 
@@ -223,7 +225,7 @@ def test_own_answers_to_sound():
     )
     model = tf.WhisperForConditionalGeneration(config).eval()
     opened = hpr.models.OpenModel(model, None, "seq2seq", None, "tiny")
-    batches = hpr.models._batches(np.random.default_rng(0).normal(size=(3, 8, 40)), opened, examples=3)
+    batches = hpr.splits._batches(hpr.splits.Rows(np.random.default_rng(0).normal(size=(3, 8, 40)), "x"), opened, examples=3)
     assert batches[0]["labels"].shape[0] == 3
     assert torch.isfinite(model(**batches[0]).loss)
 

@@ -8,13 +8,14 @@ import torch
 import transformers as tf
 
 import hpr
-from hpr import models
+from hpr import splits
 from hpr.anatomy import describe
-from hpr.models import EVALUATED, RESCORED, OpenModel, Splits, open_splits
+from hpr.models import OpenModel
 from hpr.pipeline import Compression, profile, rescore
 from hpr.planner import draft
 from hpr.planning.plan import keep_all
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.splits import EVALUATED, RESCORED, Splits, open_splits
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(35))]
 DRAW = random.Random(0)
@@ -65,7 +66,7 @@ def test_examples_limit_the_calibration_alone(tokenizer) -> None:
 
 @pytest.mark.parametrize("examples", [2, 100])
 def test_docstrings_stand_in_for_texts(tokenizer, examples: int, monkeypatch) -> None:
-    monkeypatch.setattr(models, "docstrings", lambda split: [f"{text} {split}" for text in TEXTS * 3])
+    monkeypatch.setattr(splits, "docstrings", lambda split: [f"{text} {split}" for text in TEXTS * 3])
     texts = prepare(None, tokenizer, examples)
     assert not texts.own
     assert len(rows(texts.calibration)) == examples

@@ -10,7 +10,7 @@ from torch import nn
 
 from hpr.anatomy import describe
 from hpr.errors import HprError
-from hpr.healing import Recipe, Weights, heal
+from hpr.healing import Recipe, Weights, train
 from hpr.healing.cache import Cache, Taught, key_of
 from hpr.healing.stages import BLOCKS, RAMP, WHOLE, Forcing, Ramp, Stages, gains
 from test_healing import batches, copy_of, equal, loss_of, pair, teacher_of, weights_of  # noqa: F401
@@ -105,7 +105,7 @@ def test_a_ramp_gives_the_teacher_no_gradient(pair) -> None:  # noqa: F811
 def test_stages_heal_and_say_what_each_gained(pair, stages) -> None:  # noqa: F811
     teacher, student = pair
     student = copy_of(student)
-    found = heal(student, teacher, batches(), batches(2, seed=2), Recipe(steps=8, checks=2, rate=5e-3, **stages))
+    found = train(student, teacher, batches(), batches(2, seed=2), Recipe(steps=8, checks=2, rate=5e-3, **stages))
     assert sum(row["steps"] for row in found.gains) == 8
     assert all(row["after"] is not None for row in found.gains)
     assert found.gains[0]["before"] == found.before.mean
@@ -136,9 +136,9 @@ def test_targets_on_disk_change_nothing(pair, tmp_path, monkeypatch) -> None:  #
     teacher, student = pair
     recipe = Recipe(steps=6, checks=2, weights=Weights(hidden=0.5))
     kept, plain = copy_of(student), copy_of(student)
-    heal(kept, teacher, batches(3), batches(2, seed=2), recipe, folder=tmp_path / "kept")
+    train(kept, teacher, batches(3), batches(2, seed=2), recipe, folder=tmp_path / "kept")
     assert len(list((tmp_path / "kept" / "targets").iterdir())) == 3
-    monkeypatch.setattr("hpr.healing.recipe.LIMIT", 0)
-    heal(plain, teacher, batches(3), batches(2, seed=2), recipe, folder=tmp_path / "plain")
+    monkeypatch.setattr("hpr.healing.training.LIMIT", 0)
+    train(plain, teacher, batches(3), batches(2, seed=2), recipe, folder=tmp_path / "plain")
     assert not (tmp_path / "plain" / "targets").exists()
     assert equal(weights_of(kept), weights_of(plain))

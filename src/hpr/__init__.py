@@ -4,6 +4,7 @@ from hpr import presets
 from hpr.anatomy import Anatomy, describe
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
+from hpr.healing import Healing, Recipe, heal
 from hpr.hierarchical import HierarchicalBert, HierarchicalModel
 from hpr.hub import load, register, save
 from hpr.pipeline import Compression, compress, profile, refit, rescore
@@ -17,14 +18,17 @@ __version__ = "0.1.0"
 __all__ = [
     "Anatomy",
     "Compression",
+    "Healing",
     "HierarchicalBert",
     "HierarchicalModel",
     "HprError",
     "Plan",
     "Profile",
+    "Recipe",
     "compress",
     "describe",
     "evaluate",
+    "heal",
     "load",
     "plan",
     "presets",

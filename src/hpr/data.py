@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import random
 import re
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from hpr.errors import HprError
 
-_TEXT_COLUMNS = ("text", "sentence")
+TEXT_COLUMNS = ("text", "sentence")
 _BETWEEN_DOCUMENTS = re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$", re.MULTILINE)
 Source = str | os.PathLike[str]
 
@@ -56,12 +57,17 @@ def first_batches(batches: Sequence[Any], examples: int) -> list[Any]:
 
 
 def text_batches(
-    texts: Sequence[str], tokenizer: Any, batch_size: int = 64, max_length: int = 256, windows: int | None = None
+    texts: Sequence[str],
+    tokenizer: Any,
+    batch_size: int = 64,
+    max_length: int = 256,
+    windows: int | None = None,
+    labels: Sequence[float] | None = None,
 ) -> Batches:
     """Tokenised batches of ``input_ids``, ``attention_mask`` and what else the tokenizer gives, int64 (batch, positions).
 
     A text of more than ``max_length`` tokens loses its end; or, with ``windows``, it goes on in further examples of about
-    equal length, so many in all at most (``order`` then counts these).
+    equal length, so many in all at most (``order`` then counts these). ``labels``: one for each text.
 
     Texts of like length stand together, so little is padded (a batch is smaller where the next text is twice as long as
     its first); the batches are shuffled, always in the same way, so that any few are a fair sample. Padding is on the
@@ -93,6 +99,8 @@ def text_batches(
     rows.setdefault("attention_mask", [[1] * length for length in lengths])
     rows = {key: row for key, row in rows.items() if [len(values) for values in row] == lengths}
     batches = [{key: _padded([row[i] for i in group], padding.get(key, 0)) for key, row in rows.items()} for group in groups]
+    for batch, group in zip(batches, groups if labels is not None and windows is None else [], strict=False):
+        batch["labels"] = torch.tensor([labels[i] for i in group])  # type: ignore[index]
     return Batches(batches, [index for group in groups for index in group])
 
 
@@ -117,6 +125,35 @@ def read_texts(path: Source, column: str | int | None = None) -> list[str]:
     if not texts:
         raise HprError(f"{path} holds no text: at least one line is needed")
     return texts
+
+
+def read_labels(path: Source) -> list[float] | None:
+    """The numbers in a column ``label`` of a table, or in that field of a ``.jsonl``; None for a file without them.
+
+    Raises ``HprError`` for what is no number.
+    """
+    text, kind = _decoded(path), Path(path).suffix.lower()
+    if kind == ".jsonl":
+        found = [row.get("label") for row in map(json.loads, filter(str.strip, text.split("\n")))]
+    elif kind in (".csv", ".tsv"):
+        header, *rows = _table(path, text)
+        found = [row[header.index("label")] for row in rows] if "label" in header else []
+    else:
+        return None
+    if not any(value is not None for value in found):
+        return None
+    return [as_label(value, number, path) for number, value in enumerate(found, 1)]
+
+
+def as_label(value: Any, number: int, source: object) -> float:
+    """A class number, or a score. Raises ``HprError`` for anything else."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError) as error:
+        raise HprError(f"{source}, example {number}: the label {value!r:.40} is no number") from error
+    if not math.isfinite(score):
+        raise HprError(f"{source}, example {number}: the label {value!r} is not finite")
+    return int(score) if score.is_integer() and "." not in str(value) else score
 
 
 def sts_pairs(path: Source) -> tuple[list[str], list[str], list[float]]:
@@ -261,7 +298,7 @@ def _column(path: Source, rows: list[list[str]], column: str | int | None) -> li
     if isinstance(column, int):
         index, body = column, rows
     else:
-        wanted = [column] if column is not None else [name for name in _TEXT_COLUMNS if name in header]
+        wanted = [column] if column is not None else [name for name in TEXT_COLUMNS if name in header]
         if not wanted and len(header) == 1:
             index, body = 0, rows
         elif not wanted or wanted[0] not in header:

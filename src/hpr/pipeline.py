@@ -22,8 +22,13 @@ from hpr.data import first_batches
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.evaluation.metrics import Comparison, Estimate, compare, divergence
+from hpr.healing import Recipe
+from hpr.healing import heal as healed
+from hpr.healing.amounts import amount
+from hpr.healing.opened import HEALED
+from hpr.healing.trainer import Watch
 from hpr.interventions import intervene, reuses
-from hpr.models import OpenModel, Splits, open_model, open_splits
+from hpr.models import OpenModel, open_model
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import measure
 from hpr.planner import Draft, draft, known_operators
@@ -37,6 +42,7 @@ from hpr.profiling.trials import find_symmetries
 from hpr.refitting import refit_stacks
 from hpr.reporting import render_card, render_report
 from hpr.sharing import share
+from hpr.splits import Splits, open_splits
 
 REFITTED = 1024  # examples a refit regresses on
 REUSE_MARGIN = 1.2  # of the best predicted damage without reuse: up to that, plans with reuse are worth measuring
@@ -171,14 +177,17 @@ def compress(
     progress: Progress = silent,
     align: bool | Literal["auto"] = "auto",
     reuse: bool = False,
+    heal: str | None = None,
+    watch: Watch | None = None,
 ) -> Compression:
-    """Compress a model without training: profile, plan, share, choose by measurement, evaluate, and write a folder.
+    """Compress a model: profile, plan, share, choose by measurement, heal where wanted, evaluate, and write a folder.
 
     ``model``: a folder, a name, a module (with its ``tokenizer``), or None for the packaged all-MiniLM-L6-v2. ``data``: a
     text file, a list of texts, an ``.npy`` or ``.npz`` file, or None for the standard library's docstrings. Up to ``plans``
     plans are re-scored end to end. ``align``: also plan with aligned layers (see ``planner.draft``). ``reuse``:
     also try plans in which layers are dropped or reuse attention (see ``reusing_plans``), which takes two passes over the
-    re-scoring text for each layer and state. ``refit="auto"`` refits where the data is the user's own and re-scoring finds
+    re-scoring text for each layer and state. ``heal``: train the result for so long (``500steps``, ``10min``) on all of the
+    data; ``watch`` sees its checks. ``refit="auto"`` refits where the data is the user's own and re-scoring finds
     it better. Raises ``HprError`` before anything is written where an input does not serve.
     """
     clock = _Clock()
@@ -189,6 +198,8 @@ def compress(
     goal = objective_for(opened.model, objective or opened.objective)
     parse_budget(budget, describe(opened.model), only)  # a budget that is none, or operators that are none, are said at once
     known_operators(operators)
+    if heal is not None:
+        amount(heal)
     with clock("data"):
         texts = open_splits(data, opened, examples)
     with clock("profile"):
@@ -217,6 +228,12 @@ def compress(
             student, refitted = _refitted(
                 student, opened.model, plan, found, texts, goal, scores[best].divergence, refit, progress
             )
+    healing = None
+    if heal is not None:
+        with clock("heal"):
+            splits = replace(texts, calibration=open_splits(data, opened, HEALED).calibration)
+            recipe = Recipe(seed=seed)
+            healing = healed(student, opened, splits, heal, objective=goal.name, recipe=recipe, progress=progress, watch=watch)
     with clock("evaluate"):
         figures = evaluate(student, opened.model, texts.heldout, goal, data=f"{texts.source}, held out")
     metrics = _metrics(opened, plan, found, texts, figures, clock, seed)
@@ -236,6 +253,8 @@ def compress(
     metrics["plan_quality"] = "cosine to the original" if scores[best].cosine is not None else "agreement with the original"
     metrics["refit"] = refitted
     metrics["operator_gains"] = _gains(sketch, plan)
+    if healing is not None:
+        metrics["healing"] = healing.as_metrics()
     folder = None
     if output is not None:
         folder = write(student, output, plan, metrics, opened)

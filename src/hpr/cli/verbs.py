@@ -100,7 +100,8 @@ def profile(
     quiet()
     from hpr import pipeline
     from hpr.cli import tables
-    from hpr.models import open_data, open_model
+    from hpr.models import open_model
+    from hpr.splits import open_data
 
     opened = open_model(model)
     batches, _ = open_data(data, opened, "calibration", examples)
@@ -191,6 +192,10 @@ def heal(
     rate: Annotated[
         float, typer.Option(min=0, metavar="RATE", help="The peak learning rate, relative to each factor's own scale.")
     ] = 1e-3,
+    blocks: Annotated[
+        float,
+        typer.Option(min=0, max=1, metavar="SHARE", help="Of the steps: first each layer by itself."),
+    ] = 0.0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where to write; in place if left out.")
     ] = None,
@@ -207,10 +212,12 @@ def heal(
     from hpr.cli import tables
     from hpr.cli.describing import check_original, with_figures
     from hpr.healing import Recipe
-    from hpr.healing.opened import HEALED, as_metrics, heal_opened
-    from hpr.models import open_model, open_splits
+    from hpr.healing import heal as healed
+    from hpr.healing.opened import HEALED
+    from hpr.models import open_model
     from hpr.planning.plan import Plan
     from hpr.profiling.objectives import objective_for
+    from hpr.splits import open_splits
 
     target = output or folder
     hub.check_folder(target)
@@ -219,21 +226,20 @@ def heal(
     check_original(folder, original)
     splits = open_splits(data, original, HEALED)
     with bars() as progress:
-        recipe = Recipe(rate=rate, seed=seed)
-        found, used = heal_opened(
+        found = healed(
             student.model,
             original,
             splits,
             how_long,
-            recipe,
-            checkpoints,
-            progress,
-            lambda row: err.print(tables.check_line(row)),
+            recipe=Recipe(rate=rate, seed=seed, blocks=blocks),
+            folder=checkpoints,
+            progress=progress,
+            watch=lambda row: err.print(tables.check_line(row)),
         )
     goal = objective_for(original.model, original.objective)
     with err.status("evaluating"):
         figures = evaluation.evaluate(student.model, original.model, splits.heldout, goal, data=f"{splits.source}, held out")
-    metrics = with_figures(folder, original, figures) | {"healing": as_metrics(found, used)}
+    metrics = with_figures(folder, original, figures) | {"healing": found.as_metrics()}
     pipeline.write(student.model, target, plan, metrics, original)
     show(metrics | {"output": str(target)}, as_json, lines(tables.healing_line(metrics["healing"]), f"written: {target}"))
 
@@ -252,8 +258,9 @@ def evaluate(
     from hpr import evaluation
     from hpr.cli import tables
     from hpr.cli.describing import check_original, note_metrics
-    from hpr.models import open_data, open_model
+    from hpr.models import open_model
     from hpr.profiling.objectives import objective_for
+    from hpr.splits import open_data
 
     student, original = open_model(folder), open_model(teacher)
     check_original(folder, original)
@@ -274,7 +281,9 @@ def report(folder: Folder, as_json: Json = False) -> None:
     show({"report": str(path)}, as_json, lines(f"written: {path}"))
 
 
-@app.command(epilog=example("compress --budget 50% -o out", "compress path/to/model --budget 45MB --data texts.txt -o out"))
+@app.command(
+    epilog=example("compress --budget 50% -o out", "compress path/to/model --budget 45MB --data texts.txt --heal 10min -o out")
+)
 def compress(
     model: Model = None,
     budget: Budget = "50%",
@@ -290,6 +299,9 @@ def compress(
         typer.Option("--refit/--no-refit", help="Refit to what the smaller layers emit; by default where it measures better."),
     ] = None,
     align: Align = None,
+    heal: Annotated[
+        str | None, typer.Option(metavar="AMOUNT", help="Train afterwards to do what the original does: 500steps, 10min.")
+    ] = None,
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Also try to drop layers, or let them reuse attention of the layer below.")
     ] = False,
@@ -319,10 +331,13 @@ def compress(
             progress=progress,
             align="auto" if align is None else align,
             reuse=reuse,
+            heal=heal,
+            watch=lambda row: err.print(tables.check_line(row)),
         )
     as_dict = made.plan.to_dict()
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")
-    show(made.metrics | {"output": str(output)}, as_json, *tables.before_after(as_dict, made.metrics), where)
+    healed = [lines(tables.healing_line(made.metrics["healing"]))] if heal else []
+    show(made.metrics | {"output": str(output)}, as_json, *tables.before_after(as_dict, made.metrics), *healed, where)
 
 
 def operator_names(text: str | None) -> list[str] | None:

@@ -2,6 +2,8 @@
 
 from hpr.healing.augmentation import augmentation
 from hpr.healing.losses import Weights
-from hpr.healing.recipe import Healing, Recipe, heal
+from hpr.healing.opened import heal
+from hpr.healing.recipe import Recipe
+from hpr.healing.training import Healing, train
 
-__all__ = ["Healing", "Recipe", "Weights", "augmentation", "heal"]
+__all__ = ["Healing", "Recipe", "Weights", "augmentation", "heal", "train"]

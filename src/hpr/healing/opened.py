@@ -1,80 +1,106 @@
-"""Healing of a model that was opened by name: what the recipe, the augmentation and the data are by default."""
+"""Healing from what a user has: models and data of any kind, an amount, and defaults for all the rest."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from hpr.anatomy import describe
+from hpr.errors import HprError
 from hpr.healing.amounts import amount, steps_within
 from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.claim import steps_begun
 from hpr.healing.losses import GlobalLoss
-from hpr.healing.recipe import Healing, Recipe, heal
+from hpr.healing.recipe import Recipe
 from hpr.healing.trainer import Watch
-from hpr.models import OpenModel, Splits
+from hpr.healing.training import Healing, train
+from hpr.models import OpenModel
 from hpr.profiling.curvature import Progress, silent
-from hpr.profiling.objectives import objective_for
+from hpr.profiling.objectives import Batch, objective_for
+from hpr.splits import Splits, open_splits
 
-HEALED = 65536  # examples to open splits with, so that nearly all of the user's data trains
+HEALED = 65536  # examples of a source at most
+_GUARDED = 8  # of so many batches that come as they are, one is a guard
 
 
-def heal_opened(
+def heal(
     student: nn.Module,
-    teacher: OpenModel,
-    splits: Splits,
+    teacher: nn.Module | OpenModel,
+    data: Any = None,
     how_long: str = "300steps",
+    *,
+    tokenizer: Any = None,
+    objective: str | None = None,
+    shares: Mapping[str, float] | None = None,
     recipe: Recipe | None = None,
-    folder: Path | None = None,
+    augment: Augmentation | Literal["auto"] | None = "auto",
+    folder: str | Path | None = None,
+    original: nn.Module | None = None,
     progress: Progress = silent,
     watch: Watch | None = None,
-) -> tuple[Healing, Recipe]:
-    """Heal a student in place on the calibration part of opened data; the re-scoring part is the guard.
+) -> Healing:
+    """Train a student in place until it does again what its teacher does; it is left with the best weights that were met.
 
-    ``how_long``: ``500steps`` or ``10min``, which is turned into steps by timing a few. Returns the recipe that was used, too.
+    ``data``: texts (with the ``tokenizer``), a file of them (.txt, .jsonl, .csv, .tsv), an array or its ``.npy`` or ``.npz``
+    file, a ``datasets.Dataset``, batches of model inputs, ``Splits``, or None for the standard library's docstrings; or several
+    of these by name, with ``shares`` of the steps. An eighth of it is a guard, which is not trained on: the weights of least
+    divergence there are kept, those of the start among them. ``how_long``: ``500steps`` or ``10min``, which is turned into
+    steps by timing a few. ``recipe`` says all else; its ``steps`` do not count. ``augment``: how inputs are changed at random,
+    by default as suits the model (see ``augmentation``). ``folder``: where checkpoints go; the same call goes on from the last
+    of them. ``original``: see ``training.train``. Raises ``HprError`` as that does, and as reading data does.
     """
+    if isinstance(teacher, nn.Module):
+        name = objective or objective_for(teacher).name
+        teacher = OpenModel(teacher, tokenizer, name, None, type(teacher).__name__)
+    goal, recipe = objective_for(teacher.model, objective or teacher.objective), recipe or Recipe()
+    place = None if folder is None else Path(folder)
     steps, seconds = amount(how_long)
-    goal, recipe = objective_for(teacher.model, teacher.objective), recipe or Recipe()
-    steps = steps or steps_begun(folder)  # another timing would make another run of it
+    batches, guard = opened_data(data, teacher, labels=recipe.weights.labels > 0)
+    steps = steps or steps_begun(place)  # another timing would make another run of it
     if steps is None:
         assert seconds is not None
         loss = GlobalLoss(teacher.model, describe(teacher.model), goal, recipe.weights)
-        steps = steps_within(seconds, student, loss, splits.calibration)
+        steps = steps_within(seconds, student, loss, next(iter(batches.values())))
+    changes = changes_for(teacher) if augment == "auto" else augment
     recipe = replace(recipe, steps=steps)
-    found = heal(
-        student,
-        teacher.model,
-        splits.calibration,
-        splits.rescoring,
-        recipe,
-        goal,
-        changes_for(teacher),
-        folder=folder,
-        progress=progress,
-        watch=watch,
-    )
-    return found, recipe
+    return train(student, teacher.model, batches, guard, recipe, goal, changes, shares, place, original, progress, watch)
 
 
-def changes_for(opened: OpenModel) -> Augmentation:
-    """How to change the inputs of a model: any token but the special ones may stand for another."""
-    if opened.tokenizer is None or opened.objective in ("causal-lm", "seq2seq"):
+def opened_data(data: Any, teacher: OpenModel, labels: bool = False) -> tuple[dict[str, list[Batch]], list[Batch]]:
+    """Batches to train on, by source, and those of all sources that guard."""
+    sources = data if isinstance(data, Mapping) else {"data": data}
+    batches: dict[str, list[Batch]] = {}
+    guard: list[Batch] = []
+    for name, source in sources.items():
+        if hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+            source = list(source)
+        if isinstance(source, list | tuple) and source and _is_batch(source[0]):
+            if len(source) < _GUARDED:
+                raise HprError(f"{len(source)} batches in {name!r}: at least {_GUARDED} are needed, one of them to guard")
+            batches[name] = [batch for place, batch in enumerate(source) if place % _GUARDED]
+            guard += source[::_GUARDED]
+            continue
+        found = source if isinstance(source, Splits) else open_splits(source, teacher, HEALED, labels)
+        batches[name] = found.calibration
+        guard += found.rescoring
+    return batches, guard
+
+
+def changes_for(opened: OpenModel) -> Augmentation | None:
+    """How to change the inputs of a model: any token but the special ones may stand for another; text to go on from stays."""
+    if opened.tokenizer is None:
         return augmentation()
+    if opened.objective in ("causal-lm", "seq2seq"):
+        return None
     special = set(opened.tokenizer.all_special_ids)
     return augmentation([number for number in range(len(opened.tokenizer)) if number not in special])
 
 
-def as_metrics(found: Healing, recipe: Recipe) -> dict[str, Any]:
-    """What metrics.json keeps of it."""
-    return {
-        "before": found.before.mean,
-        "after": found.after.mean,
-        "best_step": found.best_step,
-        "seconds": found.seconds,
-        "recipe": asdict(recipe),
-        "history": found.history,
-        "stages": found.gains,
-    }
+def _is_batch(value: Any) -> bool:
+    values = value.values() if isinstance(value, Mapping) else [value]
+    return bool(values) and all(isinstance(one, torch.Tensor) for one in values)

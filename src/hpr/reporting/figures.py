@@ -165,6 +165,39 @@ def quality_scatter(
     return _svg(WIDTH, top + tall + 38, label, parts)
 
 
+def curve(points: Sequence[tuple[float, float]], axis: str, marked: float | None, label: str) -> Markup:
+    """A line through (step, value) points; the one at the step ``marked`` is set off."""
+    x_ticks, x_low, x_high = _linear([x for x, _ in points])
+    y_ticks, y_low, y_high = _linear([y for _, y in points])
+    left, top, wide, tall = 58.0, 8.0, WIDTH - 68.0, 150.0
+
+    def at_x(value: float) -> float:
+        return left + wide * (value - x_low) / (x_high - x_low)
+
+    def at_y(value: float) -> float:
+        return top + tall - tall * (value - y_low) / (y_high - y_low)
+
+    parts = [
+        *_horizontal_grid([tick for tick in y_ticks if tick >= 0], at_y, left, left + wide),
+        *_vertical_grid([tick for tick in x_ticks if tick >= 0], at_x, top, top + tall),
+    ]
+    line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
+    parts.append(Markup('<polyline class="line" points="{}"/>').format(line))
+    for x, y in points:
+        chosen = x == marked
+        parts.append(
+            Markup('<g class="point{}"><title>step {:g}: {}</title>').format(" chosen" if chosen else "", x, figure(y))
+        )
+        if chosen:
+            parts.append(Markup('<path d="M{0:.1f} {1:.1f}l7 7l-7 7l-7 -7z"/>').format(at_x(x), at_y(y) - 7))
+        else:
+            parts.append(Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3.2"/>').format(at_x(x), at_y(y)))
+        parts.append(Markup("</g>"))
+    parts.append(_text(left + wide / 2, top + tall + 32, "step", "axis"))
+    parts.append(_turned(10, top + tall / 2, axis))
+    return _svg(WIDTH, top + tall + 38, label, parts)
+
+
 def _points(points: Sequence[tuple[Mapping[str, Any], float, float]], plans: int) -> list[Markup]:
     """Circles for plans and a diamond for the chosen one, drawn last so that nothing hides it."""
     parts = []

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpr.reporting.figures import spearman
-from hpr.reporting.words import count, figure, number, present, records
+from hpr.reporting.words import count, dig, exact, figure, number, present, records, seconds
 
 _KINDS = (
     ("shared", "shares factors", "share factors"),
@@ -60,6 +60,23 @@ def damage_reading(pairs: Sequence[tuple[float, float]], total: int) -> str:
     )
     left_out = f"; {total - len(pairs)} without both values above zero are left out" if total > len(pairs) else ""
     return f"Measured damage is typically {middle:.2g} times the prediction; {order}{left_out}."
+
+
+def healing_reading(healing: Mapping[str, Any]) -> str:
+    """What training has brought, in one sentence."""
+    steps = exact(dig(healing, "recipe", "steps"))
+    took = f"{steps} steps in {seconds(number(healing.get('seconds')))}"
+    if not number(healing.get("best_step")):
+        return f"{took} found no weights better than those at the start, which were kept."
+    before, after = figure(healing.get("before"), "nats"), figure(healing.get("after"), "nats")
+    kept = f"the weights of step {exact(healing.get('best_step'))} were kept"
+    return f"{took} took the divergence from the original, on text that was not trained on, from {before} to {after}; {kept}."
+
+
+def curve_reading(points: Sequence[tuple[float, float]], name: str) -> str:
+    """From where to where a curve goes."""
+    (_, first), (_, last) = points[0], points[-1]
+    return f"{name}: {figure(first)} at the beginning, {figure(last)} at the end."
 
 
 def quality_axis(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> tuple[str, float | None]:

@@ -38,6 +38,7 @@ def render_report(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
             plans=sections.plans(metrics),
             gains=sections.gains(metrics),
             solver=sections.solver(metrics),
+            healing=sections.healing(metrics),
             timing=sections.timing(metrics),
         )
     )

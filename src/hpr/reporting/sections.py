@@ -9,7 +9,21 @@ from typing import Any
 
 from hpr.reporting import figures, grid, readings
 from hpr.reporting.grid import PlanMap, StackMap
-from hpr.reporting.words import ABSENT, count, dig, figure, number, numbers, present, records, seconds, share, table, verdict
+from hpr.reporting.words import (
+    ABSENT,
+    count,
+    dig,
+    exact,
+    figure,
+    number,
+    numbers,
+    present,
+    records,
+    seconds,
+    share,
+    table,
+    verdict,
+)
 
 Section = dict[str, Any]
 _PLAN_KEYS = ("label", "budget", "parameters", "predicted", "measured", "chosen", "quality")
@@ -182,6 +196,34 @@ def gains(metrics: Mapping[str, Any]) -> Section | None:
         without_text, with_text = (bar["text"] for bar in best["bars"])
         reading = f"Most is owed to {best['name']}: without it the damage would be {without_text} instead of {with_text}."
     return {"rows": _scaled(rows), "reading": reading}
+
+
+def healing(metrics: Mapping[str, Any]) -> Section | None:
+    """What training has brought: the guard and the loss by step, and each stage's part in it."""
+    found = table(metrics, "healing")
+    if not found:
+        return None
+    rows, best = records(found, "history"), number(found.get("best_step"))
+    before = number(found.get("before"))
+    start = [(0.0, before)] if before is not None else []
+    section: Section = {"reading": readings.healing_reading(found), "curves": [], "stages": []}
+    for key, title, axis, first in (
+        ("guard", "Divergence on the guard", "nats per example", start),
+        ("loss", "Loss", "loss, mean since the check before", []),
+    ):
+        pairs = [(number(row.get("step")), number(row.get(key))) for row in rows]
+        points = [*first, *((step, value) for step, value in pairs if step is not None and value is not None)]
+        if len(points) > 1:
+            reading = readings.curve_reading(points, title)
+            svg = figures.curve(points, axis, best if key == "guard" else None, f"{title} by step. {reading}")
+            section["curves"].append({"title": title, "svg": svg, "reading": reading})
+    stages = records(found, "stages")
+    for row in stages if len(stages) > 1 else []:
+        values = [("before", number(row.get("before"))), ("after", number(row.get("after")))]
+        bars = [(kind, value, figure(value, "nats")) for kind, value in values]
+        section["stages"].append(_bars(f"{present(row.get('stage'))}, {exact(row.get('steps'))} steps", bars, ""))
+    _scaled(section["stages"])
+    return section
 
 
 def solver(metrics: Mapping[str, Any]) -> Section | None:
