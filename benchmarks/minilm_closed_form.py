@@ -148,14 +148,15 @@ def encoder(run: Run) -> None:
 def damage(run: Run) -> None:
     """Predicted against measured damage, plans of every operator at five budgets; what leaving one out costs."""
     rows, inside = [], []
+    every = draft(run.model, run.profile, operators=[*OPERATORS, "segments"], align=False).tracks
     for budget in ("80%", "65%", "50%", "40%", "30%"):
         limit = run.sketch.budget(budget)
-        found = [*solver.plan_candidates(run.sketch.tracks, run.sketch.limit(limit))]
-        found += solver.k_best(run.sketch.tracks, run.sketch.limit(limit), 3)
+        found = [*solver.plan_candidates(every, run.sketch.limit(limit))]
+        found += solver.k_best(every, run.sketch.limit(limit), 3)
         for name in OPERATORS:  # tables are always segmented: no operator alone could meet the smaller budgets
             for beside in (set(), {"low rank"}):
                 with suppress(hpr.HprError):
-                    tracks = restrict(run.sketch.tracks, {name, "segments", *beside})
+                    tracks = restrict(every, {name, "segments", *beside})
                     found.append(solver.solve(tracks, run.sketch.limit(limit)))
         unique = {solution.structure: solution for solution in found}
         plans = [run.sketch.plan(solution, limit) for solution in unique.values()]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import networkx
-import torch
 
 from hpr.operators import OPERATORS, basis, tie
 from hpr.operators.metric import Measured
@@ -47,7 +46,7 @@ class Groups:
         if members not in self._measured:
             group = [self._row[index] for index in members]
             found = [candidate(group) for candidate in self._bases]
-            if self._tie and (alike(group) or not self._bases):
+            if self._tie and (tie.alike(group) or not self._bases):
                 found.append(tie.candidate(group))
             self._measured[members] = tuple(one for one in found if one is not None)
         return self._measured[members]
@@ -67,13 +66,6 @@ class Groups:
         runs: list[Members] = [(index, index + 1) for index in range(start, stop - 1) if (index, index + 2) in self._runs]
         others = [group for group in self._measured if len(group) == 2 and start <= group[0] and group[1] < stop]
         return runs + others
-
-
-def alike(group: Sequence[Measured]) -> bool:
-    """Whether the mean of some weights lies within half the distance that it has from weights with nothing in common."""
-    weights = torch.stack([one.weight for one in group])
-    apart = (weights - weights.mean(0)).square().sum() / weights.square().sum()
-    return float(apart) < 0.25 * (1 - 1 / len(group))
 
 
 def composites(groups: Groups, start: int, stop: int, longest: int, lower: int, similar: Similar) -> Iterator[Candidate]:

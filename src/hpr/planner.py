@@ -21,6 +21,7 @@ from hpr.groupings import Groups, Similar, composites
 from hpr.interventions import Reuse
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import Measured, measure
+from hpr.operators.tie import alike
 from hpr.planning import solver
 from hpr.planning.boundaries import boundaries
 from hpr.planning.candidates import Candidate, Choice, Solution, Track
@@ -206,7 +207,8 @@ def draft(
     progress: Progress = silent,
     align: bool | Literal["auto"] = "auto",
 ) -> Draft:
-    """Measure every candidate of a model. ``operators``: names to consider, all by default; *keep* is always among them.
+    """Measure every candidate of a model. ``operators``: names to consider, *keep* always among them; by default all, those
+    that make one matrix of several only where the weights are alike (``tie.alike``), which is rare in pretrained models.
 
     ``align``: also of the model with aligned layers; ``"auto"`` where a look at one pair of layers promises that it pays
     (see ``worthwhile``), True wherever it promises anything. Raises ``HprError`` for a profile of another model, a pattern
@@ -229,7 +231,7 @@ def draft(
     total, tracks = len(every) + sum(touched), []
 
     def curves(row: Row) -> Track:
-        return _track(row, [measured[site.name] for site in row.sites], allowed, longest_group, profile)
+        return _track(row, [measured[site.name] for site in row.sites], allowed, operators is not None, longest_group, profile)
 
     for index, row in enumerate(every):
         tracks.append(curves(row))
@@ -272,8 +274,11 @@ def plan(
     return sketch.best(sketch.budget(budget))
 
 
-def _track(row: Row, group: Sequence[Measured], allowed: set[str], longest: int, profile: Profile) -> Track:
-    """Candidates of one row: every operator on every run up to ``longest``, on every whole stack and on all, and groupings."""
+def _track(row: Row, group: Sequence[Measured], allowed: set[str], named: bool, longest: int, profile: Profile) -> Track:
+    """Candidates of one row: every operator on every run up to ``longest``, on every whole stack and on all, and groupings.
+
+    What makes one matrix of several is tried where these are alike, or where operators were ``named``.
+    """
     whole = dict.fromkeys([*row.spans, (0, len(group))])
     if group[0].site.kind == "embedding" and segments.NAME in allowed:
         return segments.track(group[0])
@@ -285,10 +290,13 @@ def _track(row: Row, group: Sequence[Measured], allowed: set[str], longest: int,
                 continue
             if not row.adjacent(start, stop):
                 continue
+            likely = named or len(members) == 1 or alike(members)
             options = [
                 operator.candidate(members)
                 for name, operator in OPERATORS.items()
-                if operator.shared == (len(members) > 1) and (name in allowed or name == KEEP)
+                if operator.shared == (len(members) > 1)
+                and (name in allowed or name == KEEP)
+                and (likely or not operator.alike)
             ]
             if kept := tuple(option for option in options if option is not None):
                 candidates[start, stop] = kept

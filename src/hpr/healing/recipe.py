@@ -28,6 +28,7 @@ class Recipe:
     weight decay of private deltas; nothing else decays. Gradients are clipped to norm 1 over all unique parameters.
     ``dropout``: as the model has it, or none. ``checks``: how often the guard is measured and a checkpoint written. ``bf16``:
     products in bfloat16. ``checkpointing``: activations are computed again on the way back, to save memory.
+    ``sharded``: each process keeps a part of every parameter (FSDP2, see ``sharding``); then no checkpoints are written.
     """
 
     steps: int = 300
@@ -43,6 +44,7 @@ class Recipe:
     checks: int = 10
     bf16: bool = False
     checkpointing: bool = False
+    sharded: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,11 +81,11 @@ def arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArg
         **{CHECKPOINTING: recipe.checkpointing},  # type: ignore[arg-type]
         eval_strategy="steps",
         eval_steps=every,
-        save_strategy="steps",
+        save_strategy="no" if recipe.sharded else "steps",
         save_steps=every,
         save_total_limit=2,
         logging_steps=every,
-        load_best_model_at_end=True,
+        load_best_model_at_end=not recipe.sharded,
         metric_for_best_model=GUARD,
         greater_is_better=False,
         seed=recipe.seed,

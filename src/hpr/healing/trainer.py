@@ -7,18 +7,19 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hpr.bank import BANK, bank_of, factors_of, module_name, terms_in
 from hpr.errors import HprError
 from hpr.evaluation.metrics import divergence
 from hpr.healing.losses import GlobalLoss
+from hpr.healing.sharding import whole, whole_weights
 from hpr.healing.stages import Course, Stages
 from hpr.profiling.curvature import Progress
 from hpr.profiling.objectives import Batch
@@ -28,6 +29,14 @@ GUARD = "eval_guard"  # the divergence on guard batches, in nats per example, as
 SMALLEST = 1e-3  # root mean square: biases that are nearly 0 move all the same
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _PARTS = (_STATE, "optimizer.pt", "scheduler.pt", "model.safetensors")
+
+
+class Kept(NamedTuple):
+    """The best weights of a sharded model so far, whole, with their step and guard metric."""
+
+    step: int
+    guard: float
+    weights: dict[str, torch.Tensor]
 
 
 class HealingTrainer(Trainer):
@@ -61,6 +70,7 @@ class HealingTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch, so accumulated batches are averaged
         self.student, self.global_loss, self.guard = student, loss, guard
         self.groups, self.dropout, self.course = groups, dropout, course
+        self.kept: Kept | None = None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
@@ -95,6 +105,8 @@ class HealingTrainer(Trainer):
         self.course.leave()
         found = divergence(self.student, self.global_loss.teacher, self.guard, self.global_loss.objective)
         metrics = {GUARD: found.mean}
+        if self.is_distributed_loading_by_transformers and (self.kept is None or found.mean < self.kept.guard):
+            self.kept = Kept(self.state.global_step, found.mean, whole_weights(self.student))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -108,7 +120,8 @@ class _Shown(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self._stages.ends:
-            control.should_log = control.should_evaluate = control.should_save = True
+            control.should_log = control.should_evaluate = True
+            control.should_save = args.save_strategy != SaveStrategy.NO
         if state.is_world_process_zero:
             self._progress("heal", state.global_step, state.max_steps)
 
@@ -140,7 +153,7 @@ def groups(student: nn.Module, rate: float, shared_rate: float, delta_decay: flo
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             factor = name.rsplit(f"{BANK}.factors.", 1)[-1].removesuffix(".weight") if f"{BANK}.factors." in name else None
-            scale = max(float(parameter.detach().float().square().mean().sqrt()), SMALLEST)
+            scale = max(float(whole(parameter.detach()).float().square().mean().sqrt()), SMALLEST)
             lr = rate * scale * (shared_rate if factor in shared else 1.0)
             found.append({"params": [parameter], "lr": lr, "weight_decay": delta_decay if factor in deltas else 0.0})
     if not found:

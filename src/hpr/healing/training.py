@@ -25,6 +25,7 @@ from hpr.healing.claim import claim, facts_of
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.recipe import CHECKPOINTING, Recipe, arguments
 from hpr.healing.schedule import Schedule
+from hpr.healing.sharding import shard
 from hpr.healing.stages import Course, gains
 from hpr.healing.trainer import HealingTrainer, Watch, groups, history, last_checkpoint
 from hpr.models import quietly
@@ -104,18 +105,21 @@ def train(
         loss = GlobalLoss(teacher.to(args.device), anatomy, goal, recipe.weights)
         if augment is None and len(schedule) > schedule.different and _fits(loss, schedule):
             loss.cache = Cache(folder / TARGETS)
-        course = Course(recipe.stages, student.to(args.device), teacher, anatomy, original or teacher)
+        learner = student.to(args.device)
+        if recipe.sharded:
+            learner = shard(copy.deepcopy(student), anatomy, args.device)
+        course = Course(recipe.stages, learner, teacher, anatomy, original or teacher)
         stack.callback(course.close)
-        if recipe.checkpointing and isinstance(student, PreTrainedModel):  # the Trainer leaves it on
-            stack.callback(getattr(student, f"{CHECKPOINTING}_disable"))
-            stack.callback(student.disable_input_require_grads)
+        if recipe.checkpointing and isinstance(learner, PreTrainedModel):  # the Trainer leaves it on
+            stack.callback(getattr(learner, f"{CHECKPOINTING}_disable"))
+            stack.callback(learner.disable_input_require_grads)
         trainer = HealingTrainer(
-            student,
+            learner,
             args,
             schedule,
             loss,
             guard,
-            groups(student, recipe.rate, recipe.shared_rate, recipe.delta_decay),
+            groups(learner, recipe.rate, recipe.shared_rate, recipe.delta_decay),
             recipe.dropout,
             course,
             progress,
@@ -124,9 +128,13 @@ def train(
         with quietly():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         best_step = trainer.state.best_global_step or 0
-        if not (trainer.state.best_metric or math.inf) < before.mean:
+        if trainer.kept is not None:
+            student.load_state_dict(trainer.kept.weights)
+            best_step = trainer.kept.step
+        if not (trainer.kept.guard if trainer.kept else trainer.state.best_metric or math.inf) < before.mean:
             student.load_state_dict(initial)
             best_step = 0
+        processes.wait_for_everyone()  # before the folder is cleared away
         student.zero_grad(set_to_none=True)
         student.to(device)
         teacher.to(device)

@@ -26,23 +26,27 @@ Terms = Mapping[str, tuple[Term, ...]]
 
 @dataclass(frozen=True)
 class Operator:
-    """``shared``: for groups of two or more sites; else for single ones. ``candidate`` gives None where it does not apply."""
+    """``shared``: for groups of two or more sites; else for single ones. ``candidate`` gives None where it does not apply.
+
+    ``alike``: one matrix stands for several, so it is hopeless where these have nothing in common (see ``tie.alike``).
+    """
 
     shared: bool
     candidate: Callable[[Sequence[Measured]], Candidate | None]
     terms: Callable[[Sequence[Site], tuple[int, ...]], dict[str, tuple[Term, ...]]]
     fit: Callable[[Sequence[Measured], Terms], dict[str, Tensor]]
+    alike: bool = False
 
 
 OPERATORS: dict[str, Operator] = {
     KEEP: Operator(False, keep.candidate, keep.terms, keep.fit),
     lowrank.NAME: Operator(False, lowrank.candidate, lowrank.terms, lowrank.fit),
-    tie.TIE: Operator(True, tie.candidate, tie.terms, tie.fit),
-    tie.SCALE: Operator(True, tie.scale_candidate, tie.scale_terms, tie.scale_fit),
-    delta.NAME: Operator(True, delta.candidate, delta.terms, delta.fit),
+    tie.TIE: Operator(True, tie.candidate, tie.terms, tie.fit, alike=True),
+    tie.SCALE: Operator(True, tie.scale_candidate, tie.scale_terms, tie.scale_fit, alike=True),
+    delta.NAME: Operator(True, delta.candidate, delta.terms, delta.fit, alike=True),
     basis.INPUT: Operator(True, basis.input_candidate, basis.input_terms, basis.input_fit),
     basis.OUTPUT: Operator(True, basis.output_candidate, basis.output_terms, basis.output_fit),
-    hierarchy.NAME: Operator(True, hierarchy.candidate, hierarchy.terms, hierarchy.fit),
+    hierarchy.NAME: Operator(True, hierarchy.candidate, hierarchy.terms, hierarchy.fit, alike=True),
 }
 FITS = {name: operator.fit for name, operator in OPERATORS.items()} | {segments.NAME: segments.fit, reused.NAME: reused.fit}
 

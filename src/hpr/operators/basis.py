@@ -22,6 +22,7 @@ from hpr.planning.plan import Term
 INPUT = "shared input basis"
 OUTPUT = "shared output basis"
 SWEEPS = 12
+SETTLED = 1e-3  # a sweep that gains a smaller share of the damage is the last
 _STEPS = 6  # of conjugate gradients in one sweep, from where the last one ended
 
 
@@ -113,7 +114,7 @@ def alternate(group: Sequence[Measured], rank: int, sweeps: int = SWEEPS) -> tup
         if not found < damage:
             break
         private, shared, gained, damage = candidates, updated, damage - found, found
-        if gained < 1e-4 * damage:
+        if gained < SETTLED * damage:
             break
     return private, shared
 

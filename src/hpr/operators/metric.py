@@ -29,6 +29,11 @@ class Side:
         self.moment = moment + extra if moment.dim() == 1 else moment + extra * torch.eye(len(moment), dtype=moment.dtype)
         self.diagonal = moment.dim() == 1
 
+    @property
+    def diagonal_values(self) -> Tensor:
+        """The moment's diagonal, (n,)."""
+        return self.moment if self.diagonal else self.moment.diagonal()
+
     @cached_property
     def root(self) -> Tensor:
         """L with L Lᵀ = moment: lower triangular, or the square roots of a diagonal."""

@@ -56,6 +56,19 @@ def _runs(numbers: Sequence[int]) -> str:
     return "+".join(f"{run[0]}-{run[-1]}" if alone or len(run) > 1 else str(run[0]) for run in runs)
 
 
+def alike(group: Sequence[Measured]) -> bool:
+    """Whether one matrix can stand for some weights as far as moments without their off-diagonals tell.
+
+    In that metric the best one is at once known, entry by entry. It has to lie within half the distance from the weights that
+    it would have if these had nothing in common.
+    """
+    weights = torch.stack([one.weight for one in group])
+    counts = torch.stack([one.rows * torch.outer(one.left.diagonal_values, one.right.diagonal_values) for one in group])
+    mean = (counts * weights).sum(0) / counts.sum(0)
+    apart = (counts * (weights - mean).square()).sum() / (counts * weights.square()).sum()
+    return float(apart) < 0.25 * (1 - 1 / len(group))
+
+
 def candidate(group: Sequence[Measured]) -> Candidate:
     """One point: one matrix instead of many."""
     shared = estimate(tuple(group))

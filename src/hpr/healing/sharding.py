@@ -1,0 +1,56 @@
+"""FSDP2: every process keeps its part of each parameter. What several layers read is sharded once, with the root.
+
+A parameter may live in one group of torch's ``fully_shard`` only. The blocks of the stacks are groups of their own; the bank
+hangs on the base model, so its factors are in the root's group, together with embeddings and heads, and are gathered once
+for a whole pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+
+from hpr.anatomy import Anatomy, has_module, module_at
+from hpr.errors import HprError
+
+
+def shard(model: nn.Module, anatomy: Anatomy, device: torch.device) -> nn.Module:
+    """Shard a model in place over all processes, and return it. ``anatomy``: of the original.
+
+    Raises ``HprError`` without processes, and with a transformers that cannot train what it did not shard itself.
+    """
+    if not torch.distributed.is_initialized():
+        raise HprError("sharded=True needs several processes: start with torchrun or accelerate launch")
+    if not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
+        raise HprError(f"sharded=True needs transformers 5.23 or later, this is {transformers.__version__}: upgrade it")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for stack in anatomy.stacks:
+        for path in stack.blocks:
+            if has_module(model, path) and any(True for _ in module_at(model, path).parameters()):
+                fully_shard(module_at(model, path), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # what a model that transformers sharded on loading says of itself: the Trainer shall not wrap it once more
+    name = "is_distributed_loading_by_transformers"
+    setattr(model, f"_{name}" if isinstance(model, PreTrainedModel) else name, True)
+    return model
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor itself, put together where it is sharded: every process has to ask for it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a sharded model as one process alone would have it, on every process, on the CPU."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    parts: list[Any] = [get_model_state_dict(model, options=options)]
+    torch.distributed.broadcast_object_list(parts)  # cpu_offload leaves it with the first process alone
+    return {name: value for name, value in parts[0].items() if isinstance(value, Tensor)}
