@@ -317,7 +317,7 @@ def test_labels_train_a_head() -> None:
     trainer_rows: list[float] = []
     train(student, teacher, labelled_batches, labelled_batches[:2], recipe, watch=lambda row: trainer_rows.append(row["loss"]))
     assert trainer_rows[-1] < 0.7 * trainer_rows[0]
-    assert before == right(student)  # the guard, divergence from an untrained teacher, keeps what was there
+    assert right(student) > before + 4  # where labels count the guard is the loss itself, not likeness to the teacher
 
 
 def test_a_loss_that_is_not_finite(pair) -> None:

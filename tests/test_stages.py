@@ -105,7 +105,7 @@ def test_a_ramp_gives_the_teacher_no_gradient(pair) -> None:  # noqa: F811
 def test_stages_heal_and_say_what_each_gained(pair, stages) -> None:  # noqa: F811
     teacher, student = pair
     student = copy_of(student)
-    found = train(student, teacher, batches(), batches(2, seed=2), Recipe(steps=8, checks=2, rate=5e-3, **stages))
+    found = train(student, teacher, batches(), batches(2, seed=2), Recipe(steps=8, checks=2, rate=1e-3, **stages))
     assert sum(row["steps"] for row in found.gains) == 8
     assert all(row["after"] is not None for row in found.gains)
     assert found.gains[0]["before"] == found.before.mean

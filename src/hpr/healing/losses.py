@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from hpr.anatomy import Anatomy, has_module, module_at
 from hpr.errors import HprError
+from hpr.evaluation.metrics import Estimate, divergence
 from hpr.healing.cache import Cache, Taught
 from hpr.healing.stages import Forcing
-from hpr.profiling.objectives import Batch, Objective, call, evaluating, mask_of
+from hpr.profiling.objectives import Batch, Objective, call, evaluating, examples_in, mask_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ class GlobalLoss:
         with torch.no_grad(), evaluating(self.teacher), emitted(self.teacher, paths) as hidden:
             predictions, weight = self.objective.read(call(self.teacher, batch), batch)
         return Taught(predictions, weight, hidden)
+
+    def guard(self, student: nn.Module, batches: Sequence[Batch]) -> Estimate:
+        """What training must not make worse: the divergence from the teacher in nats per example; with labels this loss."""
+        if not self.weights.labels:
+            return divergence(student, self.teacher, batches, self.objective)
+        with torch.no_grad(), evaluating(student):
+            found = [(float(self(student, batch)[0]), examples_in(batch)) for batch in batches]
+        return Estimate(sum(value * count for value, count in found) / sum(count for _, count in found), None)
 
     def outputs(self, taught: Taught, learnt: Any, batch: Batch) -> Tensor:
         """Divergence of the outputs, mean over predictions."""

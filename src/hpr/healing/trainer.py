@@ -17,7 +17,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hpr.bank import BANK, bank_of, factors_of, module_name, terms_in
 from hpr.errors import HprError
-from hpr.evaluation.metrics import divergence
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.sharding import whole, whole_weights
 from hpr.healing.stages import Course, Stages
@@ -25,7 +24,7 @@ from hpr.profiling.curvature import Progress
 from hpr.profiling.objectives import Batch
 
 Watch = Callable[[Mapping[str, float]], None]  # step, loss and guard at each check
-GUARD = "eval_guard"  # the divergence on guard batches, in nats per example, as the Trainer's log names it
+GUARD = "eval_guard"  # what ``GlobalLoss.guard`` gives, as the Trainer's log names it
 SMALLEST = 1e-3  # root mean square: biases that are nearly 0 move all the same
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _PARTS = (_STATE, "optimizer.pt", "scheduler.pt", "model.safetensors")
@@ -42,7 +41,7 @@ class Kept(NamedTuple):
 class HealingTrainer(Trainer):
     """Trains a student by a global loss. Its dataset's items are whole batches, in the order of the steps.
 
-    ``evaluate`` is the divergence from the teacher on the guard batches. One learning rate for each group of ``groups``.
+    ``evaluate`` is ``GlobalLoss.guard`` on the guard batches. One learning rate for each group of ``groups``.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class HealingTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         self.course.leave()
-        found = divergence(self.student, self.global_loss.teacher, self.guard, self.global_loss.objective)
+        found = self.global_loss.guard(self.student, self.guard)
         metrics = {GUARD: found.mean}
         if self.is_distributed_loading_by_transformers and (self.kept is None or found.mean < self.kept.guard):
             self.kept = Kept(self.state.global_step, found.mean, whole_weights(self.student))

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hpr.anatomy import describe
-from hpr.evaluation.metrics import Estimate, divergence
+from hpr.evaluation.metrics import Estimate
 from hpr.healing.augmentation import Augmentation
 from hpr.healing.cache import LIMIT, Cache
 from hpr.healing.claim import claim, facts_of
@@ -37,7 +37,7 @@ TARGETS = "targets"  # what the teacher gives, beside the checkpoints
 
 @dataclass(frozen=True)
 class Healing:
-    """What came of it: divergence from the teacher on the guard batches, nats per example, before and after.
+    """What came of it: ``GlobalLoss.guard`` before and after (divergence from the teacher, nats per example, without labels).
 
     ``best_step``: the step whose weights the student has now, 0 where none was better than at the start. ``history``: one row
     a check, with step, loss and guard. ``gains``: one row a stage, with the guard before and after.
@@ -90,8 +90,9 @@ def train(
     finite, and for a folder with the checkpoints of another run.
     """
     recipe, goal, start = recipe or Recipe(), objective or objective_for(teacher), time.perf_counter()
-    before = divergence(student, teacher, guard, goal)
     anatomy, device, initial = describe(teacher), next(student.parameters()).device, copy.deepcopy(student.state_dict())
+    loss = GlobalLoss(teacher, anatomy, goal, recipe.weights)
+    before = loss.guard(student, guard)
     with ExitStack() as stack:
         processes = PartialState(cpu=device.type == "cpu")
         if folder is None:
@@ -102,7 +103,7 @@ def train(
         stack.enter_context(evaluating(student))  # for its end: every module is left in the mode that it was in
         args = arguments(recipe, folder, device)
         schedule = Schedule(batches, recipe.steps * recipe.accumulate * args.world_size, recipe.seed, augment, shares)
-        loss = GlobalLoss(teacher.to(args.device), anatomy, goal, recipe.weights)
+        teacher.to(args.device)
         if augment is None and len(schedule) > schedule.different and _fits(loss, schedule):
             loss.cache = Cache(folder / TARGETS)
         learner = student.to(args.device)
@@ -134,11 +135,11 @@ def train(
         if not (trainer.kept.guard if trainer.kept else trainer.state.best_metric or math.inf) < before.mean:
             student.load_state_dict(initial)
             best_step = 0
+        after = loss.guard(student, guard)
         processes.wait_for_everyone()  # before the folder is cleared away
         student.zero_grad(set_to_none=True)
         student.to(device)
         teacher.to(device)
-    after = divergence(student, teacher, guard, goal)
     rows, seconds = history(trainer.state.log_history), time.perf_counter() - start
     return Healing(before, after, best_step, seconds, rows, gains(rows, recipe.stages, before.mean), recipe)
 

@@ -1,0 +1,76 @@
+"""`hpr.heal`: data of every kind, amounts of steps and of time, and the defaults that suit a model."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+import hpr
+from hpr.healing import Recipe, Weights
+from hpr.healing.opened import changes_for, opened_data
+from hpr.models import open_model
+from test_healing import batches, copy_of, pair, teacher_of  # noqa: F401
+from test_models import folder  # noqa: F401
+from test_splits import TEXTS
+
+
+@pytest.fixture
+def opened(folder):  # noqa: F811
+    """A tiny BERT of its folder, and a student at half its parameters."""
+    teacher = open_model(folder)
+    drawn = [{"input_ids": torch.randint(5, 13, (8, 12), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+    profile = hpr.profile(teacher.model, drawn)
+    return teacher, hpr.share(teacher.model, hpr.plan(teacher.model, profile, "70%"), profile)
+
+
+def test_texts_and_a_tokenizer(opened) -> None:
+    teacher, student = opened
+    found = hpr.heal(student, teacher.model, TEXTS, "4steps", tokenizer=teacher.tokenizer, recipe=Recipe(checks=2))
+    assert [row["step"] for row in found.history] == [2, 4]
+    assert found.after.mean <= found.before.mean
+    assert found.as_metrics()["recipe"]["steps"] == 4
+
+
+def test_several_sources_with_shares(opened, tmp_path) -> None:
+    teacher, student = opened
+    (tmp_path / "more.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    sources = {"texts": TEXTS, "file": tmp_path / "more.txt"}
+    hpr.heal(student, teacher, sources, "2steps", shares={"texts": 3, "file": 1})
+    with pytest.raises(hpr.HprError, match="one for each of texts, file"):
+        hpr.heal(student, teacher, sources, "2steps", shares={"texts": 3})
+
+
+def test_batches_arrays_and_what_can_be_run_through_once(pair) -> None:  # noqa: F811
+    teacher, student = pair
+    student = copy_of(student)
+    given = batches(16)
+    trained, guard = opened_data(given, None)
+    assert (len(trained["data"]), len(guard)) == (14, 2)
+    assert not any(torch.equal(one["input_ids"], other["input_ids"]) for one in trained["data"] for other in guard)
+    hpr.heal(student, teacher, (batch for batch in given), "2steps")
+    hpr.heal(student, teacher, np.random.default_rng(0).integers(3, 60, (16, 12)), "2steps")
+    with pytest.raises(hpr.HprError, match="3 batches in 'data': at least 8 are needed"):
+        hpr.heal(student, teacher, given[:3], "2steps")
+
+
+def test_labels_count_where_they_are_wanted() -> None:
+    teacher = teacher_of(tf.BertForSequenceClassification)
+    profile = hpr.profile(teacher, batches(), "classification")
+    student = hpr.share(teacher, hpr.plan(teacher, profile, "70%"), profile)
+    given = [{**batch, "labels": torch.zeros(8, dtype=torch.long)} for batch in batches(8)]
+    recipe = Recipe(weights=Weights(outputs=0, labels=1), rate=1e-2, checks=1)
+    hpr.heal(student, teacher, given, "20steps", recipe=recipe, objective="classification")
+    sure = student(**batches(1, seed=9)[0]).logits.softmax(-1)[:, 0].mean()
+    assert sure > teacher(**batches(1, seed=9)[0]).logits.softmax(-1)[:, 0].mean()
+
+
+def test_time_is_turned_into_steps(pair) -> None:  # noqa: F811
+    teacher, student = pair
+    found = hpr.heal(copy_of(student), teacher, batches(16), "2s", recipe=Recipe(steps=10**6))
+    assert 1 <= found.recipe.steps < 10**6
+
+
+def test_text_to_go_on_from_is_left_as_it_is(opened) -> None:
+    teacher, _ = opened
+    assert changes_for(teacher) is not None
+    assert changes_for(hpr.models.OpenModel(teacher.model, teacher.tokenizer, "causal-lm", None, "writer")) is None
