@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--for", dest="amount", default="300steps")
     parser.add_argument("--rate", type=float, default=hpr.Recipe.rate)
     parser.add_argument("--hidden", type=float, default=Weights.hidden)
-    parser.add_argument("--relations", type=float, default=0.0)
+    parser.add_argument("--relations", type=float, default=Weights.relations)
     parser.add_argument("--replaced", type=float, help="share of tokens replaced by others; the default if left out")
     parser.add_argument("--blocks", type=float, default=0.0)
     parser.add_argument("--ramp", type=float, default=0.0)
@@ -108,7 +108,11 @@ def main() -> None:
         special = set(teacher.tokenizer.all_special_ids)
         augment = augmentation([i for i in range(len(teacher.tokenizer)) if i not in special], options.replaced)
     recipe = hpr.Recipe(
-        rate=options.rate, blocks=options.blocks, ramp=options.ramp, seed=options.seed, weights=Weights(hidden=options.hidden)
+        rate=options.rate,
+        blocks=options.blocks,
+        ramp=options.ramp,
+        seed=options.seed,
+        weights=Weights(hidden=options.hidden, relations=options.relations),
     )
     found = hpr.heal(student, teacher, splits, options.amount, recipe=recipe, augment=augment)
     guard = {"before": found.before.mean, "after": found.after.mean, "best_step": found.best_step, "stages": found.gains}

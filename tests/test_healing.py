@@ -195,6 +195,18 @@ def test_a_step_depends_on_the_seed_alone(seed: int, length: int, count: int, sh
             assert len(set(seen[start : start + len(source)])) == len(source)
 
 
+@given(st.integers(0, 5), st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_examples_of_one_shape_are_dealt_anew_in_every_epoch(seed: int, sizes: list[int]) -> None:
+    total = sum(sizes)
+    batches_of = list(torch.arange(total)[:, None].split(sizes))
+    schedule = Schedule([{"x": batch, "y": 2 * batch} for batch in batches_of], 3 * len(sizes), seed)
+    for epoch in range(3):
+        drawn = [schedule[epoch * len(sizes) + place] for place in range(len(sizes))]
+        assert sorted(int(value) for batch in drawn for value in batch["x"]) == list(range(total))
+        assert all(torch.equal(2 * batch["x"], batch["y"]) for batch in drawn)
+        assert max(len(batch["x"]) for batch in drawn) - min(len(batch["x"]) for batch in drawn) <= 1
+
+
 def test_wrong_sources() -> None:
     with pytest.raises(HprError, match="there are no batches in 'data'"):
         Schedule([], 3)

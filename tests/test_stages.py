@@ -136,9 +136,10 @@ def test_targets_on_disk_change_nothing(pair, tmp_path, monkeypatch) -> None:  #
     teacher, student = pair
     recipe = Recipe(steps=6, checks=2, weights=Weights(hidden=0.5))
     kept, plain = copy_of(student), copy_of(student)
-    train(kept, teacher, batches(3), batches(2, seed=2), recipe, folder=tmp_path / "kept")
+    given = [{"input_ids": batch["input_ids"][:, : 6 + place]} for place, batch in enumerate(batches(3))]
+    train(kept, teacher, given, batches(2, seed=2), recipe, folder=tmp_path / "kept")
     assert len(list((tmp_path / "kept" / "targets").iterdir())) == 3
     monkeypatch.setattr("hpr.healing.training.LIMIT", 0)
-    train(plain, teacher, batches(3), batches(2, seed=2), recipe, folder=tmp_path / "plain")
+    train(plain, teacher, given, batches(2, seed=2), recipe, folder=tmp_path / "plain")
     assert not (tmp_path / "plain" / "targets").exists()
     assert equal(weights_of(kept), weights_of(plain))

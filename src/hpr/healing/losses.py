@@ -27,17 +27,19 @@ from hpr.profiling.objectives import Batch, Objective, call, evaluating, example
 class Weights:
     """How much each part counts; 0 leaves it out. ``temperature`` softens categorical outputs (Hinton et al. 2015).
 
-    ``hidden``: the hidden states that each layer of the original emits (Romero et al. 2015), mean over layers.
+    ``hidden``: the hidden states that each layer of the original emits (Romero et al. 2015), mean over layers. ``relations``:
+    the inner products between the output vectors of a batch's examples (Park et al. 2019), where there is one for each.
     ``labels``: the loss that labels in the batches give.
     """
 
     outputs: float = 1.0
     hidden: float = 0.0
+    relations: float = 0.0
     labels: float = 0.0
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        parts = (self.outputs, self.hidden, self.labels)
+        parts = (self.outputs, self.hidden, self.relations, self.labels)
         if min(parts) < 0 or not sum(parts) > 0 or not self.temperature > 0:
             raise HprError(f"{self}: weights must not be negative, one must be above 0, and so must the temperature")
 
@@ -65,6 +67,9 @@ class GlobalLoss:
         parts = {}
         if self.weights.outputs:
             parts["outputs"] = self.weights.outputs * self.outputs(taught, learnt, batch)
+        if self.weights.relations and taught.predictions.dim() == 2:
+            found_rows, _ = self.objective.read(learnt, batch)
+            parts["relations"] = self.weights.relations * related(taught.predictions, found_rows)
         pairs = [(taught.hidden[path], found[path]) for path in paths]
         if forced:
             assert forcing is not None
@@ -109,6 +114,13 @@ def squared(expected: Tensor, found: Tensor, weight: Tensor) -> Tensor:
     expected, found = expected.float(), found.float()
     error = ((expected - found).square().sum(-1) * weight).sum()
     return error / (expected.square().sum(-1) * weight).sum().clamp(min=1e-12)
+
+
+def related(expected: Tensor, found: Tensor) -> Tensor:
+    """Σ (eᵢ·eⱼ − êᵢ·êⱼ)² / Σ (eᵢ·eⱼ)² over all pairs of different rows of two (n, d)."""
+    apart = 1 - torch.eye(len(expected), device=expected.device)
+    wanted, given = (rows.float() @ rows.float().T for rows in (expected, found))
+    return ((wanted - given).square() * apart).sum() / (wanted.square() * apart).sum().clamp(min=1e-12)
 
 
 def labelled(outputs: Any, batch: Batch) -> Tensor:

@@ -9,14 +9,15 @@ from torch.utils.data import Dataset
 
 from hpr.errors import HprError
 from hpr.healing.augmentation import Augmentation
-from hpr.profiling.objectives import Batch
+from hpr.profiling.objectives import Batch, examples_in
 
 
 class Schedule(Dataset):
     """The batches of a whole run, ``length`` of them, each epoch in an order of its own.
 
     ``batches``: prepared ones, or several sources of them by name with ``shares`` of the steps (in proportion; all alike
-    without). Item ``i`` depends on the seed and on ``i`` alone, augmentation included.
+    without). Where all examples of a source have one shape they are dealt into batches anew in every epoch; texts stay
+    with those of like length. Item ``i`` depends on the seed and on ``i`` alone, augmentation included.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Schedule(Dataset):
             raise HprError(f"shares {shares} must be above 0, one for each of {', '.join(sources)}")
         self.length, self.seed, self.augment = length, seed, augment
         self.sources = list(sources.values())
+        self.pools = [pooled(source) for source in self.sources]
         draw = torch.Generator().manual_seed(seed)
         weights = torch.tensor([shares[name] for name in sources], dtype=torch.float64)
         self.chosen = torch.multinomial(weights, max(length, 1), replacement=True, generator=draw)
@@ -45,8 +47,10 @@ class Schedule(Dataset):
             self.turns[places] = torch.arange(int(places.sum()))
 
     @property
-    def different(self) -> int:
-        """How many batches there are before augmentation."""
+    def different(self) -> int | None:
+        """How many batches there are, where they are the same in every epoch; else None."""
+        if self.augment is not None or any(pool is not None for pool in self.pools):
+            return None
         return sum(len(source) for source in self.sources)
 
     def __len__(self) -> int:
@@ -54,10 +58,25 @@ class Schedule(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         source = int(self.chosen[step])
-        epoch, place = divmod(int(self.turns[step]), len(self.sources[source]))
-        order = torch.randperm(len(self.sources[source]), generator=_draw(self.seed, source, epoch))
-        batch = self.sources[source][int(order[place])]
+        batches, pool = self.sources[source], self.pools[source]
+        epoch, place = divmod(int(self.turns[step]), len(batches))
+        draw = _draw(self.seed, source, epoch)
+        if pool is None:
+            batch = batches[int(torch.randperm(len(batches), generator=draw)[place])]
+        else:
+            rows = torch.randperm(examples_in(pool), generator=draw).tensor_split(len(batches))[place]
+            batch = {name: value[rows] for name, value in pool.items()} if isinstance(pool, Mapping) else pool[rows]
         return batch if self.augment is None else self.augment(batch, _draw(self.seed, -1, step))
+
+
+def pooled(batches: Sequence[Batch]) -> Batch | None:
+    """All examples in one batch, where they have the same inputs of the same shapes; else None."""
+    if not isinstance(batches[0], Mapping):
+        return torch.cat(list(batches)) if len({batch.shape[1:] for batch in batches}) == 1 else None
+    shapes = [{name: value.shape[1:] for name, value in batch.items()} for batch in batches]
+    if any(shape != shapes[0] for shape in shapes):
+        return None
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def _draw(seed: int, kind: int, number: int) -> torch.Generator:

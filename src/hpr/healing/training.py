@@ -104,7 +104,7 @@ def train(
         args = arguments(recipe, folder, device)
         schedule = Schedule(batches, recipe.steps * recipe.accumulate * args.world_size, recipe.seed, augment, shares)
         teacher.to(args.device)
-        if augment is None and len(schedule) > schedule.different and _fits(loss, schedule):
+        if _repeats(schedule) and _fits(loss, schedule):
             loss.cache = Cache(folder / TARGETS)
         learner = student.to(args.device)
         if recipe.sharded:
@@ -151,8 +151,13 @@ def _common(folder: Path) -> Path:
     return Path(names[0])
 
 
+def _repeats(schedule: Schedule) -> bool:
+    """Whether batches come back as they were."""
+    return schedule.different is not None and len(schedule) > schedule.different
+
+
 def _fits(loss: GlobalLoss, schedule: Schedule) -> bool:
     """Whether what the teacher gives for all batches may lie on disk, by what it gives for the first."""
     batch = send_to_device(schedule[0], next(loss.teacher.parameters()).device)
     paths = loss.paths if loss.weights.hidden else []
-    return loss.taught(batch, paths).bytes * schedule.different <= LIMIT
+    return loss.taught(batch, paths).bytes * (schedule.different or 0) <= LIMIT
