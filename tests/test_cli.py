@@ -232,6 +232,18 @@ def test_compress(home, tmp_path):
     assert not left_behind(tmp_path)
 
 
+def test_compress_and_heal(home, tmp_path):
+    out = tmp_path / "out"
+    common = ["compress", home / "model", "--budget", "60%", "--data", home / "texts.txt", "-o", out, "--plans", 1]
+    healed = json.loads(run(*common, "--heal", "12steps", "--json").stdout)["healing"]
+    assert healed["after"] <= healed["before"]
+    assert [row["stage"] for row in healed["stages"]] == ["end to end"]
+    assert 'id="healing"' in (out / "report.html").read_text(encoding="utf-8")
+    assert "is no amount of healing" in said(run(*common, "--heal", "some", code=2))
+    assert "12 steps in" in run(*common, "--heal", "12steps").stdout
+    assert not left_behind(tmp_path)
+
+
 # --- bad input
 
 

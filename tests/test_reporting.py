@@ -13,7 +13,7 @@ from hpr.reporting import figures, render_card, render_report, sections, words
 from hpr.reporting.grid import read_plan
 
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
-SELF_CLOSED = {"rect", "line", "path", "circle"}
+SELF_CLOSED = {"rect", "line", "path", "circle", "polyline"}
 
 
 def low_rank(name, rank, rows=None):
@@ -257,6 +257,26 @@ def test_figures_of_the_run_are_stated():
     for phrase in ("22.7 M", "45.4 MB", "down by 0.0340", "within 1.20 %", "Spearman ρ = 1.00", "9f86d081884c7d65"):
         assert phrase in page
     assert "50%, that is 11,356,608 parameters" in page
+
+
+def test_healing_is_drawn():
+    rows = [{"step": step, "loss": 1 / step, "guard": 0.5 / step} for step in (10, 20, 30)]
+    stages = [
+        {"stage": "block by block", "steps": 10, "before": 0.5, "after": 0.05},
+        {"stage": "end to end", "steps": 20, "before": 0.05, "after": 0.016},
+    ]
+    healing = {"before": 0.5, "after": 0.016, "best_step": 30, "seconds": 62, "recipe": {"steps": 30}}
+    healing |= {"history": rows, "stages": stages}
+    page = render_report(PLAN, METRICS | {"healing": healing})
+    parse(page)
+    assert "30 steps in 1\u00a0min 02\u00a0s took the divergence" in page
+    assert page.count("<title>step 30:") == 2
+    assert "block by block, 10 steps" in page
+    lost = sections.healing({"healing": healing | {"best_step": 0, "stages": stages[:1]}})
+    assert "found no weights better" in lost["reading"]
+    assert lost["stages"] == []
+    assert sections.healing({"healing": {"best_step": 3}})["curves"] == []
+    assert sections.healing({}) is None
 
 
 def test_card_has_front_matter_figures_and_snippet():
