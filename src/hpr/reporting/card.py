@@ -35,6 +35,7 @@ def render_card(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
             sizes=sizes,
             size={row["key"]: row for row in sizes},
             quality=sections.quality(metrics),
+            healing=sections.healing(metrics),
         )
     )
 
