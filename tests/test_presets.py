@@ -317,3 +317,30 @@ def test_the_plan_of_a_preset_is_fitted_like_any_other() -> None:
     torch.testing.assert_close(fitted[name].weight, sum(weights) / 3)
     assert torch.equal(first[name].weight, weights[0])
     assert 0.8 < fitted[name].weight.std() * 3**0.5 / first[name].weight.std() < 1.2
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(1, "0000"), (2, "0101"), (3, "0120")])
+def test_an_encoder_and_its_decoder_as_one_sequence(groups: int, expected: str) -> None:
+    """Encoder layers first; what only the decoder has is shared between its own layers alone."""
+    config = tf.MarianConfig(
+        vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0, decoder_start_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = tf.MarianMTModel(config).eval()
+    plan = presets.cycle(groups, spanning=True).plan(model)
+    names = [f"{stack}.{layer}.self_attn.q_proj" for stack in ("encoder", "decoder") for layer in (0, 1)]
+    factors = [plan.entries[name].terms[0].u if plan.entries[name].terms else name for name in names]
+    order = list(dict.fromkeys(factors))
+    assert "".join(str(order.index(factor)) for factor in factors) == expected
+    crossed = [plan.entries[f"decoder.{layer}.encoder_attn.k_proj"].terms for layer in (0, 1)]
+    assert (crossed[0] == crossed[1] != ()) == (groups == 1)
+    student = hpr.share(model, presets.cycle(groups, spanning=True))
+    inputs = {"input_ids": torch.tensor([[5, 6, 1]]), "decoder_input_ids": torch.tensor([[0, 7]])}
+    student(**inputs).logits.sum().backward()
+    assert all(parameter.grad is not None for name, parameter in student.named_parameters() if "hpr_bank" in name)
+
+
+def test_one_stack_has_nothing_to_span() -> None:
+    model = tf.BertModel(tf.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16))
+    with pytest.raises(HprError, match=r"cycle\(groups=2, spanning=True\) needs an encoder and a decoder"):
+        presets.cycle(2, spanning=True).plan(model)

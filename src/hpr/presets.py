@@ -17,6 +17,7 @@ from hpr.errors import HprError
 from hpr.operators import Fitted, tie
 from hpr.planning.plan import KEEP, Budget, Entry, Plan, keep_all
 from hpr.replaceable import unshareable
+from hpr.tracks import rows
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,16 @@ class Preset:
     """A rule that puts every layer of a stack into a group; the functions of this module make one.
 
     ``number`` is that of the groups, or for ``adjacent`` that of the layers in each. ``only`` is a shell pattern of site names
-    (``encoder.*``, several separated by commas); all other sites stay as they are. Raises ``HprError`` where the name is
-    unknown or the number is no whole number from the least that the rule can do with.
+    (``encoder.*``, several separated by commas); all other sites stay as they are. ``spanning``: the layers of an encoder and,
+    after them, those of its decoder are one sequence (Tied Transformers, Xia et al. 2019): what both have, self-attention and
+    feed-forward, is shared between them. Raises ``HprError`` where the name is unknown or the number is no whole number from
+    the least that the rule can do with.
     """
 
     name: str
     number: int
     only: str | None = None
+    spanning: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in _RULES:
@@ -40,7 +44,8 @@ class Preset:
             raise HprError(f"{self}: {self.number!r} is not a whole number from {least} up: give {least} or more")
 
     def __str__(self) -> str:
-        return f"{self.name}({'size' if self.name == 'adjacent' else 'groups'}={self.number!r})"
+        more = ", spanning=True" if self.spanning else ""
+        return f"{self.name}({'size' if self.name == 'adjacent' else 'groups'}={self.number!r}{more})"
 
     def assign(self, layers: int) -> tuple[int, ...]:
         """Group number of every layer of a stack, in layer order: (layers,).
@@ -64,17 +69,11 @@ class Preset:
         """
         anatomy = describe(model)
         free = self._free(model, anatomy)
-        used = {site.stack for site in free}
-        group_of = {stack.name: self._assigned(stack) for stack in anatomy.stacks if stack.name in used}
+        groups = self._spanning(model, anatomy, free) if self.spanning else self._by_stack(anatomy, free)
         entries = {site.name: Entry(KEEP) for site in anatomy.sites}
-        for sites in anatomy.slots().values():
-            groups: dict[tuple[int, int | None], list[Site]] = {}
-            for site in sites:
-                if site in free and site.stack is not None and site.layer is not None:
-                    groups.setdefault((group_of[site.stack][site.layer], site.expert), []).append(site)
-            for members in groups.values():
-                if len(members) > 1:
-                    entries |= {name: Entry(tie.TIE, terms) for name, terms in tie.terms(members, ()).items()}
+        for members in groups:
+            if len(members) > 1:
+                entries |= {name: Entry(tie.TIE, terms) for name, terms in tie.terms(members, ()).items()}
         tied = replace(keep_all(anatomy), entries=entries, diagnostics={"label": str(self)})
         plan = replace(tied, budget=Budget(str(self), tied.parameters(anatomy)))
         plan.validate(anatomy)
@@ -109,6 +108,33 @@ class Preset:
             raise HprError(f"{self} with only={self.only!r} finds no site that layers could share ({why}): name others")
         return free
 
+    def _by_stack(self, anatomy: Anatomy, free: set[Site]) -> list[list[Site]]:
+        """The groups of every slot, each stack by itself."""
+        used = {site.stack for site in free}
+        group_of = {stack.name: self._assigned(stack) for stack in anatomy.stacks if stack.name in used}
+        found: list[list[Site]] = []
+        for sites in anatomy.slots().values():
+            groups: dict[tuple[int, int | None], list[Site]] = {}
+            for site in sites:
+                if site in free and site.stack is not None and site.layer is not None:
+                    groups.setdefault((group_of[site.stack][site.layer], site.expert), []).append(site)
+            found += groups.values()
+        return found
+
+    def _spanning(self, model: nn.Module, anatomy: Anatomy, free: set[Site]) -> list[list[Site]]:
+        """The groups of every row of kin slots. Raises ``HprError`` for a model that is no encoder–decoder."""
+        every = [row for row in rows(model, anatomy, {site.name for site in free}) if row.sites[0].expert is None]
+        if not any(len(row.spans) > 1 for row in every):
+            raise HprError(f"{self} needs an encoder and a decoder with slots in common: leave spanning out")
+        found: list[list[Site]] = []
+        for row in every:
+            groups: dict[int, list[Site]] = {}
+            rule = replace(self, number=min(self.number, len(row.sites)))
+            for site, group in zip(row.sites, rule.assign(len(row.sites)), strict=True):
+                groups.setdefault(group, []).append(site)
+            found += groups.values()
+        return found
+
     def _assigned(self, stack: Stack) -> tuple[int, ...]:
         try:
             return self.assign(stack.layers)
@@ -116,29 +142,29 @@ class Preset:
             raise HprError(f"{stack.name}: {error}, or leave this stack out with only=") from error
 
 
-def sequence(groups: int, only: str | None = None) -> Preset:
+def sequence(groups: int, only: str | None = None, spanning: bool = False) -> Preset:
     """Consecutive layers in equal groups, 6 layers in 3 groups: 0 0 1 1 2 2 (SEQUENCE of Takase & Kiyono 2021).
 
     Where they do not divide, sizes differ by one at most, 7 in 3: 0 0 0 1 1 2 2.
     """
-    return Preset("sequence", groups, only)
+    return Preset("sequence", groups, only, spanning)
 
 
-def cycle(groups: int, only: str | None = None) -> Preset:
+def cycle(groups: int, only: str | None = None, spanning: bool = False) -> Preset:
     """The groups in order, over and over, 6 layers in 3 groups: 0 1 2 0 1 2 (CYCLE of Takase & Kiyono 2021).
 
     Where they do not divide, the last repetition is cut short, 7 in 3: 0 1 2 0 1 2 0.
     """
-    return Preset("cycle", groups, only)
+    return Preset("cycle", groups, only, spanning)
 
 
-def cycle_rev(groups: int, only: str | None = None) -> Preset:
+def cycle_rev(groups: int, only: str | None = None, spanning: bool = False) -> Preset:
     """``cycle`` with its last repetition reversed, 6 layers in 3 groups: 0 1 2 2 1 0 (CYCLE (REV) of Takase & Kiyono 2021).
 
     Where they do not divide, the last repetition is cut short after it is reversed, 7 in 3: 0 1 2 0 1 2 2.
     The first is never reversed: as many groups as layers share nothing.
     """
-    return Preset("cycle_rev", groups, only)
+    return Preset("cycle_rev", groups, only, spanning)
 
 
 def sandwich(groups: int = 3, only: str | None = None) -> Preset:
@@ -150,9 +176,9 @@ def sandwich(groups: int = 3, only: str | None = None) -> Preset:
     return Preset("sandwich", groups, only)
 
 
-def albert(only: str | None = None) -> Preset:
+def albert(only: str | None = None, spanning: bool = False) -> Preset:
     """All layers in one group (ALBERT, Lan et al. 2020, which also shares biases and norms; here they stay private)."""
-    return Preset("albert", 1, only)
+    return Preset("albert", 1, only, spanning)
 
 
 def adjacent(size: int = 2, only: str | None = None) -> Preset:
