@@ -117,9 +117,7 @@ def main() -> None:
     """Train, translate, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=list(WIDTHS), metavar="model", help=", ".join(WIDTHS))
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with train.en.gz, val.en.gz, test_2016_flickr.en.gz"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.en.gz, val.en.gz, test_2016_flickr.en.gz")
     parser.add_argument("--output", type=Path, default=Path("out/multi30k"))
     parser.add_argument("--epochs", type=float, default=20)
     options = parser.parse_args()

@@ -25,7 +25,7 @@ from hpr.healing import Recipe, Weights, augmentation, train
 from hpr.healing.amounts import amount, steps_within
 from hpr.healing.augmentation import replace_tokens, vary
 from hpr.healing.cache import Taught
-from hpr.healing.losses import GlobalLoss, labelled, squared
+from hpr.healing.losses import GlobalLoss, labelled, related, squared
 from hpr.healing.schedule import Schedule
 from hpr.healing.trainer import groups, last_checkpoint
 from hpr.profiling.objectives import OBJECTIVES
@@ -96,6 +96,17 @@ def test_parts_against_references_in_float64(pair) -> None:
     assert parts["outputs"] == pytest.approx(2 * shares[-1], rel=1e-5)
     assert parts["hidden"] == pytest.approx(0.5 * sum(shares) / len(shares), rel=1e-5)
     assert float(loss.detach()) == pytest.approx(parts["outputs"] + parts["hidden"], rel=1e-6)
+
+
+def test_relations_are_those_between_different_examples() -> None:
+    draw = torch.Generator().manual_seed(0)
+    expected, found = (torch.randn(5, 7, generator=draw, dtype=torch.float64) for _ in range(2))
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    error = sum(float(expected[i] @ expected[j] - found[i] @ found[j]) ** 2 for i, j in pairs)
+    size = sum(float(expected[i] @ expected[j]) ** 2 for i, j in pairs)
+    assert float(related(expected, found)) == pytest.approx(error / size, rel=1e-5)
+    turned, _ = torch.linalg.qr(torch.randn(7, 7, generator=draw, dtype=torch.float64))
+    assert float(related(expected, expected @ turned)) < 1e-9  # blind to a rotation of the whole space
 
 
 def test_categorical_outputs_are_compared_at_a_temperature() -> None:
