@@ -1,8 +1,8 @@
 """Spoken digits with a small Whisper-shaped encoder, trained from scratch: layers that share against layers that do not.
 
 The 3,000 recordings of FSDD (8 kHz, six speakers) as logarithmic mel spectra; recordings 0 to 4 of each speaker and digit are
-the test set. Eight layers of width 64: *apart*, *shared* (all read one set of weights, the rest is private), and *shallow* (nothing
-shared, as many layers as *shared* has parameters for). Accuracy over three seeds:
+the test set. Eight layers of width 64: *apart*, *shared* (all read one set of weights, the rest is private), and *shallow*
+(nothing shared, as many layers as *shared* has parameters for). Accuracy over three seeds:
 python runs/digits.py --data recordings.zip [--epochs 30] [apart shared shallow]
 """
 

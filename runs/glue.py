@@ -85,7 +85,7 @@ def main() -> None:
             per_device_train_batch_size=32,
             per_device_eval_batch_size=128,
             lr_scheduler_type="linear",
-            warmup_ratio=0.1,
+            warmup_steps=0.1,
             train_sampling_strategy="group_by_length",
             logging_steps=200,
             save_strategy="no",

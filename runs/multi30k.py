@@ -80,7 +80,7 @@ def trained(model: tf.MarianMTModel, rows: list[dict], valid: list[dict], tokeni
         per_device_eval_batch_size=256,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
-        warmup_ratio=0.1,
+        warmup_steps=0.1,
         weight_decay=0.0,
         label_smoothing_factor=0.1,
         train_sampling_strategy="group_by_length",

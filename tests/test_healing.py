@@ -421,6 +421,105 @@ def test_killed_and_resumed_is_as_if_uninterrupted(pair, tmp_path: Path, step: i
     assert equal(healed_weights(pair, tmp_path / "run", recipe), expected)
 
 
+@pytest.mark.parametrize("family", ["vit", "mixtral"])
+def test_families_whose_weights_are_renamed_on_saving_resume_too(family: str, tmp_path: Path) -> None:
+    """Stopped after its first half and taken up again, or in one go: the same weights, and those of the best check."""
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(1)
+    if family == "vit":
+        config = tf.ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=5)
+        teacher, goal = tf.ViTForImageClassification(config).eval(), OBJECTIVES["classification"]
+        given = [{"pixel_values": torch.randn(8, 3, 8, 8, generator=draw)} for _ in range(8)]
+    else:
+        more = {"vocab_size": 40, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+        teacher, goal = tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, **more)).eval(), OBJECTIVES["causal-lm"]
+        given = [{"input_ids": torch.randint(3, 40, (4, 9), generator=draw)} for _ in range(8)]
+    before = hpr.share(teacher, hpr.presets.albert())
+    recipe = Recipe(steps=8, checks=4, rate=5e-3)
+
+    def healed(folder: Path, stop: int | None = None) -> tuple[dict[str, torch.Tensor], float, float]:
+        student = copy_of(before)
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        found = train(student, teacher, given, given[:2], recipe, goal, folder=folder, progress=progress)
+        best = min(found.before.mean, *(row["guard"] for row in found.history))
+        return weights_of(student), found.after.mean, best
+
+    expected, after, best = healed(tmp_path / "whole")
+    assert after == pytest.approx(best, rel=1e-6)
+    with pytest.raises(KeyboardInterrupt):
+        healed(tmp_path / "cut", stop=5)
+    weights, _, _ = healed(tmp_path / "cut")
+    assert equal(weights, expected)
+
+
+def test_nothing_of_the_training_is_left_on_a_student() -> None:
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": 40, "num_key_value_heads": 2}
+    teacher = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).eval()
+    student = hpr.share(teacher, hpr.presets.albert())
+    ids = [{"input_ids": torch.randint(3, 40, (4, 9), generator=torch.Generator().manual_seed(i))} for i in range(8)]
+    own = set(vars(student))
+    found = train(student, teacher, ids, ids[:2], Recipe(steps=4, checks=1, rate=5e-3, bf16=True), OBJECTIVES["causal-lm"])
+    assert set(vars(student)) <= own
+    assert student.config.use_cache
+    assert student(**ids[0]).past_key_values is not None
+    again = hpr.healing.training.GlobalLoss(teacher, describe(teacher), OBJECTIVES["causal-lm"], Weights())
+    assert again.guard(student, ids[:2]).mean == found.after.mean  # measured in float32, as before
+
+
+def test_layers_are_computed_again_where_that_is_wanted(monkeypatch) -> None:
+    import transformers.modeling_utils as modeling
+
+    calls, real = [], modeling.checkpoint
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(modeling, "checkpoint", counted)
+    teacher = teacher_of()
+    student = hpr.share(teacher, hpr.presets.albert())
+    train(student, teacher, batches(), batches(2), Recipe(steps=2, checks=1, checkpointing=True, dropout=True))
+    assert len(calls) == 2 * 4
+    with pytest.raises(HprError, match="say dropout=True with it"):
+        Recipe(checkpointing=True)
+    plain, rows = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), [torch.randn(4, 4)] * 2
+    with pytest.raises(HprError, match="Sequential cannot compute activations again"):
+        train(plain, plain, rows, rows, Recipe(steps=1, checkpointing=True, dropout=True), OBJECTIVES["hidden"])
+
+
+def test_rounded_weights_are_refused(pair) -> None:
+    teacher, student = pair
+    with pytest.raises(HprError, match=r"is bfloat16: most steps would be lost in rounding. Heal student.float\(\)"):
+        train(copy_of(student).bfloat16(), teacher, batches(), batches(2), Recipe(steps=1))
+
+
+def test_the_checkpoints_of_another_student_or_data_are_refused(pair, tmp_path: Path) -> None:
+    teacher, student = pair
+    recipe = Recipe(steps=2, checks=1)
+    train(copy_of(student), teacher, batches(), batches(2), recipe, folder=tmp_path)
+    other = copy_of(student)
+    with torch.no_grad():
+        other.embeddings.LayerNorm.bias.add_(0.1)
+    for changed, data, guard in ((other, batches(), batches(2)), (student, batches(seed=8), batches(2, seed=9))):
+        with pytest.raises(HprError, match=r"a run with other (student|data, guard):"):
+            train(copy_of(changed), teacher, data, guard, recipe, folder=tmp_path)
+
+
+def test_a_run_that_is_over_gives_its_weights_from_wherever_the_folder_is_now(pair, tmp_path: Path) -> None:
+    teacher, student = pair
+    recipe = Recipe(steps=6, checks=3)
+    first, second = copy_of(student), copy_of(student)
+    train(first, teacher, batches(), batches(2), recipe, folder=tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    train(second, teacher, batches(), batches(2), recipe, folder=tmp_path / "there")
+    assert equal(weights_of(first), weights_of(second))
+
+
 def test_half_a_checkpoint_is_removed_and_another_run_refused(pair, tmp_path: Path) -> None:
     recipe = replace(arguments(tmp_path)["recipe"], steps=8, checks=2)
     expected = healed_weights(pair, tmp_path, recipe)

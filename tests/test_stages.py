@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -69,12 +70,42 @@ def test_gradients_do_not_cross_forced_layers(pair) -> None:  # noqa: F811
     student = copy_of(student)
     forcing = Forcing(student, teacher, describe(teacher))
     forcing.active = True
-    loss_of(teacher, "hidden", Weights())(student, batches()[0], forcing)
-    last = student.encoder.layer[3](forcing.inputs["encoder.layer.3"])
-    last.sum().backward()
+    loss, _ = loss_of(teacher, "hidden", Weights())(student, batches()[0], forcing)
+    forcing.close()
+    assert loss > 0
+    forcing = Forcing(student, teacher, describe(teacher))
+    forcing.active = True
+    with torch.no_grad():
+        teacher(**batches()[0])
+    student(**batches()[0]).last_hidden_state.sum().backward()  # of the last layer alone, as all below give way
     forcing.close()
     assert student.encoder.layer[3].attention.self.query.bias.grad is not None
     assert student.encoder.layer[2].attention.self.query.bias.grad is None
+
+
+def test_a_decoder_is_given_the_teachers_encoder_output() -> None:
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = tf.BartConfig(**sizes, **heads, d_model=16, vocab_size=40, max_position_embeddings=24)
+    teacher = tf.BartForConditionalGeneration(config).eval()
+    student = copy.deepcopy(teacher)
+    nn.init.normal_(student.model.encoder.layers[1].fc2.weight)
+    ids = torch.randint(3, 40, (4, 9), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids[:, :7].clone()}
+    batch["labels"][0, 5:] = -100
+    forcing = Forcing(student, teacher, describe(teacher))
+    forcing.active = True
+    loss = loss_of(teacher, "seq2seq", Weights(hidden=1.0))
+    total, parts = loss(student, batch, forcing)
+    total.backward()
+    forcing.close()
+    assert parts["outputs"] < 1e-9  # only the encoder's last layer is wrong, and nothing above sees it
+    assert student.model.encoder.layers[1].fc2.weight.grad.abs().max() > 0
+    assert student.model.encoder.layers[0].fc2.weight.grad.abs().max() == 0
+    mask = loss.mask(batch, "decoder.layers.0", torch.zeros(4, 7, 16))
+    assert mask[0].tolist() == [1] * 5 + [0] * 2
+    assert loss.mask(batch, "encoder.layers.0", torch.zeros(4, 9, 16)).all()
 
 
 def test_a_ramp_starts_at_the_original_and_ends_at_the_student(pair) -> None:  # noqa: F811
@@ -91,6 +122,14 @@ def test_a_ramp_starts_at_the_original_and_ends_at_the_student(pair) -> None:  #
     assert not torch.allclose(student(**batch).last_hidden_state, teacher(**batch).last_hidden_state, atol=1e-2)
 
 
+def test_a_ramp_from_the_weights_of_another_model_is_refused(pair) -> None:  # noqa: F811
+    teacher, student = pair
+    torch.manual_seed(5)
+    other = tf.BertModel(teacher.config).eval()
+    with pytest.raises(HprError, match="give the aligned teacher as original"):
+        train(copy_of(student), teacher, batches(), batches(2, seed=2), Recipe(steps=4, ramp=0.5), original=other)
+
+
 def test_a_ramp_gives_the_teacher_no_gradient(pair) -> None:  # noqa: F811
     teacher, student = pair
     student, teacher = copy_of(student), copy.deepcopy(teacher)
@@ -101,7 +140,9 @@ def test_a_ramp_gives_the_teacher_no_gradient(pair) -> None:  # noqa: F811
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize("stages", [{"blocks": 0.5}, {"ramp": 0.5}, {"blocks": 0.25, "ramp": 0.25, "checkpointing": True}])
+@pytest.mark.parametrize(
+    "stages", [{"blocks": 0.5}, {"ramp": 0.5}, {"blocks": 0.25, "ramp": 0.25, "checkpointing": True, "dropout": True}]
+)
 def test_stages_heal_and_say_what_each_gained(pair, stages) -> None:  # noqa: F811
     teacher, student = pair
     student = copy_of(student)
@@ -139,7 +180,7 @@ def test_targets_on_disk_change_nothing(pair, tmp_path, monkeypatch) -> None:  #
     given = [{"input_ids": batch["input_ids"][:, : 6 + place]} for place, batch in enumerate(batches(3))]
     train(kept, teacher, given, batches(2, seed=2), recipe, folder=tmp_path / "kept")
     assert len(list((tmp_path / "kept" / "targets").iterdir())) == 3
-    monkeypatch.setattr("hpr.healing.training.LIMIT", 0)
+    monkeypatch.setattr("hpr.healing.cache.LIMIT", -1)
     train(plain, teacher, given, batches(2, seed=2), recipe, folder=tmp_path / "plain")
-    assert not (tmp_path / "plain" / "targets").exists()
+    assert not list((tmp_path / "plain" / "targets").iterdir())
     assert equal(weights_of(kept), weights_of(plain))

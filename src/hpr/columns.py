@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hpr.data import TEXT_COLUMNS, Batches, as_label
 from hpr.errors import HprError
+from hpr.profiling.objectives import IGNORED
 
 _LABELS = ("label", "labels")
-_IGNORED = -100  # what transformers leaves out of a loss
 
 
 def read_columns(data: Any, labels: bool = False) -> tuple[list[Any], str, list[float] | None]:
@@ -60,7 +60,7 @@ def _stacked(values: list[Tensor], name: str) -> Tensor:
     values = [value.float() if value.is_floating_point() else value for value in values]
     if len({value.shape for value in values}) == 1:
         return torch.stack(values)
-    return pad_sequence(values, batch_first=True, padding_value=_IGNORED if name == "labels" else 0)
+    return pad_sequence(values, batch_first=True, padding_value=IGNORED if name == "labels" else 0)
 
 
 def _numeric(value: Any) -> bool:

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from hpr.data import in_input_order
 from hpr.errors import HprError
-from hpr.profiling.objectives import Batch, Objective, call, evaluating
-
-_IGNORED = -100  # a label that transformers leaves out of the loss
+from hpr.profiling.objectives import IGNORED, Batch, Objective, beside, call, evaluating
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], ob
     divergences, kept = [], []
     matching, losses = _Share(), (_Share(), _Share())
     with torch.no_grad(), evaluating(teacher), evaluating(student):
-        for index, batch in _numbered(batches):
+        for index, batch in _numbered(batches, teacher):
             outputs = call(teacher, batch), call(student, batch)
             expected, weight = objective.read(outputs[0], batch)
             found, _ = objective.read(outputs[1], batch)
@@ -103,7 +101,7 @@ def embeddings(model: nn.Module, batches: Sequence[Batch], objective: Objective)
     """
     rows = []
     with torch.no_grad(), evaluating(model):
-        for index, batch in _numbered(batches):
+        for index, batch in _numbered(batches, model):
             read, weight = objective.read(call(model, batch), batch)
             if read.dim() != 2:
                 raise HprError(f"objective {objective.name!r} gives outputs of shape {tuple(read.shape)}, not one per example")
@@ -168,10 +166,11 @@ class _Share:
         return self.total / self.weight if self.weight else None
 
 
-def _numbered(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch]]:
+def _numbered(batches: Sequence[Batch], model: nn.Module) -> Iterator[tuple[int, Batch]]:
+    """The batches with their numbers, on the model's device."""
     if not len(batches):
         raise HprError("no batches to evaluate on: at least one is needed")
-    return enumerate(batches)
+    return ((index, beside(batch, model)) for index, batch in enumerate(batches))
 
 
 def _match(expected: Tensor, found: Tensor, objective: Objective) -> Tensor:
@@ -205,12 +204,12 @@ def _targets(batch: Batch, objective: Objective) -> Tensor | None:
         if ids is None or ids.is_floating_point() or ids.dim() != 2:
             return None
         mask = inputs.get("attention_mask")
-        return ids if mask is None else ids.masked_fill(mask == 0, _IGNORED)
+        return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
     return inputs.get("labels") if objective.name in ("seq2seq", "masked-lm") else None
 
 
 def _token_losses(logits: Tensor, targets: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     if objective.name == "causal-lm":
         logits, targets = logits[:, :-1], targets[:, 1:]
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=_IGNORED, reduction="none")
-    return losses, (targets != _IGNORED).double()
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return losses, (targets != IGNORED).double()

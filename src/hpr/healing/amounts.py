@@ -6,11 +6,13 @@ import re
 import time
 from collections.abc import Sequence
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hpr.errors import HprError
 from hpr.healing.losses import GlobalLoss
-from hpr.profiling.objectives import Batch, evaluating
+from hpr.profiling.objectives import Batch, beside, evaluating
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|s|min|h)?")
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -30,13 +32,19 @@ def amount(text: str) -> tuple[int | None, float | None]:
     return int(number), None
 
 
-def steps_within(seconds: float, student: nn.Module, loss: GlobalLoss, batches: Sequence[Batch]) -> int:
-    """How many steps fit, at least one, by the time that a few of them take: forward and backward, spread over the batches."""
+def steps_within(seconds: float, student: nn.Module, loss: GlobalLoss, batches: Sequence[Batch], accumulate: int = 1) -> int:
+    """How many steps fit, at least one, by the time that a few batches take forward and backward, spread over all.
+
+    The first of several processes says it for all of them.
+    """
     places = [number * (len(batches) - 1) // _TIMED for number in range(_TIMED + 1)]
     with evaluating(student):
         for number, place in enumerate(places):
             if number == 1:
                 start = time.perf_counter()
-            loss(student, batches[place])[0].backward()
+            loss(student, beside(batches[place], student))[0].backward()
             student.zero_grad(set_to_none=True)
-    return max(1, int(seconds / ((time.perf_counter() - start) / _TIMED)))
+    found = [max(1, int(seconds * _TIMED / (time.perf_counter() - start) / accumulate))]
+    PartialState(cpu=next(student.parameters()).device.type == "cpu")
+    broadcast_object_list(found)
+    return found[0]

@@ -1,7 +1,7 @@
 """Inputs changed at random: a small calibration set overfits, and the teacher labels whatever the student is shown.
 
 Tokens are replaced by any of the vocabulary, so that the whole table learns and not only the words of the text. Recordings
-and images are mixed (mixup, Zhang et al. 2018), shifted along their first axis (time, for spectra) and made noisy.
+and images are mixed (mixup, Zhang et al. 2018), shifted along their longest axis (time, for spectra) and made noisy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOISE = 0.2  # of the standard deviation of a batch, at most
 def augmentation(vocabulary: Sequence[int] = (), replaced: float = REPLACED) -> Augmentation:
     """How to change a batch of tokens or of numbers. ``vocabulary``: ids to put in, none for no change to tokens.
 
-    Labels that come with a batch are left out where its inputs are changed: they say nothing about the new ones.
+    Of numbers the first input is varied; labels stay as they are, since decoders read them.
     """
     allowed = torch.tensor(sorted(vocabulary), dtype=torch.long)
 
@@ -33,7 +33,8 @@ def augmentation(vocabulary: Sequence[int] = (), replaced: float = REPLACED) -> 
             if not len(allowed):
                 return batch
             return {**batch, "input_ids": replace_tokens(batch["input_ids"], allowed, replaced, draw)}
-        return {key: vary(value, draw) if value.is_floating_point() else value for key, value in batch.items()}
+        numbers = [key for key, value in batch.items() if value.is_floating_point() and value.dim() > 1 and key != "labels"]
+        return {key: vary(value, draw) if key == numbers[0] else value for key, value in batch.items()} if numbers else batch
 
     return changed
 
@@ -46,13 +47,14 @@ def replace_tokens(ids: Tensor, allowed: Tensor, share: float, draw: torch.Gener
 
 
 def vary(values: Tensor, draw: torch.Generator) -> Tensor:
-    """(B, …) mixed with one another, shifted along the axis after the first and made noisy, each example in its own measure."""
+    """(B, …) mixed with one another, shifted along the longest axis and made noisy, each example in its own measure."""
     count, sides = len(values), (1,) * (values.dim() - 1)
     share = 0.5 * torch.rand(count, *sides, generator=draw)
     made = (1 - share) * values + share * values[torch.randperm(count, generator=draw)]
     if values.dim() > 2:
-        most = int(SHIFTED * values.shape[1])
+        axis = max(range(values.dim() - 1), key=values.shape[1:].__getitem__)
+        most = int(SHIFTED * values.shape[1 + axis])
         places = torch.randint(-most, most + 1, (count,), generator=draw).tolist()
-        made = torch.stack([row.roll(place, 0) for row, place in zip(made, places, strict=True)])
+        made = torch.stack([row.roll(place, axis) for row, place in zip(made, places, strict=True)])
     noise = NOISE * values.std() * torch.rand(count, *sides, generator=draw)
     return made + noise * torch.randn(values.shape, generator=draw)

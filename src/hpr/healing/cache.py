@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpr.profiling.objectives import Batch
 
-LIMIT = 4e9  # bytes that all targets of a run may take
+LIMIT = 4e9  # bytes that all targets of a run may take; beyond that they are made anew each time
 _HIDDEN = "hidden."
 
 
@@ -27,10 +27,6 @@ class Taught:
     weight: Tensor
     hidden: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.predictions, self.weight, *self.hidden.values()))
-
 
 class Cache:
     """Targets by the content of their batch, one file each, written whole or not at all; a damaged one is made anew."""
@@ -38,6 +34,7 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self.bytes = sum(path.stat().st_size for path in folder.iterdir())
 
     def __call__(self, batch: Batch, make: Callable[[], Taught]) -> Taught:
         """The targets of a batch, made now if they are not there."""
@@ -48,10 +45,13 @@ class Cache:
             except (SafetensorError, KeyError):
                 path.unlink()
         made = make()
+        if self.bytes > LIMIT:
+            return made
         tensors = {"predictions": made.predictions, "weight": made.weight}
         tensors |= {_HIDDEN + name: value for name, value in made.hidden.items()}
         half = path.with_suffix(f".{os.getpid()}")
         save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, half)  # they may be one tensor
+        self.bytes += half.stat().st_size
         half.replace(path)
         return made
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from hpr.anatomy import describe
 from hpr.errors import HprError
+from hpr.healing.augmentation import Augmentation
+from hpr.healing.cache import key_of
+from hpr.healing.losses import GlobalLoss
+from hpr.healing.recipe import Recipe
 from hpr.planning.plan import write_text
-from hpr.profiling.objectives import examples_in
+from hpr.profiling.objectives import Batch
 
 RECIPE = "recipe.json"  # beside the checkpoints: what they belong to
 
@@ -23,18 +30,32 @@ def steps_begun(folder: Path | None) -> int | None:
 
 
 def facts_of(
-    recipe: Mapping[str, Any], student: nn.Module, teacher: str, batches: Any, shares: Mapping[str, float] | None
+    recipe: Recipe,
+    student: nn.Module,
+    loss: GlobalLoss,
+    batches: Any,
+    guard: Sequence[Batch],
+    shares: Mapping[str, float] | None,
+    augment: Augmentation | None,
+    original: nn.Module | None,
 ) -> dict[str, Any]:
-    """What decides the weights of every step, as far as it is known beforehand. ``teacher``: its fingerprint."""
+    """What decides the weights of every step; what is long as a hash."""
     sources = dict(batches) if isinstance(batches, Mapping) else {"data": batches}
     return {
-        "recipe": dict(recipe),
-        "teacher": teacher,
-        "model": type(student).__name__,
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "examples": {name: sum(examples_in(batch) for batch in source) for name, source in sources.items()},
+        "recipe": asdict(recipe),
+        "objective": loss.objective.name,
+        "teacher": describe(loss.teacher).fingerprint,
+        "student": key_of(student.state_dict()),
+        "data": {name: _joined(source) for name, source in sources.items()},
+        "guard": _joined(guard),
         "shares": None if shares is None else dict(shares),
+        "augmentation": None if augment is None else getattr(augment, "__qualname__", type(augment).__qualname__),
+        "original": None if original is None else describe(original).fingerprint,
     }
+
+
+def _joined(batches: Sequence[Batch]) -> str:
+    return hashlib.sha256("".join(map(key_of, batches)).encode()).hexdigest()
 
 
 def claim(folder: Path, facts: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from hpr.errors import HprError
 from hpr.evaluation.metrics import Estimate, divergence
 from hpr.healing.cache import Cache, Taught
 from hpr.healing.stages import Forcing
-from hpr.profiling.objectives import Batch, Objective, call, evaluating, examples_in, mask_of
+from hpr.profiling.objectives import IGNORED, Batch, Objective, beside, call, evaluating, examples_in, mask_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class GlobalLoss:
     def __init__(self, teacher: nn.Module, anatomy: Anatomy, objective: Objective, weights: Weights):
         self.teacher, self.objective, self.weights = teacher, objective, weights
         self.cache: Cache | None = None
+        upper = anatomy.stacks[1:] if objective.name == "seq2seq" else ()
+        self._above = {path for stack in upper for path in stack.blocks}
         self.paths = [path for stack in anatomy.stacks for path in stack.blocks]
 
     def __call__(self, student: nn.Module, batch: Batch, forcing: Forcing | None = None) -> tuple[Tensor, dict[str, float]]:
@@ -67,19 +69,30 @@ class GlobalLoss:
         parts = {}
         if self.weights.outputs:
             parts["outputs"] = self.weights.outputs * self.outputs(taught, learnt, batch)
-        if self.weights.relations and taught.predictions.dim() == 2:
+        if self.weights.relations:
+            if taught.predictions.dim() != 2:
+                raise HprError(
+                    f"relations are between examples with one output vector each, objective {self.objective.name!r} gives "
+                    f"{tuple(taught.predictions.shape)}: set their weight to 0"
+                )
             found_rows, _ = self.objective.read(learnt, batch)
             parts["relations"] = self.weights.relations * related(taught.predictions, found_rows)
-        pairs = [(taught.hidden[path], found[path]) for path in paths]
+        pairs = [(path, taught.hidden[path], found[path]) for path in paths]
         if forced:
             assert forcing is not None
-            pairs += [(forcing.inputs[path], own) for path, own in forcing.own.items()]
+            pairs += [(path, forcing.inputs[path], own) for path, own in forcing.own.items()]
         if pairs:
-            distances = [squared(expected, given, mask_of(batch, expected)) for expected, given in pairs]
+            distances = [squared(expected, given, self.mask(batch, path, expected)) for path, expected, given in pairs]
             parts["hidden"] = (1.0 if forced else self.weights.hidden) * torch.stack(distances).mean()
         if self.weights.labels:
             parts["labels"] = self.weights.labels * labelled(learnt, batch)
         return torch.stack(list(parts.values())).sum(), {name: float(part.detach()) for name, part in parts.items()}
+
+    def mask(self, batch: Batch, path: str, states: Tensor) -> Tensor:
+        """Which positions of a layer's hidden states count: in a decoder those that predict something."""
+        if path in self._above and (weight := _predicting(batch)) is not None and weight.shape == states.shape[:2]:
+            return weight.to(states.device)
+        return mask_of(batch, states)
 
     def taught(self, batch: Batch, paths: Sequence[str] = (), kept: bool = False) -> Taught:
         """What the teacher gives on a batch; where it is ``kept`` in a cache it runs once only."""
@@ -94,7 +107,7 @@ class GlobalLoss:
         if not self.weights.labels:
             return divergence(student, self.teacher, batches, self.objective)
         with torch.no_grad(), evaluating(student):
-            found = [(float(self(student, batch)[0]), examples_in(batch)) for batch in batches]
+            found = [(float(self(student, beside(batch, student))[0]), examples_in(batch)) for batch in batches]
         return Estimate(sum(value * count for value, count in found) / sum(count for _, count in found), None)
 
     def outputs(self, taught: Taught, learnt: Any, batch: Batch) -> Tensor:
@@ -107,6 +120,13 @@ class GlobalLoss:
         log_p, log_q = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (expected, found))
         distance = (log_p.exp() * (log_p - log_q)).sum(-1)
         return temperature**2 * (distance * weight).sum() / weight.sum().clamp(min=1)
+
+
+def _predicting(batch: Batch) -> Tensor | None:
+    labels, mask = batch.get("labels"), batch.get("decoder_attention_mask")
+    if labels is not None:
+        return (labels != IGNORED).float()
+    return None if mask is None else mask.float()
 
 
 def squared(expected: Tensor, found: Tensor, weight: Tensor) -> Tensor:

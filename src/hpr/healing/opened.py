@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from hpr.profiling.objectives import Batch, objective_for
 from hpr.splits import Splits, open_splits
 
 HEALED = 65536  # examples of a source at most
+WRITTEN = 4096  # the same where the teacher first has to write what is to be answered
 _GUARDED = 8  # of so many batches that come as they are, one is a guard
 
 
@@ -65,10 +67,11 @@ def heal(
     if steps is None:
         assert seconds is not None
         loss = GlobalLoss(teacher.model, describe(teacher.model), goal, recipe.weights)
-        steps = steps_within(seconds, student, loss, next(iter(batches.values())))
-    changes = changes_for(teacher) if augment == "auto" else augment
+        steps = steps_within(seconds, student, loss, list(chain(*batches.values())), recipe.accumulate)
+    if augment == "auto":  # a label says nothing about changed inputs
+        augment = None if recipe.weights.labels else changes_for(teacher)
     recipe = replace(recipe, steps=steps)
-    return train(student, teacher.model, batches, guard, recipe, goal, changes, shares, place, original, progress, watch)
+    return train(student, teacher.model, batches, guard, recipe, goal, augment, shares, place, original, progress, watch)
 
 
 def opened_data(data: Any, teacher: OpenModel, labels: bool = False) -> tuple[dict[str, list[Batch]], list[Batch]]:
@@ -85,7 +88,8 @@ def opened_data(data: Any, teacher: OpenModel, labels: bool = False) -> tuple[di
             batches[name] = [batch for place, batch in enumerate(source) if place % _GUARDED]
             guard += source[::_GUARDED]
             continue
-        found = source if isinstance(source, Splits) else open_splits(source, teacher, HEALED, labels)
+        most = WRITTEN if teacher.objective == "seq2seq" else HEALED
+        found = source if isinstance(source, Splits) else open_splits(source, teacher, most, labels)
         batches[name] = found.calibration
         guard += found.rescoring
     return batches, guard

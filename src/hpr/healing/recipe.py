@@ -55,6 +55,10 @@ class Recipe:
                 f"rate {self.rate} must be above 0, shared_rate {self.shared_rate} and delta_decay {self.delta_decay} not "
                 f"below 0, warmup {self.warmup} from 0 to below 1"
             )
+        if self.checkpointing and not self.dropout:
+            raise HprError(
+                "checkpointing keeps layers in training mode: say dropout=True with it; a model without dropout stays as it is"
+            )
         if not (min(self.blocks, self.ramp) >= 0 and self.blocks + self.ramp <= 1):
             raise HprError(f"blocks {self.blocks} and ramp {self.ramp} are shares of the steps: from 0 to 1, together too")
 
@@ -68,7 +72,7 @@ class Recipe:
 def arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
     """What the Trainer is told."""
     every = max(1, recipe.steps // recipe.checks)
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=1,  # an item is a batch
@@ -96,4 +100,7 @@ def arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArg
         report_to="none",
         disable_tqdm=True,
         logging_nan_inf_filter=False,
+        dataloader_pin_memory=False,  # batches may be where the model is
     )
+    args._n_gpu = min(args.n_gpu, 1)  # several are used by several processes
+    return args

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import Dataset
 
 from hpr.errors import HprError
@@ -38,7 +39,7 @@ class Schedule(Dataset):
         self.length, self.seed, self.augment = length, seed, augment
         self.sources = list(sources.values())
         self.pools = [pooled(source) for source in self.sources]
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator().manual_seed(seed % 2**63)
         weights = torch.tensor([shares[name] for name in sources], dtype=torch.float64)
         self.chosen = torch.multinomial(weights, max(length, 1), replacement=True, generator=draw)
         self.turns = torch.zeros(len(self.chosen), dtype=torch.long)  # how often a source was drawn before
@@ -47,11 +48,10 @@ class Schedule(Dataset):
             self.turns[places] = torch.arange(int(places.sum()))
 
     @property
-    def different(self) -> int | None:
-        """How many batches there are, where they are the same in every epoch; else None."""
-        if self.augment is not None or any(pool is not None for pool in self.pools):
-            return None
-        return sum(len(source) for source in self.sources)
+    def repeats(self) -> bool:
+        """Whether batches come back as they were."""
+        same = self.augment is None and all(pool is None for pool in self.pools)
+        return same and self.length > sum(len(source) for source in self.sources)
 
     def __len__(self) -> int:
         return self.length
@@ -66,6 +66,7 @@ class Schedule(Dataset):
         else:
             rows = torch.randperm(examples_in(pool), generator=draw).tensor_split(len(batches))[place]
             batch = {name: value[rows] for name, value in pool.items()} if isinstance(pool, Mapping) else pool[rows]
+        batch = send_to_device(batch, "cpu")  # random numbers are drawn there
         return batch if self.augment is None else self.augment(batch, _draw(self.seed, -1, step))
 
 
@@ -80,4 +81,4 @@ def pooled(batches: Sequence[Batch]) -> Batch | None:
 
 
 def _draw(seed: int, kind: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + kind + 1) * 1_000_003 + number)
+    return torch.Generator().manual_seed(((seed * 1_000_003 + kind + 1) * 1_000_003 + number) % 2**63)

@@ -9,7 +9,7 @@ Both work by hooks on the student that stay for the whole run, since activations
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from hpr.anatomy import Anatomy, has_module, module_at
 from hpr.bank import SharedSite
+from hpr.errors import HprError
+from hpr.experts import SharedExperts
 
 BLOCKS, RAMP, WHOLE = "block by block", "ramp", "end to end"
 
@@ -80,6 +82,19 @@ class Course:
         """The student by itself."""
         self.enter(self.stages.steps)
 
+    def check(self, guard: Callable[[], float]) -> None:
+        """Raise where a ramp starts from weights worse than the student's own: those of another model, or not turned."""
+        if self.ramp is not None:
+            own = guard()
+            self.ramp.share = 0.0
+            first = guard()
+            self.leave()
+            if not first < max(own, 1e-12):
+                raise HprError(
+                    f"the ramp starts at {first:.4g} nats per example, the student itself is at {own:.4g}: where a plan aligns "
+                    f"layers, give the aligned teacher as original; else leave the ramp out"
+                )
+
     def close(self) -> None:
         """Take all hooks away."""
         for one in (self.forcing, self.ramp):
@@ -88,15 +103,17 @@ class Course:
 
 
 class Forcing:
-    """While ``active``, each layer of a student gets the input of the teacher's same layer, as the teacher last ran.
+    """While ``active``, each layer of a student gets what the teacher's same layer got, as the teacher last ran.
 
-    ``own``: path → what a layer of the student would have got, of the lowest layer of each stack.
+    That is the hidden states, and what else hangs on the student's parameters: the encoder's output, shared positions. ``own``:
+    path → what a layer of the student would have got, of the lowest layer of each stack.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, anatomy: Anatomy):
         self.active = False
         self.inputs: dict[str, Tensor] = {}
         self.own: dict[str, Tensor] = {}
+        self._calls: dict[str, tuple[tuple, dict]] = {}
         self._lowest = {stack.block(0) for stack in anatomy.stacks}
         self._handles: list[RemovableHandle] = []
         for path in [path for stack in anatomy.stacks for path in stack.blocks]:
@@ -113,6 +130,7 @@ class Forcing:
     def _note(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if self.active:
+                self._calls[path] = args, kwargs
                 self.inputs[path] = args[0] if args else kwargs["hidden_states"]
 
         return hook
@@ -123,11 +141,16 @@ class Forcing:
                 return None
             if path in self._lowest:
                 self.own[path] = args[0] if args else kwargs["hidden_states"]
-            if args:
-                return (self.inputs[path], *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self.inputs[path]}
+            taught, named = self._calls[path]
+            found = tuple(_taken(own, taught[place] if place < len(taught) else None) for place, own in enumerate(args))
+            return found, {name: _taken(own, named.get(name)) for name, own in kwargs.items()}
 
         return hook
+
+
+def _taken(own: Any, taught: Any) -> Any:
+    """The teacher's tensor where the student's depends on its parameters."""
+    return taught if isinstance(own, Tensor) and own.requires_grad and isinstance(taught, Tensor) else own
 
 
 class Ramp:
@@ -136,9 +159,9 @@ class Ramp:
     def __init__(self, student: nn.Module, original: nn.Module):
         self.share = 1.0
         self._handles = [
-            module.register_forward_hook(self._blend(module_at(original, module.path)))
+            module.register_forward_hook(self._blend(module_at(original, module.path)), with_kwargs=True)
             for module in student.modules()
-            if isinstance(module, SharedSite)
+            if isinstance(module, SharedSite | SharedExperts)
         ]
 
     def close(self) -> None:
@@ -149,7 +172,7 @@ class Ramp:
     def _blend(self, source: nn.Module) -> Any:
         fixed = {name: value.detach() for name, value in source.named_parameters()}  # views: nothing is copied
 
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            return None if self.share == 1 else functional_call(source, fixed, args).lerp(output, self.share)
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            return None if self.share == 1 else functional_call(source, fixed, args, kwargs).lerp(output, self.share)
 
         return hook

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -20,6 +21,7 @@ from hpr.errors import HprError
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.sharding import whole, whole_weights
 from hpr.healing.stages import Course, Stages
+from hpr.hub import WEIGHTS
 from hpr.profiling.curvature import Progress
 from hpr.profiling.objectives import Batch
 
@@ -27,7 +29,7 @@ Watch = Callable[[Mapping[str, float]], None]  # step, loss and guard at each ch
 GUARD = "eval_guard"  # what ``GlobalLoss.guard`` gives, as the Trainer's log names it
 SMALLEST = 1e-3  # root mean square: biases that are nearly 0 move all the same
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
-_PARTS = (_STATE, "optimizer.pt", "scheduler.pt", "model.safetensors")
+_PARTS = (_STATE, "optimizer.pt", "scheduler.pt", WEIGHTS)
 
 
 class Kept(NamedTuple):
@@ -85,11 +87,24 @@ class HealingTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(self.groups, lr=self.args.learning_rate, weight_decay=0.0)
         return self.optimizer
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The weights under their names in this model: ``save_pretrained`` renames those of some families."""
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.student, str(folder / WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.student, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Left to who trains: the folder may have another name by then."""
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         if not self.dropout:
-            model.eval()
+            model.eval()  # activations are then kept: layers compute them again in training mode only
         loss, _ = self.global_loss(model, inputs, self.course.enter(self.state.global_step))
         if not torch.isfinite(loss):
             raise HprError(
@@ -104,7 +119,9 @@ class HealingTrainer(Trainer):
         self.course.leave()
         found = self.global_loss.guard(self.student, self.guard)
         metrics = {GUARD: found.mean}
-        if self.is_distributed_loading_by_transformers and (self.kept is None or found.mean < self.kept.guard):
+        if getattr(self, "is_distributed_loading_by_transformers", False) and (
+            self.kept is None or found.mean < self.kept.guard
+        ):
             self.kept = Kept(self.state.global_step, found.mean, whole_weights(self.student))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -152,12 +169,22 @@ def groups(student: nn.Module, rate: float, shared_rate: float, delta_decay: flo
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             factor = name.rsplit(f"{BANK}.factors.", 1)[-1].removesuffix(".weight") if f"{BANK}.factors." in name else None
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise HprError(
+                    f"{name} is {str(parameter.dtype).removeprefix('torch.')}: most steps would be lost in rounding. Heal "
+                    f"student.float(), with Recipe(bf16=True) for products in bfloat16"
+                )
             scale = max(float(whole(parameter.detach()).float().square().mean().sqrt()), SMALLEST)
             lr = rate * scale * (shared_rate if factor in shared else 1.0)
             found.append({"params": [parameter], "lr": lr, "weight_decay": delta_decay if factor in deltas else 0.0})
     if not found:
         raise HprError(f"no parameter of this {type(student).__name__} takes a gradient: nothing can be healed")
     return found
+
+
+def load_weights(student: nn.Module, checkpoint: Path) -> None:
+    """Put the weights of a checkpoint into a student."""
+    load_model(student, str(checkpoint / WEIGHTS))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

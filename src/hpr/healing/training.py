@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hpr.anatomy import describe
+from hpr.errors import HprError
 from hpr.evaluation.metrics import Estimate
 from hpr.healing.augmentation import Augmentation
-from hpr.healing.cache import LIMIT, Cache
+from hpr.healing.cache import Cache
 from hpr.healing.claim import claim, facts_of
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.recipe import CHECKPOINTING, Recipe, arguments
 from hpr.healing.schedule import Schedule
 from hpr.healing.sharding import shard
 from hpr.healing.stages import Course, gains
-from hpr.healing.trainer import HealingTrainer, Watch, groups, history, last_checkpoint
+from hpr.healing.trainer import HealingTrainer, Watch, groups, history, last_checkpoint, load_weights
 from hpr.models import quietly
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.objectives import Batch, Objective, evaluating, objective_for
@@ -93,55 +94,76 @@ def train(
     anatomy, device, initial = describe(teacher), next(student.parameters()).device, copy.deepcopy(student.state_dict())
     loss = GlobalLoss(teacher, anatomy, goal, recipe.weights)
     before = loss.guard(student, guard)
-    with ExitStack() as stack:
-        processes = PartialState(cpu=device.type == "cpu")
-        if folder is None:
-            folder = _common(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hpr-heal-"))))
+    processes = PartialState(cpu=device.type == "cpu")
+    with ExitStack() as outer:
+        place = folder or _common(Path(outer.enter_context(tempfile.TemporaryDirectory(prefix="hpr-heal-"))))
         with processes.main_process_first():
-            claim(folder, facts_of(asdict(recipe), student, anatomy.fingerprint, batches, shares))
-            checkpoint = last_checkpoint(folder)
-        stack.enter_context(evaluating(student))  # for its end: every module is left in the mode that it was in
-        args = arguments(recipe, folder, device)
-        schedule = Schedule(batches, recipe.steps * recipe.accumulate * args.world_size, recipe.seed, augment, shares)
-        teacher.to(args.device)
-        if _repeats(schedule) and _fits(loss, schedule):
-            loss.cache = Cache(folder / TARGETS)
-        learner = student.to(args.device)
-        if recipe.sharded:
-            learner = shard(copy.deepcopy(student), anatomy, args.device)
-        course = Course(recipe.stages, learner, teacher, anatomy, original or teacher)
-        stack.callback(course.close)
-        if recipe.checkpointing and isinstance(learner, PreTrainedModel):  # the Trainer leaves it on
-            stack.callback(getattr(learner, f"{CHECKPOINTING}_disable"))
-            stack.callback(learner.disable_input_require_grads)
-        trainer = HealingTrainer(
-            learner,
-            args,
-            schedule,
-            loss,
-            guard,
-            groups(learner, recipe.rate, recipe.shared_rate, recipe.delta_decay),
-            recipe.dropout,
-            course,
-            progress,
-            watch,
-        )
-        with quietly():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            claim(place, facts_of(recipe, student, loss, batches, guard, shares, augment, original))
+            checkpoint = last_checkpoint(place)
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(student))  # for its end: every module is left in the mode that it was in
+            args = arguments(recipe, place.resolve(), device)
+            schedule = Schedule(batches, recipe.steps * recipe.accumulate * args.world_size, recipe.seed, augment, shares)
+            if schedule.repeats:
+                loss.cache = Cache(place / TARGETS)
+                stack.callback(setattr, loss, "cache", None)
+            teacher.to(args.device)
+            learner = student.to(args.device)
+            if recipe.sharded:
+                learner = shard(copy.deepcopy(student), anatomy, args.device)
+            stack.callback(_as_it_was(learner, recipe))
+            course = Course(recipe.stages, learner, teacher, anatomy, (original or teacher).to(args.device))
+            stack.callback(course.close)
+            course.check(lambda: loss.guard(learner, guard[:1]).mean)
+            trainer = HealingTrainer(
+                learner,
+                args,
+                schedule,
+                loss,
+                guard,
+                groups(learner, recipe.rate, recipe.shared_rate, recipe.delta_decay),
+                recipe.dropout,
+                course,
+                progress,
+                watch,
+            )
+            with quietly():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         best_step = trainer.state.best_global_step or 0
         if trainer.kept is not None:
             student.load_state_dict(trainer.kept.weights)
             best_step = trainer.kept.step
-        if not (trainer.kept.guard if trainer.kept else trainer.state.best_metric or math.inf) < before.mean:
-            student.load_state_dict(initial)
-            best_step = 0
+        elif best_step:
+            load_weights(student, place / f"{PREFIX_CHECKPOINT_DIR}-{best_step}")
         after = loss.guard(student, guard)
+        if not after.mean < before.mean:
+            student.load_state_dict(initial)
+            after, best_step = before, 0
         processes.wait_for_everyone()  # before the folder is cleared away
-        student.zero_grad(set_to_none=True)
-        student.to(device)
-        teacher.to(device)
+    student.zero_grad(set_to_none=True)
+    student.to(device)
+    teacher.to(device)
     rows, seconds = history(trainer.state.log_history), time.perf_counter() - start
     return Healing(before, after, best_step, seconds, rows, gains(rows, recipe.stages, before.mean), recipe)
+
+
+def _as_it_was(learner: nn.Module, recipe: Recipe) -> Callable[[], None]:
+    """What undoes all that the Trainer and accelerate leave behind on a model."""
+    config, own = getattr(learner, "config", None), set(vars(learner))
+    cached = getattr(config, "use_cache", None)
+    if recipe.checkpointing and not isinstance(learner, PreTrainedModel):
+        raise HprError(f"{type(learner).__name__} cannot compute activations again: set checkpointing to False")
+
+    def undo() -> None:
+        for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - own:
+            vars(learner).pop(name, None)
+        if cached is not None:
+            config.use_cache = cached  # type: ignore[union-attr]
+        if recipe.checkpointing:
+            getattr(learner, f"{CHECKPOINTING}_disable")()
+            learner.disable_input_require_grads()  # type: ignore[operator]
+
+    return undo
 
 
 def _common(folder: Path) -> Path:
@@ -149,15 +171,3 @@ def _common(folder: Path) -> Path:
     names = [str(folder)]
     broadcast_object_list(names)
     return Path(names[0])
-
-
-def _repeats(schedule: Schedule) -> bool:
-    """Whether batches come back as they were."""
-    return schedule.different is not None and len(schedule) > schedule.different
-
-
-def _fits(loss: GlobalLoss, schedule: Schedule) -> bool:
-    """Whether what the teacher gives for all batches may lie on disk, by what it gives for the first."""
-    batch = send_to_device(schedule[0], next(loss.teacher.parameters()).device)
-    paths = loss.paths if loss.weights.hidden else []
-    return loss.taught(batch, paths).bytes * (schedule.different or 0) <= LIMIT

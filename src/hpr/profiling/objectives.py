@@ -25,6 +25,7 @@ from hpr.errors import HprError
 
 Batch = Any  # a mapping of keyword inputs, or one tensor for a plain module
 Draw = Callable[[Tensor, torch.Generator], Tensor]
+IGNORED = -100  # a label that transformers leaves out of the loss
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 UNCERTAIN = 0.3  # of what even outputs have, in the mean of 1 − Σ p²: from there on gradients say enough
 
@@ -69,6 +70,14 @@ class Objective:
 def call(model: nn.Module, batch: Batch) -> Any:
     """Run a model on a batch: keyword inputs for a mapping, one argument otherwise."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def beside(batch: Batch, model: nn.Module) -> Batch:
+    """The batch on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Mapping):
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return batch.to(device)
 
 
 @contextmanager
@@ -158,7 +167,7 @@ def _read_tokens(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def _read_decoder(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = _logits(outputs)
     labels = batch.get("labels")
-    mask = batch.get("decoder_attention_mask") if labels is None else labels != -100
+    mask = batch.get("decoder_attention_mask") if labels is None else labels != IGNORED
     return logits, torch.ones(logits.shape[:2], device=logits.device) if mask is None else mask.float()
 
 
