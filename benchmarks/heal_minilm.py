@@ -22,7 +22,7 @@ from hpr.data import labelled_tsv, sts_pairs
 from hpr.evaluation.metrics import compare
 from hpr.evaluation.tasks import Embed, embedder, sts_correlation
 from hpr.healing import Weights, augmentation
-from hpr.healing.opened import HEALED, changes_for
+from hpr.healing.opened import HEALED
 from hpr.models import open_model
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.splits import open_splits
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=hpr.Recipe.rate)
     parser.add_argument("--hidden", type=float, default=Weights.hidden)
     parser.add_argument("--relations", type=float, default=Weights.relations)
-    parser.add_argument("--replaced", type=float, help="share of tokens replaced by others; the default if left out")
+    parser.add_argument("--replaced", type=float, default=0.0, help="share of tokens replaced by others")
     parser.add_argument("--blocks", type=float, default=0.0)
     parser.add_argument("--ramp", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -103,8 +103,8 @@ def main() -> None:
     student = open_model(options.folder).model
     measure("dense", teacher.model)
     measure("compressed", student)
-    augment = changes_for(teacher)
-    if options.replaced is not None:
+    augment = None
+    if options.replaced:
         special = set(teacher.tokenizer.all_special_ids)
         augment = augmentation([i for i in range(len(teacher.tokenizer)) if i not in special], options.replaced)
     recipe = hpr.Recipe(

@@ -70,7 +70,15 @@ def test_time_is_turned_into_steps(pair) -> None:  # noqa: F811
     assert 1 <= found.recipe.steps < 10**6
 
 
-def test_text_to_go_on_from_is_left_as_it_is(opened) -> None:
+def test_numbers_vary_and_texts_stay(opened) -> None:
     teacher, _ = opened
-    assert changes_for(teacher) is not None
-    assert changes_for(hpr.models.OpenModel(teacher.model, teacher.tokenizer, "causal-lm", None, "writer")) is None
+    assert changes_for(teacher) is None
+    change = changes_for(hpr.models.OpenModel(teacher.model, None, "hidden", None, "of numbers"))
+    batch = {"input_values": torch.randn(4, 9, 3), "labels": torch.randn(4, 2), "attention_mask": torch.ones(4, 9)}
+    changed = change(batch, torch.Generator().manual_seed(0))
+    assert not torch.allclose(changed["input_values"], batch["input_values"], atol=0.1)
+    assert all(torch.equal(changed[name], batch[name]) for name in ("labels", "attention_mask"))
+    mels = torch.zeros(2, 4, 40)
+    mels[:, 2, 20] = 1
+    shifted = change(mels, torch.Generator().manual_seed(0)).abs().amax(-1).argmax(-1)
+    assert shifted.tolist() == [2, 2]  # along time, the longest axis, and not from band to band

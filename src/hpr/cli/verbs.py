@@ -191,7 +191,7 @@ def heal(
     how_long: Annotated[str, typer.Option("--for", metavar="AMOUNT", help="500steps, 90s, 10min or 2h.")] = "300steps",
     rate: Annotated[
         float, typer.Option(min=0, metavar="RATE", help="The peak learning rate, relative to each factor's own scale.")
-    ] = 1e-3,
+    ] = 4e-4,
     blocks: Annotated[
         float,
         typer.Option(min=0, max=1, metavar="SHARE", help="Of the steps: first each layer by itself."),

@@ -32,7 +32,7 @@ class Recipe:
     """
 
     steps: int = 300
-    rate: float = 1e-3
+    rate: float = 4e-4
     warmup: float = 0.1
     blocks: float = 0.0
     ramp: float = 0.0
