@@ -17,7 +17,7 @@ help: ## List the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 demo: .venv/.demo ## Compress the packaged all-MiniLM-L6-v2 to half its parameters, offline
-	$(BIN)/hpr compress --budget 50% --output out/demo
+	$(BIN)/hpr compress --budget 50% --heal 60steps --output out/demo
 
 test: lint ## Install and run every check
 	$(BIN)/python -m pytest --numprocesses auto
