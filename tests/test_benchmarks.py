@@ -8,18 +8,21 @@ import torch
 import transformers as tf
 from torch import nn
 
+import heal_minilm
 import hpr
 import peers
 import phonemes
 import rows
 import shapes
 import stories
+import texts
 from comparison import Ground, dropped, ground, spanning, students
 from hpr.anatomy import weight_at
-from hpr.data import Batches
+from hpr.data import Batches, sts_pairs
 from hpr.planning.plan import KEEP, Entry, Term, keep_all
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.splits import Splits
+from paths import shared
 
 
 class Letters:
@@ -152,3 +155,30 @@ def test_shapes_are_those_of_their_names():
             model = getattr(tf, shape.model)(shape.config())
         counts[name] = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
     assert counts == {"bert-base": 109, "gpt2-small": 124, "t5-small": 61, "whisper-tiny": 38, "vit-b-16": 87}
+
+
+def test_probes_are_those_of_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(400, 8, generator=draw, dtype=torch.float64), dim=-1)
+    labels = (rows[:, 0] + 0.3 * torch.randn(400, generator=draw) > 0).long()
+    weight = heal_minilm.fit_probe(rows, labels)
+    found = heal_minilm._logits(weight, rows).argmax(-1)
+    expected = LogisticRegression(C=1e4, max_iter=5000).fit(10 * rows.numpy(), labels.numpy()).predict(10 * rows.numpy())
+    assert float((found == torch.from_numpy(expected)).double().mean()) > 0.99
+
+
+@pytest.mark.skipif(not (shared() / "data" / "sts-b").is_dir(), reason="the shared data is not here")
+def test_the_mixture_holds_no_sentence_that_is_tested_on():
+    known = {
+        text
+        for name in ("dev", "test")
+        for side in sts_pairs(shared() / "data" / "sts-b" / f"stsb-en-{name}.csv")[:2]
+        for text in side
+    }
+    kinds = texts.unlabelled()
+    assert len(kinds) == 6
+    assert all(len(several) > 4000 and len(set(several)) == len(several) for several in kinds.values())
+    assert not known & {text for several in kinds.values() for text in several}
+    assert texts.mixture(3) == texts.mixture(3)
