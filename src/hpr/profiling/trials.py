@@ -19,7 +19,7 @@ from hpr.profiling.features import first_examples
 from hpr.profiling.objectives import Batch, call, evaluating
 from hpr.symmetries import Stretch, Symmetry, layers_of, turn_site
 
-EXAMPLES = 2  # that each guess is tried on
+EXAMPLES = 2  # that each guess is tried on; one, where it cannot be cut short
 POSITIONS = 24  # enough for heads to attend to different ones
 TOO_FEW = 4  # with fewer all heads may attend alike, and seem to be one
 EXACT = 1e-6  # what rounding may leave, as a share of what a weight turned alone changes (norms compute in float32)
@@ -38,7 +38,7 @@ def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch]
     batch = _double(first_examples(chosen, EXAMPLES))
     trial = _Trial(copy.deepcopy(model).double(), anatomy, seed)
     with torch.no_grad(), evaluating(trial.model):
-        if not (trial.start(_shortened(batch)) or trial.start(batch)):
+        if not (trial.start(_shortened(batch)) or trial.start(first_examples(batch, 1))):
             return ()
         stacks = [stack.name for stack in anatomy.stacks if stack.layers > 1]
         return tuple(one for stack in stacks for one in _guesses(trial, stack) if trial.holds(one))
