@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from hpr.anatomy import Site
-from hpr.groupings import BASES, MATCHING, Groups, alike, composites, matching, rules
+from hpr.groupings import BASES, MATCHING, Groups, composites, matching, rules
 from hpr.operators import OPERATORS, tie
 from hpr.operators.metric import Measured, Side
+from hpr.operators.tie import alike
 from hpr.planning.composite import hull
 from hpr.planning.plan import KEEP
 
