@@ -70,13 +70,13 @@ def healing_reading(healing: Mapping[str, Any]) -> str:
         return f"{took} found no weights better than those at the start, which were kept."
     before, after = figure(healing.get("before"), "nats"), figure(healing.get("after"), "nats")
     kept = f"the weights of step {exact(healing.get('best_step'))} were kept"
-    return f"{took} took the divergence from the original, on text that was not trained on, from {before} to {after}; {kept}."
+    return f"{took} took the divergence from the original, on data that was not trained on, from {before} to {after}; {kept}."
 
 
-def curve_reading(points: Sequence[tuple[float, float]], name: str) -> str:
+def curve_reading(points: Sequence[tuple[float, float]]) -> str:
     """From where to where a curve goes."""
     (_, first), (_, last) = points[0], points[-1]
-    return f"{name}: {figure(first)} at the beginning, {figure(last)} at the end."
+    return f"From {figure(first)} at the beginning to {figure(last)} at the end."
 
 
 def quality_axis(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> tuple[str, float | None]:

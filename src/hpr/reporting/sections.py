@@ -209,12 +209,12 @@ def healing(metrics: Mapping[str, Any]) -> Section | None:
     section: Section = {"reading": readings.healing_reading(found), "curves": [], "stages": []}
     for key, title, axis, first in (
         ("guard", "Divergence on the guard", "nats per example", start),
-        ("loss", "Loss", "loss, mean since the check before", []),
+        ("loss", "Loss", "mean between checks", []),
     ):
         pairs = [(number(row.get("step")), number(row.get(key))) for row in rows]
         points = [*first, *((step, value) for step, value in pairs if step is not None and value is not None)]
         if len(points) > 1:
-            reading = readings.curve_reading(points, title)
+            reading = readings.curve_reading(points)
             svg = figures.curve(points, axis, best if key == "guard" else None, f"{title} by step. {reading}")
             section["curves"].append({"title": title, "svg": svg, "reading": reading})
     stages = records(found, "stages")
