@@ -1,5 +1,8 @@
 """`hpr.heal`: data of every kind, amounts of steps and of time, and the defaults that suit a model."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,15 @@ def opened(folder):  # noqa: F811
     drawn = [{"input_ids": torch.randint(5, 13, (8, 12), generator=torch.Generator().manual_seed(i))} for i in range(4)]
     profile = hpr.profile(teacher.model, drawn)
     return teacher, hpr.share(teacher.model, hpr.plan(teacher.model, profile, "70%"), profile)
+
+
+def test_the_trainer_is_imported_where_something_is_healed() -> None:
+    there = "'transformers.trainer' in sys.modules"
+    code = f"import sys, hpr; assert not {there}; hpr.heal; assert {there}"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert all(hasattr(hpr, name) for name in hpr.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'cure'"):
+        _ = hpr.cure
 
 
 def test_texts_and_a_tokenizer(opened) -> None:

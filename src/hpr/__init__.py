@@ -1,10 +1,11 @@
 """HPR: Hierarchical Parameter Reuse. Make a pretrained Transformer smaller by letting its layers share parameters."""
 
+from typing import TYPE_CHECKING, Any
+
 from hpr import presets
 from hpr.anatomy import Anatomy, describe
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
-from hpr.healing import Healing, Recipe, heal
 from hpr.hierarchical import HierarchicalBert, HierarchicalModel
 from hpr.hub import load, register, save
 from hpr.pipeline import Compression, compress, profile, refit, rescore
@@ -12,6 +13,9 @@ from hpr.planner import plan
 from hpr.planning.plan import Plan
 from hpr.profiling.profile import Profile
 from hpr.sharing import share, unshare
+
+if TYPE_CHECKING:
+    from hpr.healing import Healing, Recipe, heal
 
 __version__ = "0.1.0"
 
@@ -40,3 +44,12 @@ __all__ = [
     "share",
     "unshare",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Healing brings transformers' Trainer along: it is imported when it is first asked for."""
+    if name in ("Healing", "Recipe", "heal"):
+        from hpr import healing
+
+        return getattr(healing, name)
+    raise AttributeError(f"module 'hpr' has no attribute {name!r}")

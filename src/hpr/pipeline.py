@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -22,11 +22,6 @@ from hpr.data import first_batches
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.evaluation.metrics import Comparison, Estimate, compare, divergence
-from hpr.healing import Recipe
-from hpr.healing import heal as healed
-from hpr.healing.amounts import amount
-from hpr.healing.opened import HEALED
-from hpr.healing.trainer import Watch
 from hpr.interventions import intervene, reuses
 from hpr.models import OpenModel, open_model
 from hpr.operators import OPERATORS, segments
@@ -43,6 +38,9 @@ from hpr.refitting import refit_stacks
 from hpr.reporting import render_card, render_report
 from hpr.sharing import share
 from hpr.splits import Splits, open_splits
+
+if TYPE_CHECKING:  # the Trainer is imported where something is healed
+    from hpr.healing.trainer import Watch
 
 REFITTED = 1024  # examples a refit regresses on
 REUSE_MARGIN = 1.2  # of the best predicted damage without reuse: up to that, plans with reuse are worth measuring
@@ -199,6 +197,8 @@ def compress(
     parse_budget(budget, describe(opened.model), only)  # a budget that is none, or operators that are none, are said at once
     known_operators(operators)
     if heal is not None:
+        from hpr.healing.amounts import amount
+
         amount(heal)
     with clock("data"):
         texts = open_splits(data, opened, examples)
@@ -230,6 +230,10 @@ def compress(
             )
     healing = None
     if heal is not None:
+        from hpr.healing import Recipe
+        from hpr.healing import heal as healed
+        from hpr.healing.opened import HEALED
+
         with clock("heal"):
             more = goal.name != "seq2seq"  # there the teacher would have to write more answers first
             splits = replace(texts, calibration=open_splits(data, opened, HEALED).calibration) if more else texts
