@@ -95,6 +95,11 @@ class Anatomy:
     def other_parameters(self) -> int:
         return self.total_parameters - self.site_parameters
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the blocks of all stacks, below the base model."""
+        return tuple(path for stack in self.stacks for path in stack.blocks)
+
     def __getitem__(self, name: str) -> Site:
         for site in self.sites:
             if site.name == name:

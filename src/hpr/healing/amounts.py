@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hpr.errors import HprError
 from hpr.healing.losses import GlobalLoss
+from hpr.healing.processes import agreed
 from hpr.profiling.objectives import Batch, beside, evaluating
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|s|min|h)?")
@@ -44,7 +44,6 @@ def steps_within(seconds: float, student: nn.Module, loss: GlobalLoss, batches: 
                 start = time.perf_counter()
             loss(student, beside(batches[place], student))[0].backward()
             student.zero_grad(set_to_none=True)
-    found = [max(1, int(seconds * _TIMED / (time.perf_counter() - start) / accumulate))]
+    found = max(1, int(seconds * _TIMED / (time.perf_counter() - start) / accumulate))
     PartialState(cpu=next(student.parameters()).device.type == "cpu")
-    broadcast_object_list(found)
-    return found[0]
+    return agreed(found)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hpr.anatomy import describe
 from hpr.errors import HprError
@@ -17,6 +18,7 @@ from hpr.healing.augmentation import Augmentation
 from hpr.healing.cache import key_of
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.recipe import Recipe
+from hpr.healing.schedule import named
 from hpr.planning.plan import write_text
 from hpr.profiling.objectives import Batch
 
@@ -40,13 +42,12 @@ def facts_of(
     original: nn.Module | None,
 ) -> dict[str, Any]:
     """What decides the weights of every step; what is long as a hash."""
-    sources = dict(batches) if isinstance(batches, Mapping) else {"data": batches}
     return {
         "recipe": asdict(recipe),
         "objective": loss.objective.name,
-        "teacher": describe(loss.teacher).fingerprint,
+        "teacher": loss.anatomy.fingerprint,
         "student": key_of(student.state_dict()),
-        "data": {name: _joined(source) for name, source in sources.items()},
+        "data": {name: _joined(source) for name, source in named(batches).items()},
         "guard": _joined(guard),
         "shares": None if shares is None else dict(shares),
         "augmentation": None if augment is None else getattr(augment, "__qualname__", type(augment).__qualname__),
@@ -62,7 +63,7 @@ def claim(folder: Path, facts: dict[str, Any]) -> None:
     """Take a folder for checkpoints. Raises where it holds those of another run."""
     found = known(folder)
     if found is None:
-        if any(folder.glob("checkpoint-*")):
+        if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
             raise HprError(f"{folder} holds checkpoints of something else: choose another folder")
         write_text(folder / RECIPE, json.dumps(facts, indent=1) + "\n")
     elif different := [key for key in facts if found.get(key) != json.loads(json.dumps(facts[key]))]:

@@ -48,11 +48,10 @@ class GlobalLoss:
     """The loss of a student on a batch, beside its teacher; the teacher runs without gradients, in evaluation mode."""
 
     def __init__(self, teacher: nn.Module, anatomy: Anatomy, objective: Objective, weights: Weights):
-        self.teacher, self.objective, self.weights = teacher, objective, weights
+        self.teacher, self.anatomy, self.objective, self.weights = teacher, anatomy, objective, weights
         self.cache: Cache | None = None
         upper = anatomy.stacks[1:] if objective.name == "seq2seq" else ()
         self._above = {path for stack in upper for path in stack.blocks}
-        self.paths = [path for stack in anatomy.stacks for path in stack.blocks]
 
     def __call__(self, student: nn.Module, batch: Batch, forcing: Forcing | None = None) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum, a scalar, and its parts. Raises ``HprError`` where labels are wanted and there are none.
@@ -62,7 +61,7 @@ class GlobalLoss:
         """
         inner = getattr(student, "module", student)
         forced = forcing is not None and forcing.active
-        paths = [path for path in self.paths if has_module(inner, path)] if self.weights.hidden or forced else []
+        paths = [path for path in self.anatomy.blocks if has_module(inner, path)] if self.weights.hidden or forced else []
         taught = self.taught(batch, paths, kept=not forced)
         with emitted(inner, paths) as found:
             learnt = call(student, batch)

@@ -18,6 +18,7 @@ from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.claim import steps_begun
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.recipe import Recipe
+from hpr.healing.schedule import named
 from hpr.healing.trainer import Watch
 from hpr.healing.training import Healing, train
 from hpr.models import OpenModel
@@ -76,10 +77,9 @@ def heal(
 
 def opened_data(data: Any, teacher: OpenModel, labels: bool = False) -> tuple[dict[str, list[Batch]], list[Batch]]:
     """Batches to train on, by source, and those of all sources that guard."""
-    sources = data if isinstance(data, Mapping) else {"data": data}
     batches: dict[str, list[Batch]] = {}
     guard: list[Batch] = []
-    for name, source in sources.items():
+    for name, source in named(data).items():
         if hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
             source = list(source)
         if isinstance(source, list | tuple) and source and _is_batch(source[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -29,7 +30,7 @@ class Schedule(Dataset):
         augment: Augmentation | None = None,
         shares: Mapping[str, float] | None = None,
     ):
-        sources = dict(batches) if isinstance(batches, Mapping) else {"data": batches}
+        sources = named(batches)
         for name, source in sources.items():
             if not len(source):
                 raise HprError(f"there are no batches in {name!r}: at least one is needed")
@@ -68,6 +69,11 @@ class Schedule(Dataset):
             batch = {name: value[rows] for name, value in pool.items()} if isinstance(pool, Mapping) else pool[rows]
         batch = send_to_device(batch, "cpu")  # random numbers are drawn there
         return batch if self.augment is None else self.augment(batch, _draw(self.seed, -1, step))
+
+
+def named(data: Any) -> dict[str, Any]:
+    """Sources by name: several as they come, one as ``data``."""
+    return dict(data) if isinstance(data, Mapping) else {"data": data}
 
 
 def pooled(batches: Sequence[Batch]) -> Batch | None:

@@ -7,8 +7,6 @@ for a whole pass.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import transformers
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hpr.anatomy import Anatomy, has_module, module_at
 from hpr.errors import HprError
+from hpr.healing.processes import agreed
 
 
 def shard(model: nn.Module, anatomy: Anatomy, device: torch.device) -> nn.Module:
@@ -32,10 +31,9 @@ def shard(model: nn.Module, anatomy: Anatomy, device: torch.device) -> nn.Module
     if not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
         raise HprError(f"sharded=True needs transformers 5.23 or later, this is {transformers.__version__}: upgrade it")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for stack in anatomy.stacks:
-        for path in stack.blocks:
-            if has_module(model, path) and any(True for _ in module_at(model, path).parameters()):
-                fully_shard(module_at(model, path), mesh=mesh)
+    for path in anatomy.blocks:
+        if has_module(model, path) and any(True for _ in module_at(model, path).parameters()):
+            fully_shard(module_at(model, path), mesh=mesh)
     fully_shard(model, mesh=mesh)
     # what a model that transformers sharded on loading says of itself: the Trainer shall not wrap it once more
     name = "is_distributed_loading_by_transformers"
@@ -51,6 +49,5 @@ def whole(value: Tensor) -> Tensor:
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state of a sharded model as one process alone would have it, on every process, on the CPU."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    parts: list[Any] = [get_model_state_dict(model, options=options)]
-    torch.distributed.broadcast_object_list(parts)  # cpu_offload leaves it with the first process alone
-    return {name: value for name, value in parts[0].items() if isinstance(value, Tensor)}
+    weights = agreed(get_model_state_dict(model, options=options))  # cpu_offload leaves them with the first process alone
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}

@@ -116,7 +116,7 @@ class Forcing:
         self._calls: dict[str, tuple[tuple, dict]] = {}
         self._lowest = {stack.block(0) for stack in anatomy.stacks}
         self._handles: list[RemovableHandle] = []
-        for path in [path for stack in anatomy.stacks for path in stack.blocks]:
+        for path in anatomy.blocks:
             if has_module(student, path):  # some are dropped
                 taught, learnt = module_at(teacher, path), module_at(student, path)
                 self._handles.append(taught.register_forward_pre_hook(self._note(path), with_kwargs=True))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -24,6 +23,7 @@ from hpr.healing.augmentation import Augmentation
 from hpr.healing.cache import Cache
 from hpr.healing.claim import claim, facts_of
 from hpr.healing.losses import GlobalLoss
+from hpr.healing.processes import agreed
 from hpr.healing.recipe import CHECKPOINTING, Recipe, arguments
 from hpr.healing.schedule import Schedule
 from hpr.healing.sharding import shard
@@ -96,7 +96,7 @@ def train(
     before = loss.guard(student, guard)
     processes = PartialState(cpu=device.type == "cpu")
     with ExitStack() as outer:
-        place = folder or _common(Path(outer.enter_context(tempfile.TemporaryDirectory(prefix="hpr-heal-"))))
+        place = folder or agreed(Path(outer.enter_context(tempfile.TemporaryDirectory(prefix="hpr-heal-"))))
         with processes.main_process_first():
             claim(place, facts_of(recipe, student, loss, batches, guard, shares, augment, original))
             checkpoint = last_checkpoint(place)
@@ -164,10 +164,3 @@ def _as_it_was(learner: nn.Module, recipe: Recipe) -> Callable[[], None]:
             learner.disable_input_require_grads()  # type: ignore[operator]
 
     return undo
-
-
-def _common(folder: Path) -> Path:
-    """The folder of the first process, for all of them."""
-    names = [str(folder)]
-    broadcast_object_list(names)
-    return Path(names[0])

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -75,9 +76,7 @@ def call(model: nn.Module, batch: Batch) -> Any:
 def beside(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, Mapping):
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    return batch.to(device)
+    return send_to_device(batch, device)
 
 
 @contextmanager
