@@ -17,9 +17,10 @@ import hpr
 import peers
 from hpr.anatomy import Anatomy, Site, describe
 from hpr.data import first_batches
+from hpr.drafts import Draft
 from hpr.evaluation.metrics import compare
 from hpr.pipeline import REFITTED, rescore
-from hpr.planner import Draft, draft
+from hpr.planner import draft
 from hpr.planning.plan import Plan
 from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import Profile

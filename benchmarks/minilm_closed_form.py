@@ -20,12 +20,13 @@ from scipy.stats import spearmanr
 import hpr
 import peers
 from hpr.data import sts_pairs, text_batches
+from hpr.drafts import Draft
 from hpr.evaluation.metrics import compare
 from hpr.evaluation.tasks import embedder, sts_correlation
 from hpr.models import open_model
 from hpr.operators import OPERATORS
 from hpr.pipeline import rescore
-from hpr.planner import Draft, draft
+from hpr.planner import draft
 from hpr.planning import solver
 from hpr.planning.composite import restrict
 from hpr.planning.plan import Plan

@@ -28,7 +28,7 @@ from families import answer
 from hpr.anatomy import describe
 from hpr.evaluation.sizes import parameters
 from hpr.planner import draft
-from hpr.planning.plan import parse_budget
+from hpr.planning.budget import parse_budget
 from hpr.profiling.curvature import peak_memory
 from rows import count, markdown, say
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hpr import operators
 from hpr.anatomy import Anatomy, describe
-from hpr.planning.plan import KEEP, Budget, Entry, Plan, Term
+from hpr.planning.budget import Budget
+from hpr.planning.plan import KEEP, Entry, Plan, Term
 
 torch.set_num_threads(1)
 

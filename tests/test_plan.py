@@ -14,7 +14,9 @@ from torch import nn
 from conftest import low_rank, plan_of
 from hpr.anatomy import Anatomy, describe
 from hpr.errors import HprError
-from hpr.planning.plan import KEEP, Budget, Entry, FactorShape, Plan, Term, keep_all, parse_budget, write_text
+from hpr.folders import write_text
+from hpr.planning.budget import Budget, parse_budget
+from hpr.planning.plan import KEEP, Entry, FactorShape, Plan, Term, keep_all
 
 NAME = "encoder.1.output.dense"  # (16, 32)
 

@@ -11,8 +11,9 @@ import transformers as tf
 import hpr
 from hpr.alignment import align
 from hpr.anatomy import Anatomy, Site, describe, weight_at
+from hpr.drafts import Draft
 from hpr.operators import OPERATORS, segments
-from hpr.planner import LONGEST_GROUP, Draft, draft, known_operators
+from hpr.planner import LONGEST_GROUP, draft, known_operators
 from hpr.planning import solver
 from hpr.planning.composite import operators, restrict
 from hpr.planning.plan import KEEP, Plan

@@ -1,4 +1,4 @@
-"""Output folders: what belongs into them besides the model, and how a new one takes the place of an old one."""
+"""Files and output folders: what belongs into them besides the model, and how a new one takes the place of an old one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hpr.bank import is_specification
 from hpr.errors import HprError
 
 CONFIG = "config.json"
@@ -45,14 +44,16 @@ def copy_sentence_files(source: Path, target: Path) -> None:
         shutil.copytree(folder, target / module["path"], ignore=shutil.ignore_patterns("*.bin"), dirs_exist_ok=True)
 
 
-def is_output(folder: Path) -> bool:
-    """Whether a folder is empty or an output of HPR: a shared model, or a plan beside a model."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return folder.is_dir()
-    if not (folder / CONFIG).is_file():
-        return False
-    config = read_config(folder)
-    return is_specification(config.get("quantization_config")) or (folder / "plan.json").is_file()
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file so that a crash leaves either the old file or the new one, never a part."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def replace(target: Path, complete: Path) -> None:

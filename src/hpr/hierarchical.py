@@ -18,8 +18,9 @@ from hpr.anatomy import Anatomy, Site, describe, module_at, weight_at
 from hpr.bank import factors_of
 from hpr.models import OpenModel, open_model
 from hpr.operators import Fitted, tie
+from hpr.planning.budget import Budget
 from hpr.planning.layers import DROPPED, REUSED, WEIGHTS, site_layer
-from hpr.planning.plan import KEEP, Budget, Entry, Plan, Term, keep_all
+from hpr.planning.plan import KEEP, Entry, Plan, Term, keep_all
 from hpr.profiling.objectives import Batch, objective_for
 from hpr.replaceable import unshareable
 from hpr.reuse import paths_of

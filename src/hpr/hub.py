@@ -39,7 +39,7 @@ from hpr.bank import (
 )
 from hpr.errors import HprError
 from hpr.experts import SharedExperts
-from hpr.folders import CONFIG, copy_sentence_files, is_output, read_config, replace
+from hpr.folders import CONFIG, copy_sentence_files, read_config, replace
 from hpr.planning.plan import FactorShape, entry_from_dict
 from hpr.sharing import attach
 
@@ -179,9 +179,19 @@ def save(
 def check_folder(folder: str | os.PathLike[str]) -> Path:
     """Where ``save`` would write. Raises ``HprError`` for a folder with content that is not from HPR."""
     target = Path(folder).resolve()
-    if target.exists() and not is_output(target):
+    if target.exists() and not _is_output(target):
         raise HprError(f"{target} has content that is not from HPR: choose another output folder, or empty this one")
     return target
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder is empty or an output of HPR: a shared model, or a plan beside a model."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder.is_dir()
+    if not (folder / CONFIG).is_file():
+        return False
+    config = read_config(folder)
+    return is_specification(config.get("quantization_config")) or (folder / "plan.json").is_file()
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

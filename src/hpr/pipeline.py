@@ -19,6 +19,7 @@ from torch import nn
 from hpr import alignment, hub
 from hpr.anatomy import describe
 from hpr.data import first_batches
+from hpr.drafts import Draft
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.evaluation.metrics import Comparison, Estimate, compare, divergence
@@ -26,9 +27,10 @@ from hpr.interventions import intervene, reuses
 from hpr.models import OpenModel, open_model
 from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import measure
-from hpr.planner import Draft, draft, known_operators
+from hpr.planner import draft, known_operators
+from hpr.planning.budget import Budget, parse_budget
 from hpr.planning.layers import site_layer
-from hpr.planning.plan import KEEP, Budget, Plan, parse_budget
+from hpr.planning.plan import KEEP, Plan
 from hpr.profiling.curvature import Progress, first_few, measure_curvature, peak_memory, silent
 from hpr.profiling.features import measure_layers
 from hpr.profiling.objectives import Batch, Objective, objective_for, softened

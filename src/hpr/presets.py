@@ -15,7 +15,8 @@ from hpr.anatomy import Anatomy, Site, Stack, describe, weight_at
 from hpr.bank import factors_of
 from hpr.errors import HprError
 from hpr.operators import Fitted, tie
-from hpr.planning.plan import KEEP, Budget, Entry, Plan, keep_all
+from hpr.planning.budget import Budget
+from hpr.planning.plan import KEEP, Entry, Plan, keep_all
 from hpr.replaceable import unshareable
 from hpr.tracks import rows
 

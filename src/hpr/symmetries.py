@@ -82,6 +82,10 @@ class Aim:
     symmetry: Symmetry
     goal: Goal
 
+    def touches(self, site: Site) -> bool:
+        """Whether it turns this site."""
+        return site.stack == self.symmetry.stack and site.slot in self.symmetry.slots
+
     def to_list(self) -> list[Any]:
         """As JSON values: goal, then the symmetry's."""
         return [self.goal, *self.symmetry.to_list()]

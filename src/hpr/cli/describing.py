@@ -10,10 +10,11 @@ from typing import Any
 
 from hpr.anatomy import describe
 from hpr.errors import HprError
+from hpr.folders import write_text
 from hpr.leftovers import leftovers
 from hpr.models import OpenModel
 from hpr.pipeline import versions
-from hpr.planning.plan import Plan, write_text
+from hpr.planning.plan import Plan
 from hpr.profiling.curvature import memory_needed
 from hpr.replaceable import unshareable
 from hpr.reporting import render_report

@@ -130,7 +130,7 @@ def plan(
     from hpr.anatomy import describe
     from hpr.cli import tables
     from hpr.models import open_model
-    from hpr.planning.plan import parse_budget
+    from hpr.planning.budget import parse_budget
     from hpr.profiling.profile import Profile
 
     found = Profile.load(profile)

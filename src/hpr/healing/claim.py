@@ -14,12 +14,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hpr.anatomy import describe
 from hpr.errors import HprError
+from hpr.folders import write_text
 from hpr.healing.augmentation import Augmentation
 from hpr.healing.cache import key_of
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.recipe import Recipe
 from hpr.healing.schedule import named
-from hpr.planning.plan import write_text
 from hpr.profiling.objectives import Batch
 
 RECIPE = "recipe.json"  # beside the checkpoints: what they belong to

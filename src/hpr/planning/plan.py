@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,13 +16,13 @@ from typing import Any, Literal, NamedTuple
 
 from hpr.anatomy import Anatomy, Site
 from hpr.errors import HprError
+from hpr.folders import write_text
+from hpr.planning.budget import Budget
 from hpr.planning.layers import DROPPED, REUSED, check_entries, check_states
 from hpr.symmetries import Aim, layers_of
 
 FORMAT = 1
 KEEP = "keep"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-_FILE_OVERHEAD = 64 * 1024  # header of a safetensors file and the one-element guards
 
 
 class FactorShape(NamedTuple):
@@ -99,14 +98,6 @@ class Entry:
     operator: str
     terms: tuple[Term, ...] = ()
     damage: float = 0.0
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A limit on unique parameters. ``text`` is what the user wrote, ``parameters`` what it means for this model."""
-
-    text: str
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -270,30 +261,6 @@ def entry_from_dict(name: str, data: Mapping[str, Any]) -> Entry:
     return Entry(str(data["operator"]), tuple(terms), float(data.get("damage", 0.0)))
 
 
-def parse_budget(text: str, anatomy: Anatomy, only: str | None = None, bytes_per_parameter: int = 4) -> Budget:
-    """Turn ``50%``, ``11M`` (parameters) or ``45MB`` (on disk) into a limit on unique parameters.
-
-    A percentage counts all unique parameters, embeddings included; with ``only`` it counts the weights of the selected
-    sites, and everything else stays on top. Raises ``HprError`` for what is no budget.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGB]?|[KMG]i?B)\s*", text, flags=re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise HprError(f"{text!r} is no budget: write a share (50%), parameters (11M) or a size on disk (45MB)")
-    value, unit = float(match[1]), match[2].upper()
-    if unit == "%":
-        if value > 100:
-            raise HprError(f"a budget of {text} is more than the model has: at most 100%")
-        selected = sum(site.parameters for site in anatomy.select(only))
-        whole = anatomy.total_parameters if only is None else selected
-        limit = int(whole * value / 100) + (anatomy.total_parameters - whole)
-    elif unit[0:1] in ("K", "M", "G") and unit.endswith("B"):
-        size = value * (1024 if "I" in unit else 1000) ** ("KMG".index(unit[0]) + 1)
-        limit = int((size - _FILE_OVERHEAD) // bytes_per_parameter)
-    else:
-        limit = int(value * _UNITS[unit])
-    return Budget(text.strip(), max(0, min(limit, anatomy.total_parameters)))
-
-
 def keep_all(anatomy: Anatomy) -> Plan:
     """The identity plan: every site kept, so the student's outputs equal the teacher's bit for bit."""
     return Plan(
@@ -304,18 +271,6 @@ def keep_all(anatomy: Anatomy) -> Plan:
         other_parameters=anatomy.other_parameters,
         entries={site.name: Entry(KEEP) for site in anatomy.sites},
     )
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that a crash leaves either the old file or the new one, never a part."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _validate_entry(site: Site, entry: Entry) -> None:
