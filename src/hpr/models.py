@@ -66,6 +66,11 @@ def open_model(name: str | os.PathLike[str] | None = None) -> OpenModel:
     return OpenModel(model, tokenizer, objective, folder, label)
 
 
+def as_opened(model: nn.Module, tokenizer: Any | None = None, objective: str | None = None) -> OpenModel:
+    """A model that is in memory already, with what belongs to it; its objective is that of its class unless named."""
+    return OpenModel(model, tokenizer, objective or objective_for(model).name, None, type(model).__name__)
+
+
 def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:
     """Folder and label."""
     if name is None:

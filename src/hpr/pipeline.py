@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,20 +20,19 @@ from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.evaluation.metrics import Comparison, Estimate, compare, divergence
 from hpr.interventions import intervene, reuses
-from hpr.models import OpenModel, open_model
-from hpr.operators import OPERATORS, segments
+from hpr.models import as_opened, open_model
 from hpr.operators.metric import measure
 from hpr.planner import draft, known_operators
 from hpr.planning.budget import Budget, parse_budget
 from hpr.planning.layers import site_layer
-from hpr.planning.plan import KEEP, Plan
+from hpr.planning.plan import Plan
 from hpr.profiling.curvature import Progress, first_few, measure_curvature, peak_memory, silent
 from hpr.profiling.features import measure_layers
 from hpr.profiling.objectives import Batch, Objective, objective_for, softened
 from hpr.profiling.profile import Profile
 from hpr.profiling.trials import find_symmetries
+from hpr.records import operator_gains, plan_rows, record, versions, write
 from hpr.refitting import refit_stacks
-from hpr.reporting import render_card, render_report
 from hpr.sharing import share
 from hpr.splits import Splits, open_splits
 
@@ -192,7 +187,7 @@ def compress(
     """
     clock = _Clock()
     torch.manual_seed(seed)
-    opened = _opened(model, tokenizer, objective)
+    opened = as_opened(model, tokenizer, objective) if isinstance(model, nn.Module) else open_model(model)
     if output is not None:
         hub.check_folder(output)
     goal = objective_for(opened.model, objective or opened.objective)
@@ -243,56 +238,17 @@ def compress(
             healing = healed(student, opened, splits, heal, objective=goal.name, recipe=recipe, progress=progress, watch=watch)
     with clock("evaluate"):
         figures = evaluate(student, opened.model, texts.heldout, goal, data=f"{texts.source}, held out")
-    metrics = _metrics(opened, plan, found, texts, figures, clock, seed)
-    metrics["plans"] = [
-        {
-            "label": one.diagnostics.get("label") or "plan",
-            "budget": text,
-            "parameters": one.parameters(sketch.anatomy),
-            "predicted": one.damage,
-            "measured": score.divergence.mean,
-            "quality": score.agreement if score.cosine is None else score.cosine,
-            "chosen": index == best,
-            "aligned": bool(one.alignment),
-        }
-        for index, ((text, one), score) in enumerate(zip(tried, scores, strict=True))
-    ]
+    metrics = record(opened, plan, found, texts, figures, clock.seconds, seed)
+    metrics["plans"] = plan_rows(tried, scores, best, sketch.anatomy)
     metrics["plan_quality"] = "cosine to the original" if scores[best].cosine is not None else "agreement with the original"
     metrics["refit"] = refitted
-    metrics["operator_gains"] = _gains(sketch, plan)
+    metrics["operator_gains"] = operator_gains(sketch, plan)
     if healing is not None:
         metrics["healing"] = healing.as_metrics()
     folder = None
     if output is not None:
         folder = write(student, output, plan, metrics, opened)
     return Compression(student, plan, metrics, folder)
-
-
-def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], opened: OpenModel) -> Path:
-    """Write a folder at once: model, tokenizer, plan.json, metrics.json, report.html, README.md."""
-    as_dict = plan.to_dict()
-
-    def texts(folder: Path) -> dict[str, str]:
-        metrics["hashes"] = {hub.WEIGHTS: hub.sha256(folder / hub.WEIGHTS)}
-        return {
-            "plan.json": json.dumps(as_dict, indent=1) + "\n",
-            "metrics.json": json.dumps(metrics, indent=1) + "\n",
-            "report.html": render_report(as_dict, metrics),
-            "README.md": render_card(as_dict, metrics),
-        }
-
-    return hub.save(student, output, opened.tokenizer, texts, opened.folder)
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("hpr", "torch", "transformers")}}
-
-
-def _opened(model: str | Path | nn.Module | None, tokenizer: Any, objective: str | None) -> OpenModel:
-    if isinstance(model, nn.Module):
-        return OpenModel(model, tokenizer, objective or objective_for(model).name, None, type(model).__name__)
-    return open_model(model)
 
 
 def _other_budgets(sketch: Draft, parameters: int) -> list[tuple[str, Plan]]:
@@ -325,52 +281,6 @@ def _refitted(
     if wish is True or divergence(student, teacher, texts.rescoring, goal).mean < before.mean:
         return student, True
     return share(teacher, plan, found), False
-
-
-def _metrics(
-    opened: OpenModel, plan: Plan, found: Profile, texts: Splits, figures: dict[str, Any], clock: _Clock, seed: int
-) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "model": {"name": opened.label, "class": plan.model_class, "fingerprint": plan.fingerprint},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
-        "versions": versions(),
-        "budget": {"text": plan.budget.text, "parameters": plan.budget.parameters},
-        **figures,
-        "layers": {
-            "names": {name: len(features.block_influence) for name, features in found.layers.items()},
-            **{
-                key: {name: getattr(features, key) for name, features in found.layers.items()}
-                for key in ("similarity", "block_influence", "context_dependence")
-            },
-        },
-        "boundaries": plan.diagnostics.get("boundaries", {}),
-        "solver": plan.diagnostics.get("solver"),
-        "timing": clock.seconds,
-        "calibration": {
-            "source": texts.source,
-            "examples": found.about["examples"],
-            "tokens": found.about["tokens"],
-            "objective": found.about["objective"],
-        },
-    }
-
-
-def _gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
-    """What the best plan without each operator, and without alignment, would cost, for those that the plan uses."""
-    used = {entry.operator for entry in plan.entries.values()} & {*OPERATORS, segments.NAME} - {KEEP}
-    best = sketch.best(plan.budget).damage
-    gains = []
-    for operator in sorted(used):
-        try:
-            without = sketch.without(operator, plan.budget).damage
-        except HprError:
-            continue  # without it the budget cannot be met at all
-        gains.append({"operator": operator, "damage_without": without, "damage_with": best})
-    if plan.alignment:
-        gains.append({"operator": "alignment", "damage_without": sketch.plain.best(plan.budget).damage, "damage_with": best})
-    return gains
 
 
 def _tokens(batch: Batch) -> int:

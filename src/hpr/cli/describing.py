@@ -13,9 +13,9 @@ from hpr.errors import HprError
 from hpr.folders import write_text
 from hpr.leftovers import leftovers
 from hpr.models import OpenModel
-from hpr.pipeline import versions
 from hpr.planning.plan import Plan
 from hpr.profiling.curvature import memory_needed
+from hpr.records import heading
 from hpr.replaceable import unshareable
 from hpr.reporting import render_report
 from hpr.reuse import droppable, reusable
@@ -86,7 +86,7 @@ def note_metrics(folder: Path, original: OpenModel, figures: Mapping[str, Any]) 
 def with_figures(folder: Path, original: OpenModel, figures: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of a folder with new figures: a measure on other data is added, on the same replaced."""
     plan = Plan.load(folder / "plan.json")
-    metrics = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else _empty(plan, original)
+    metrics = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else heading(original, plan)
     measured = {(row["name"], row["data"]) for row in figures["quality"]}
     older = [row for row in metrics.get("quality", []) if (row.get("name"), row.get("data")) not in measured]
     return metrics | {**figures, "quality": [*older, *figures["quality"]]}
@@ -97,17 +97,6 @@ def write_report(folder: Path) -> Path:
     plan, metrics = _read(folder / "plan.json"), _read(folder / "metrics.json")
     write_text(folder / "report.html", render_report(plan, metrics))
     return folder / "report.html"
-
-
-def _empty(plan: Plan, original: OpenModel) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "model": {"name": original.label, "class": plan.model_class, "fingerprint": plan.fingerprint},
-        "versions": versions(),
-        "budget": {"text": plan.budget.text, "parameters": plan.budget.parameters},
-        "boundaries": plan.diagnostics.get("boundaries", {}),
-        "solver": plan.diagnostics.get("solver"),
-    }
 
 
 def _read(path: Path) -> dict[str, Any]:

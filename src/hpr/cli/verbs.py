@@ -208,7 +208,7 @@ def heal(
 ) -> None:
     """Train a smaller model until it does again what its original does; its weights are only replaced by better ones."""
     quiet()
-    from hpr import evaluation, hub, pipeline
+    from hpr import evaluation, hub, records
     from hpr.cli import tables
     from hpr.cli.describing import check_original, with_figures
     from hpr.healing import Recipe
@@ -240,7 +240,7 @@ def heal(
     with err.status("evaluating"):
         figures = evaluation.evaluate(student.model, original.model, splits.heldout, goal, data=f"{splits.source}, held out")
     metrics = with_figures(folder, original, figures) | {"healing": found.as_metrics()}
-    pipeline.write(student.model, target, plan, metrics, original)
+    records.write(student.model, target, plan, metrics, original)
     show(metrics | {"output": str(target)}, as_json, lines(tables.healing_line(metrics["healing"]), f"written: {target}"))
 
 

@@ -21,7 +21,7 @@ from hpr.healing.recipe import Recipe
 from hpr.healing.schedule import named
 from hpr.healing.trainer import Watch
 from hpr.healing.training import Healing, train
-from hpr.models import OpenModel
+from hpr.models import OpenModel, as_opened
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.objectives import Batch, objective_for
 from hpr.splits import Splits, open_splits
@@ -58,8 +58,7 @@ def heal(
     of them. ``original``: see ``training.train``. Raises ``HprError`` as that does, and as reading data does.
     """
     if isinstance(teacher, nn.Module):
-        name = objective or objective_for(teacher).name
-        teacher = OpenModel(teacher, tokenizer, name, None, type(teacher).__name__)
+        teacher = as_opened(teacher, tokenizer, objective)
     goal, recipe = objective_for(teacher.model, objective or teacher.objective), recipe or Recipe()
     place = None if folder is None else Path(folder)
     steps, seconds = amount(how_long)
