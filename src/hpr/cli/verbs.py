@@ -11,6 +11,22 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hpr.cli.console import TERMINATED, Verbs, bars, err, lines, quiet, show
+from hpr.cli.options import (
+    Align,
+    Budget,
+    Data,
+    Examples,
+    Folder,
+    Goal,
+    Json,
+    Model,
+    Only,
+    Operators,
+    Output,
+    Seed,
+    Teacher,
+    operator_names,
+)
 
 app = typer.Typer(
     cls=Verbs,
@@ -21,27 +37,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 fine, 1 unexpected error, 2 bad input, 130 interrupted.",
 )
-
-Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="Folder or hub id. The packaged all-MiniLM-L6-v2 if left out.")
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Text: one a line, .jsonl, .csv or .tsv. The standard library's docstrings if left out."),
-]
-Budget = Annotated[str, typer.Option(metavar="SIZE", help="Of all unique parameters: 50%, 11M parameters, or 45MB on disk.")]
-Only = Annotated[str | None, typer.Option(metavar="PATTERN", help="Change only sites that match: 'encoder.*,pooler*'.")]
-Operators = Annotated[str | None, typer.Option(metavar="A,B", help="Use only these operators, beside keep.")]
-Align = Annotated[
-    bool | None,
-    typer.Option("--align/--no-align", help="Also plan with aligned layers; by default where a look at a few says it pays."),
-]
-Goal = Annotated[str | None, typer.Option("--objective", metavar="NAME", help="What the model is for; else by its class.")]
-Examples = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many texts are read.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything that is drawn.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
-Folder = Annotated[Path, typer.Argument(help="A folder that hpr wrote.")]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Where to write.")]
 
 
 def example(*commands: str) -> str:
@@ -186,7 +181,7 @@ def share(
 @app.command(epilog=example("heal out --teacher path/to/model --data texts.txt --for 10min"))
 def heal(
     folder: Folder,
-    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The original; the packaged one if left out.")] = None,
+    teacher: Teacher = None,
     data: Data = None,
     how_long: Annotated[str, typer.Option("--for", metavar="AMOUNT", help="500steps, 90s, 10min or 2h.")] = "300steps",
     rate: Annotated[
@@ -247,7 +242,7 @@ def heal(
 @app.command("eval", epilog=example("eval out --teacher path/to/model --data held_out.txt"))
 def evaluate(
     folder: Folder,
-    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The original; the packaged one if left out.")] = None,
+    teacher: Teacher = None,
     data: Data = None,
     objective: Goal = None,
     examples: Examples = 1024,
@@ -338,20 +333,6 @@ def compress(
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")
     healed = [lines(tables.healing_line(made.metrics["healing"]))] if heal else []
     show(made.metrics | {"output": str(output)}, as_json, *tables.before_after(as_dict, made.metrics), *healed, where)
-
-
-def operator_names(text: str | None) -> list[str] | None:
-    """``tie+scale, low-rank`` as the names that the planner knows; what is unknown is left for it to refuse."""
-    from hpr.operators import OPERATORS, segments
-
-    if text is None:
-        return None
-
-    def squeezed(name: str) -> str:
-        return "".join(name.lower().replace("-", " ").split())
-
-    known = {squeezed(name): name for name in (*OPERATORS, segments.NAME)}
-    return [known.get(squeezed(part), part.strip()) for part in text.split(",")]
 
 
 def main() -> None:
