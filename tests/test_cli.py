@@ -210,8 +210,9 @@ def test_heal(home, tmp_path):
     assert made["sizes"]["after"]["parameters"] == parameters(tf.AutoModel.from_pretrained(out))
     begun = [*wanted[:-1], "--checkpoints", tmp_path / "run", "--json"]
     first = json.loads(run(*begun, "--for", "12steps").stdout)["healing"]
-    again = json.loads(run(*begun, "--for", "1s").stdout)["healing"]  # goes on, however many steps fit now
+    again = json.loads(run(*begun, "--for", "12steps").stdout)["healing"]
     assert (again["recipe"], again["history"], again["after"]) == (first["recipe"], first["history"], first["after"])
+    assert "other seconds (None, now 1.0)" in said(run(*begun, "--for", "1s", code=2))
     assert "is no amount of healing" in said(run("heal", out, *teacher, "--for", "a while", code=2))
     assert "content that is not from HPR" in said(run("heal", home / "model", *teacher, "--data", data, code=2))
     assert not left_behind(tmp_path)
@@ -242,6 +243,25 @@ def test_compress_and_heal(home, tmp_path):
     assert "is no amount of healing" in said(run(*common, "--heal", "some", code=2))
     assert "12 steps in" in run(*common, "--heal", "12steps").stdout
     assert not left_behind(tmp_path)
+
+
+def test_several_files_with_shares(home, tmp_path):
+    first, second = home / "texts.txt", tmp_path / "more=2.tsv"
+    texts = first.read_text(encoding="utf-8").splitlines()
+    second.write_text("\n".join(["text", *reversed(texts)]), encoding="utf-8")
+    data = ["--data", f"{first}=3", "--data", second]
+    found = json.loads(run("profile", home / "model", *data, "--examples", 16, "-o", tmp_path / "p", "--json").stdout)
+    assert found["about"]["examples"] == 16
+    common = ["compress", home / "model", *data, "--plans", 1, "-o", tmp_path / "out", "--json"]
+    made = json.loads(run(*common, "--heal", "2steps").stdout)
+    assert made["calibration"]["source"] == "texts.txt, more=2.tsv"
+    assert len(made["healing"]["history"]) == 2
+    found = json.loads(run("eval", tmp_path / "out", "--teacher", home / "model", *data, "--json").stdout)
+    assert {row["data"] for row in found["quality"]} == {"texts.txt, more=2.tsv"}
+    assert run("heal", tmp_path / "out", "--teacher", home / "model", *data, "--for", "2steps").exit_code == 0
+    wrong = (("other.txt=0", "must be above 0"), ("other.txt=much", "'much' is no number"), (first, "twice"))
+    for given, message in wrong:
+        assert message in said(run(*common, "--data", given, code=2))
 
 
 # --- bad input

@@ -529,7 +529,7 @@ def test_half_a_checkpoint_is_removed_and_another_run_refused(pair, tmp_path: Pa
     state = newest / "trainer_state.json"
     state.write_text(state.read_text(encoding="utf-8")[:-50], encoding="utf-8")
     assert equal(healed_weights(pair, tmp_path, recipe), expected)
-    with pytest.raises(HprError, match="a run with other recipe"):
+    with pytest.raises(HprError, match=r"a run with other rate \(0.001, now 0.002\)"):
         healed_weights(pair, tmp_path, replace(recipe, rate=2e-3))
     (tmp_path / "recipe.json").unlink()
     with pytest.raises(HprError, match="checkpoints of something else"):

@@ -82,6 +82,15 @@ def test_time_is_turned_into_steps(pair) -> None:  # noqa: F811
     assert 1 <= found.recipe.steps < 10**6
 
 
+def test_another_time_is_another_run(pair, tmp_path) -> None:  # noqa: F811
+    teacher, student = pair
+    heal = lambda how_long: hpr.heal(copy_of(student), teacher, batches(16), how_long, folder=tmp_path)  # noqa: E731
+    steps = heal("1s").recipe.steps
+    assert heal("1s").recipe.steps == steps  # goes on with what was begun, whatever a new timing would say
+    with pytest.raises(hpr.HprError, match=r"a run with other seconds \(1.0, now 7200.0\)"):
+        heal("2h")
+
+
 def test_numbers_vary_and_texts_stay(opened) -> None:
     teacher, _ = opened
     assert changes_for(teacher) is None

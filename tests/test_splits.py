@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpr.columns import input_batches, read_columns
-from hpr.data import read_labels
+from hpr.data import array_batches, in_input_order, read_labels
 from hpr.errors import HprError
 from hpr.models import open_model
-from hpr.splits import open_splits, rows_of
+from hpr.sources import interleaved
+from hpr.splits import joined, open_data, open_splits, rows_of, split_sources
 from test_models import folder  # noqa: F401  a fixture
 
 TEXTS = ["the layer reads", "a factor", "its text", "a layer writes the text"] * 4
@@ -107,3 +108,31 @@ def test_arrays_as_they_are(folder) -> None:  # noqa: F811
     splits = open_splits(np.full((16, 5), 3), open_model(folder))
     assert splits.source == "the array given"
     assert torch.equal(splits.heldout[0]["input_ids"], torch.full((2, 5), 3))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 3))
+def test_sources_are_interleaved_and_keep_their_order(sizes: list[int], batch_size: int) -> None:
+    parts = [array_batches(np.arange(size) + 100 * number, batch_size=batch_size) for number, size in enumerate(sizes)]
+    whole = interleaved(parts)
+    expected = torch.cat([torch.arange(size) + 100 * number for number, size in enumerate(sizes)])
+    assert torch.equal(in_input_order(torch.cat(list(whole)), whole), expected)
+    for number, part in enumerate(parts):  # every source is spread over all of it
+        places = [place for place, batch in enumerate(whole) if int(batch[0]) // 100 == number]
+        assert len(places) == len(part)
+        assert places[0] < len(whole) / len(part) + len(sizes)
+
+
+def test_several_sources_share_the_limits(folder) -> None:  # noqa: F811
+    opened = open_model(folder)
+    data = {"few": ["a layer"] * 40, "many": ["the text"] * 80}
+    parts = split_sources(data, opened, 32, shares={"few": 1, "many": 3})
+    assert [len(part.calibration.order) for part in parts.values()] == [8, 24]
+    whole = joined(list(parts.values()))
+    assert sorted(whole.calibration.order) == list(range(32))
+    batches, label = open_data(data, opened, examples=20)
+    assert sorted(batches.order) == [*range(10), *range(10, 20)]
+    assert label == "the texts given, the texts given"
+    with pytest.raises(HprError, match=r"shares \{'few': 1\} must be above 0, one for each of few, many"):
+        split_sources(data, opened, shares={"few": 1})
+    with pytest.raises(HprError, match="without a source"):
+        open_data({}, opened)

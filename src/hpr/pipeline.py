@@ -34,7 +34,7 @@ from hpr.profiling.trials import find_symmetries
 from hpr.records import operator_gains, plan_rows, record, versions, write
 from hpr.refitting import refit_stacks
 from hpr.sharing import share
-from hpr.splits import Splits, open_splits
+from hpr.splits import Splits, joined, split_sources
 
 if TYPE_CHECKING:  # the Trainer is imported where something is healed
     from hpr.healing.trainer import Watch
@@ -160,7 +160,7 @@ def compress(
     model: str | Path | nn.Module | None = None,
     budget: str = "50%",
     output: str | Path | None = None,
-    data: str | Path | Sequence[str] | None = None,
+    data: Any = None,
     only: str | None = None,
     operators: Iterable[str] | None = None,
     objective: str | None = None,
@@ -174,16 +174,18 @@ def compress(
     reuse: bool = False,
     heal: str | None = None,
     watch: Watch | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> Compression:
     """Compress a model: profile, plan, share, choose by measurement, heal where wanted, evaluate, and write a folder.
 
     ``model``: a folder, a name, a module (with its ``tokenizer``), or None for the packaged all-MiniLM-L6-v2. ``data``: a
-    text file, a list of texts, an ``.npy`` or ``.npz`` file, or None for the standard library's docstrings. Up to ``plans``
-    plans are re-scored end to end. ``align``: also plan with aligned layers (see ``planner.draft``). ``reuse``:
-    also try plans in which layers are dropped or reuse attention (see ``reusing_plans``), which takes two passes over the
-    re-scoring text for each layer and state. ``heal``: train the result for so long (``500steps``, ``10min``) on all of the
-    data; ``watch`` sees its checks. ``refit="auto"`` refits where the data is the user's own and re-scoring finds
-    it better. Raises ``HprError`` before anything is written where an input does not serve.
+    text file, a list of texts, an ``.npy`` or ``.npz`` file, or None for the standard library's docstrings; or several of
+    these by name, with ``shares`` of the examples. Up to ``plans`` plans are re-scored end to end. ``align``: also plan with
+    aligned layers (see ``planner.draft``). ``reuse``: also try plans in which layers are dropped or reuse attention (see
+    ``reusing_plans``), which takes two passes over the re-scoring text for each layer and state. ``heal``: train the result
+    for so long (``500steps``, ``10min``) on all of the data; ``watch`` sees its checks. ``refit="auto"`` refits where the data
+    is the user's own and re-scoring finds it better. Raises ``HprError`` before anything is written where an input does not
+    serve.
     """
     clock = _Clock()
     torch.manual_seed(seed)
@@ -198,7 +200,8 @@ def compress(
 
         amount(heal)
     with clock("data"):
-        texts = open_splits(data, opened, examples)
+        dealt = split_sources(data, opened, examples, shares=shares)
+        texts = joined(list(dealt.values()))
     with clock("profile"):
         found = profile(opened.model, texts.calibration, goal.name, seed, progress)
     with clock("plan"):
@@ -232,10 +235,20 @@ def compress(
         from hpr.healing.opened import HEALED
 
         with clock("heal"):
-            more = goal.name != "seq2seq"  # there the teacher would have to write more answers first
-            splits = replace(texts, calibration=open_splits(data, opened, HEALED).calibration) if more else texts
-            recipe = Recipe(seed=seed)
-            healing = healed(student, opened, splits, heal, objective=goal.name, recipe=recipe, progress=progress, watch=watch)
+            if goal.name != "seq2seq":  # there the teacher would have to write more answers first
+                longer = split_sources(data, opened, HEALED, shares=shares)
+                dealt = {name: replace(part, calibration=longer[name].calibration) for name, part in dealt.items()}
+            healing = healed(
+                student,
+                opened,
+                dealt,
+                heal,
+                objective=goal.name,
+                shares=shares,
+                recipe=Recipe(seed=seed),
+                progress=progress,
+                watch=watch,
+            )
     with clock("evaluate"):
         figures = evaluate(student, opened.model, texts.heldout, goal, data=f"{texts.source}, held out")
     metrics = record(opened, plan, found, texts, figures, clock.seconds, seed)

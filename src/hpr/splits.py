@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from hpr.corpora import Split, docstrings
 from hpr.data import Batches, array_batches, read_array, read_labels, read_texts, text_batches
 from hpr.errors import HprError
 from hpr.models import OpenModel
+from hpr.sources import fractions, interleaved, named
 
 RESCORED = 256  # examples that plans are re-scored on
 EVALUATED = 1024  # held-out examples for the final figures
@@ -71,16 +73,25 @@ def open_data(
     examples: int = 4096,
     batch_size: int = 64,
     max_length: int = 256,
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[Batches, str]:
     """Batches for a model, and what to call them.
 
-    ``data`` is anything that ``rows_of`` reads, the standard library's docstrings if None. The first ``examples`` are taken;
-    ``split`` matters for docstrings only. A causal language model reads texts longer than ``max_length`` in several
-    examples; a sequence-to-sequence model gets what it writes itself as target (see ``own_answers``). Raises ``HprError``
-    for texts without a tokenizer, and for empty, damaged or non-finite data.
+    ``data`` is anything that ``rows_of`` reads, the standard library's docstrings if None; or several of these by name, with
+    ``shares`` of the examples. The first ``examples`` are taken; ``split`` matters for docstrings only. A causal language
+    model reads texts longer than ``max_length`` in several examples; a sequence-to-sequence model gets what it writes itself
+    as target (see ``own_answers``). Raises ``HprError`` for texts without a tokenizer, and for empty, damaged or non-finite
+    data.
     """
     if examples < 1:
         raise HprError(f"examples is {examples}: at least one is needed")
+    if isinstance(data, Mapping):
+        sources, parts = named(data), fractions(data, shares)
+        found = [
+            open_data(source, opened, split, math.ceil(examples * parts[name]), batch_size, max_length)
+            for name, source in sources.items()
+        ]
+        return interleaved([batches for batches, _ in found]), ", ".join(label for _, label in found)
     rows = rows_of(data, split)
     label = f"{rows.name} ({split} part)" if data is None else rows.name
     return _batches(rows, opened, examples, batch_size, max_length), label
@@ -100,8 +111,9 @@ class Splits:
     own: bool
 
 
-def open_splits(data: Any, opened: OpenModel, examples: int = 4096, labels: bool = False) -> Splits:
-    """Data for a whole compression: at most ``examples`` to profile, 256 to re-score on and 1,024 held out.
+def open_splits(data: Any, opened: OpenModel, examples: int = 4096, labels: bool = False, share: float = 1.0) -> Splits:
+    """Data for a whole compression: at most ``examples`` to profile, 256 to re-score on and 1,024 held out; or a ``share`` of
+    these.
 
     The user's data is dealt out by turns of eight, so that a sorted file is split fairly; docstrings have a held-out part of
     their own. Raises ``HprError`` for fewer than eight examples, and as ``open_data`` does.
@@ -115,12 +127,34 @@ def open_splits(data: Any, opened: OpenModel, examples: int = 4096, labels: bool
     parts = [[i for i, turn in enumerate(turns) if turn in wanted] for wanted in ((0, 2, 4, 5, 6, 7), (1,), (3,))]
     if not own:
         parts[0] = [i for i, turn in enumerate(turns) if turn != 1]
-    shares = [rows.take(part) for part in parts]
+    dealt = [rows.take(part) for part in parts]
     if not own:
-        shares[2] = rows_of(None, "heldout")
-    limits = (examples, min(RESCORED, examples), min(EVALUATED, examples))
-    first, second, third = (_batches(share, opened, limit) for share, limit in zip(shares, limits, strict=True))
+        dealt[2] = rows_of(None, "heldout")
+    limits = [math.ceil(share * min(most, examples)) for most in (examples, RESCORED, EVALUATED)]
+    first, second, third = (_batches(part, opened, limit) for part, limit in zip(dealt, limits, strict=True))
     return Splits(first, second, third, rows.name, own)
+
+
+def split_sources(
+    data: Any, opened: OpenModel, examples: int = 4096, labels: bool = False, shares: Mapping[str, float] | None = None
+) -> dict[str, Splits]:
+    """The splits of every source by name (``data`` where there is only one); the limits are parted by ``shares``."""
+    sources = named(data)
+    parts = fractions(sources, shares)
+    return {name: open_splits(source, opened, examples, labels, parts[name]) for name, source in sources.items()}
+
+
+def joined(parts: Sequence[Splits]) -> Splits:
+    """The splits of several sources as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Splits(
+        interleaved([part.calibration for part in parts]),
+        interleaved([part.rescoring for part in parts]),
+        interleaved([part.heldout for part in parts]),
+        ", ".join(part.source for part in parts),
+        all(part.own for part in parts),
+    )
 
 
 def _batches(rows: Rows, opened: OpenModel, examples: int, batch_size: int = 64, max_length: int = 256) -> Batches:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from hpr.errors import HprError
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Folder or hub id. The packaged all-MiniLM-L6-v2 if left out.")
 ]
 Data = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Text: one a line, .jsonl, .csv or .tsv. The standard library's docstrings if left out."),
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[=SHARE]",
+        help="Text: one a line, .jsonl, .csv or .tsv; may be said again, with shares. Python's docstrings if left out.",
+    ),
 ]
 Budget = Annotated[str, typer.Option(metavar="SIZE", help="Of all unique parameters: 50%, 11M parameters, or 45MB on disk.")]
 Only = Annotated[str | None, typer.Option(metavar="PATTERN", help="Change only sites that match: 'encoder.*,pooler*'.")]
@@ -28,6 +34,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, an
 Folder = Annotated[Path, typer.Argument(help="A folder that hpr wrote.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Where to write.")]
 Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="The original; the packaged one if left out.")]
+
+
+def sources(given: Sequence[str] | None) -> tuple[Any, dict[str, float] | None]:
+    """What ``--data`` names: nothing, a file, or several files by name; and the share of each of several."""
+    pairs = [_with_share(text) for text in given or ()]
+    if len(pairs) < 2:
+        return next((path for path, _ in pairs), None), None
+    paths = [path for path, _ in pairs]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise HprError(f"--data names {twice} twice: give it once, with a share")
+    return dict(zip(paths, paths, strict=True)), dict(pairs)
+
+
+def _with_share(text: str) -> tuple[str, float]:
+    path, mark, share = text.rpartition("=")
+    if not mark or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(share)
+    except ValueError as error:
+        raise HprError(f"--data {text}: the share {share!r} is no number; say FILE=2, or FILE alone") from error
 
 
 def operator_names(text: str | None) -> list[str] | None:

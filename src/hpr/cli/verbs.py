@@ -26,6 +26,7 @@ from hpr.cli.options import (
     Seed,
     Teacher,
     operator_names,
+    sources,
 )
 
 app = typer.Typer(
@@ -99,7 +100,8 @@ def profile(
     from hpr.splits import open_data
 
     opened = open_model(model)
-    batches, _ = open_data(data, opened, "calibration", examples)
+    files, shares = sources(data)
+    batches, _ = open_data(files, opened, "calibration", examples, shares=shares)
     with bars() as progress:
         found = pipeline.profile(opened.model, batches, objective or opened.objective, seed, progress)
     found.save(output)
@@ -212,28 +214,31 @@ def heal(
     from hpr.models import open_model
     from hpr.planning.plan import Plan
     from hpr.profiling.objectives import objective_for
-    from hpr.splits import open_splits
+    from hpr.splits import joined, split_sources
 
     target = output or folder
     hub.check_folder(target)
     plan = Plan.load(folder / "plan.json")
     student, original = open_model(folder), open_model(teacher)
     check_original(folder, original)
-    splits = open_splits(data, original, HEALED)
+    files, shares = sources(data)
+    splits = split_sources(files, original, HEALED, shares=shares)
     with bars() as progress:
         found = healed(
             student.model,
             original,
             splits,
             how_long,
+            shares=shares,
             recipe=Recipe(rate=rate, seed=seed, blocks=blocks),
             folder=checkpoints,
             progress=progress,
             watch=lambda row: err.print(tables.check_line(row)),
         )
     goal = objective_for(original.model, original.objective)
+    whole = joined(list(splits.values()))
     with err.status("evaluating"):
-        figures = evaluation.evaluate(student.model, original.model, splits.heldout, goal, data=f"{splits.source}, held out")
+        figures = evaluation.evaluate(student.model, original.model, whole.heldout, goal, data=f"{whole.source}, held out")
     metrics = with_figures(folder, original, figures) | {"healing": found.as_metrics()}
     records.write(student.model, target, plan, metrics, original)
     show(metrics | {"output": str(target)}, as_json, lines(tables.healing_line(metrics["healing"]), f"written: {target}"))
@@ -259,7 +264,8 @@ def evaluate(
 
     student, original = open_model(folder), open_model(teacher)
     check_original(folder, original)
-    batches, label = open_data(data, original, "heldout", examples)
+    files, shares = sources(data)
+    batches, label = open_data(files, original, "heldout", examples, shares=shares)
     goal = objective_for(original.model, objective or original.objective)
     with err.status("evaluating"):
         metrics = evaluation.evaluate(student.model, original.model, batches, goal, data=label)
@@ -277,7 +283,11 @@ def report(folder: Folder, as_json: Json = False) -> None:
 
 
 @app.command(
-    epilog=example("compress --budget 50% -o out", "compress path/to/model --budget 45MB --data texts.txt --heal 10min -o out")
+    epilog=example(
+        "compress --budget 50% -o out",
+        "compress path/to/model --budget 45MB --data texts.txt --heal 10min -o out",
+        "compress path/to/model --data reviews.tsv=2 --data news.txt -o out",
+    )
 )
 def compress(
     model: Model = None,
@@ -310,12 +320,13 @@ def compress(
 
     names = operator_names(operators)
     wish: bool | Literal["auto"] = "auto" if refit is None else refit
+    files, shares = sources(data)
     with bars() as progress:
         made = pipeline.compress(
             model,
             budget,
             output,
-            data,
+            files,
             only,
             names,
             objective,
@@ -328,6 +339,7 @@ def compress(
             reuse=reuse,
             heal=heal,
             watch=lambda row: err.print(tables.check_line(row)),
+            shares=shares,
         )
     as_dict = made.plan.to_dict()
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")

@@ -19,8 +19,8 @@ from hpr.healing.augmentation import Augmentation
 from hpr.healing.cache import key_of
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.recipe import Recipe
-from hpr.healing.schedule import named
 from hpr.profiling.objectives import Batch
+from hpr.sources import named
 
 RECIPE = "recipe.json"  # beside the checkpoints: what they belong to
 
@@ -66,10 +66,17 @@ def claim(folder: Path, facts: dict[str, Any]) -> None:
         if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
             raise HprError(f"{folder} holds checkpoints of something else: choose another folder")
         write_text(folder / RECIPE, json.dumps(facts, indent=1) + "\n")
-    elif different := [key for key in facts if found.get(key) != json.loads(json.dumps(facts[key]))]:
+    elif different := _differences(found, json.loads(json.dumps(facts))):
         raise HprError(
             f"{folder} holds checkpoints of a run with other {', '.join(different)}: choose another folder, or remove it"
         )
+
+
+def _differences(found: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """What a run has otherwise than the one that began, with both values where they are of the recipe."""
+    names = [key for key in facts if key != "recipe" and found.get(key) != facts[key]]
+    begun = found.get("recipe", {})
+    return names + [f"{key} ({begun.get(key)}, now {new})" for key, new in facts["recipe"].items() if begun.get(key) != new]
 
 
 def known(folder: Path) -> dict[str, Any] | None:

@@ -18,12 +18,12 @@ from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.claim import steps_begun
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.recipe import Recipe
-from hpr.healing.schedule import named
 from hpr.healing.trainer import Watch
 from hpr.healing.training import Healing, train
 from hpr.models import OpenModel, as_opened
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.objectives import Batch, objective_for
+from hpr.sources import fractions, named
 from hpr.splits import Splits, open_splits
 
 HEALED = 65536  # examples of a source at most
@@ -53,16 +53,17 @@ def heal(
     file, a ``datasets.Dataset``, batches of model inputs, ``Splits``, or None for the standard library's docstrings; or several
     of these by name, with ``shares`` of the steps. An eighth of it is a guard, which is not trained on: the weights of least
     divergence there are kept, those of the start among them. ``how_long``: ``500steps`` or ``10min``, which is turned into
-    steps by timing a few. ``recipe`` says all else; its ``steps`` do not count. ``augment``: how inputs are changed at random,
-    by default as suits the model (see ``augmentation``). ``folder``: where checkpoints go; the same call goes on from the last
-    of them. ``original``: see ``training.train``. Raises ``HprError`` as that does, and as reading data does.
+    steps by timing a few. ``recipe`` says all else; its ``steps`` and ``seconds`` do not count. ``augment``: how inputs are
+    changed at random, by default as suits the model (see ``augmentation``). ``folder``: where checkpoints go; the same call
+    goes on from the last of them. ``original``: see ``training.train``. Raises ``HprError`` as that does, and as reading data
+    does.
     """
     if isinstance(teacher, nn.Module):
         teacher = as_opened(teacher, tokenizer, objective)
     goal, recipe = objective_for(teacher.model, objective or teacher.objective), recipe or Recipe()
     place = None if folder is None else Path(folder)
     steps, seconds = amount(how_long)
-    batches, guard = opened_data(data, teacher, labels=recipe.weights.labels > 0)
+    batches, guard = opened_data(data, teacher, labels=recipe.weights.labels > 0, shares=shares)
     steps = steps or steps_begun(place)  # another timing would make another run of it
     if steps is None:
         assert seconds is not None
@@ -70,14 +71,17 @@ def heal(
         steps = steps_within(seconds, student, loss, list(chain(*batches.values())), recipe.accumulate)
     if augment == "auto":  # a label says nothing about changed inputs
         augment = None if recipe.weights.labels else changes_for(teacher)
-    recipe = replace(recipe, steps=steps)
+    recipe = replace(recipe, steps=steps, seconds=seconds)
     return train(student, teacher.model, batches, guard, recipe, goal, augment, shares, place, original, progress, watch)
 
 
-def opened_data(data: Any, teacher: OpenModel, labels: bool = False) -> tuple[dict[str, list[Batch]], list[Batch]]:
+def opened_data(
+    data: Any, teacher: OpenModel, labels: bool = False, shares: Mapping[str, float] | None = None
+) -> tuple[dict[str, list[Batch]], list[Batch]]:
     """Batches to train on, by source, and those of all sources that guard."""
     batches: dict[str, list[Batch]] = {}
     guard: list[Batch] = []
+    parts = fractions(named(data), shares)
     for name, source in named(data).items():
         if hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
             source = list(source)
@@ -88,7 +92,7 @@ def opened_data(data: Any, teacher: OpenModel, labels: bool = False) -> tuple[di
             guard += source[::_GUARDED]
             continue
         most = WRITTEN if teacher.objective == "seq2seq" else HEALED
-        found = source if isinstance(source, Splits) else open_splits(source, teacher, most, labels)
+        found = source if isinstance(source, Splits) else open_splits(source, teacher, most, labels, parts[name])
         batches[name] = found.calibration
         guard += found.rescoring
     return batches, guard

@@ -28,6 +28,7 @@ class Recipe:
     weight decay of private deltas; nothing else decays. Gradients are clipped to norm 1 over all unique parameters.
     ``dropout``: as the model has it, or none. ``checks``: how often the guard is measured and a checkpoint written. ``bf16``:
     products in bfloat16. ``checkpointing``: activations are computed again on the way back, to save memory.
+    ``seconds``: the time that the steps were counted for, if a time was asked for.
     ``sharded``: each process keeps a part of every parameter (FSDP2, see ``sharding``); then no checkpoints are written.
     """
 
@@ -46,6 +47,7 @@ class Recipe:
     checkpointing: bool = False
     sharded: bool = False
     seed: int = 0
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.steps, self.accumulate, self.checks) < 1:

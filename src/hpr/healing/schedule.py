@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 from hpr.errors import HprError
 from hpr.healing.augmentation import Augmentation
 from hpr.profiling.objectives import Batch, examples_in
+from hpr.sources import fractions, named
 
 
 class Schedule(Dataset):
@@ -34,14 +34,11 @@ class Schedule(Dataset):
         for name, source in sources.items():
             if not len(source):
                 raise HprError(f"there are no batches in {name!r}: at least one is needed")
-        shares = dict(shares or dict.fromkeys(sources, 1.0))
-        if set(shares) != set(sources) or min(shares.values()) <= 0:
-            raise HprError(f"shares {shares} must be above 0, one for each of {', '.join(sources)}")
+        weights = torch.tensor(list(fractions(sources, shares).values()), dtype=torch.float64)
         self.length, self.seed, self.augment = length, seed, augment
         self.sources = list(sources.values())
         self.pools = [pooled(source) for source in self.sources]
         draw = torch.Generator().manual_seed(seed % 2**63)
-        weights = torch.tensor([shares[name] for name in sources], dtype=torch.float64)
         self.chosen = torch.multinomial(weights, max(length, 1), replacement=True, generator=draw)
         self.turns = torch.zeros(len(self.chosen), dtype=torch.long)  # how often a source was drawn before
         for number in range(len(self.sources)):
@@ -69,11 +66,6 @@ class Schedule(Dataset):
             batch = {name: value[rows] for name, value in pool.items()} if isinstance(pool, Mapping) else pool[rows]
         batch = send_to_device(batch, "cpu")  # random numbers are drawn there
         return batch if self.augment is None else self.augment(batch, _draw(self.seed, -1, step))
-
-
-def named(data: Any) -> dict[str, Any]:
-    """Sources by name: several as they come, one as ``data``."""
-    return dict(data) if isinstance(data, Mapping) else {"data": data}
 
 
 def pooled(batches: Sequence[Batch]) -> Batch | None:
