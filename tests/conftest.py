@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hpr import operators
 from hpr.anatomy import Anatomy, describe
 from hpr.planning.budget import Budget
-from hpr.planning.plan import KEEP, Entry, Plan, Term
+from hpr.planning.plan import Plan
+from hpr.planning.terms import KEEP, Entry, Term
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from hpr.anatomy import Site
 from hpr.bank import FactorBank, SharedEmbedding, SharedLinear, SharedSite
 from hpr.errors import HprError
-from hpr.planning.plan import FactorShape, Term
+from hpr.planning.terms import FactorShape, Term
 
 OUT, IN, RANK = 9, 7, 3
 

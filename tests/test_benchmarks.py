@@ -19,7 +19,8 @@ import texts
 from comparison import Ground, dropped, ground, spanning, students
 from hpr.anatomy import weight_at
 from hpr.data import Batches, sts_pairs
-from hpr.planning.plan import KEEP, Entry, Term, keep_all
+from hpr.planning.plan import keep_all
+from hpr.planning.terms import KEEP, Entry, Term
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.splits import Splits
 from paths import shared

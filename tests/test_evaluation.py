@@ -24,7 +24,8 @@ from hpr.evaluation.latency import latency, peak_memory
 from hpr.evaluation.metrics import accuracy, compare, cosine, divergence, embeddings, neighbour_agreement
 from hpr.evaluation.sizes import disk_bytes, file_bytes, flops_per_token, parameters, parts, resident_bytes, sizes
 from hpr.evaluation.tasks import classification_accuracy, embedder, sts_correlation
-from hpr.planning.plan import Plan, Term
+from hpr.planning.plan import Plan
+from hpr.planning.terms import Term
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.sharing import share
 

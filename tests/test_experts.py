@@ -18,7 +18,8 @@ from hpr.bank import bank_of
 from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters, parts, sizes
 from hpr.experts import SharedExperts
-from hpr.planning.plan import FactorShape, Term, keep_all
+from hpr.planning.plan import keep_all
+from hpr.planning.terms import FactorShape, Term
 from hpr.profiling.curvature import measure_curvature
 from hpr.profiling.objectives import Objective
 from hpr.replaceable import unshareable

@@ -12,7 +12,7 @@ from hpr.operators import OPERATORS, tie
 from hpr.operators.metric import Measured, Side
 from hpr.operators.tie import alike
 from hpr.planning.composite import hull
-from hpr.planning.plan import KEEP
+from hpr.planning.terms import KEEP
 
 ALL = set(OPERATORS)
 

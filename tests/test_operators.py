@@ -20,7 +20,7 @@ from hpr.errors import HprError
 from hpr.operators import OPERATORS, basis, hierarchy, lowrank, segments, tie
 from hpr.operators.identity import divide, store
 from hpr.operators.metric import Measured, Side
-from hpr.planning.plan import KEEP, Entry, Term
+from hpr.planning.terms import KEEP, Entry, Term
 from hpr.profiling.profile import Profile, SiteStatistics
 
 SHAPES = [(7, 7), (10, 5), (5, 11)]  # square, tall, wide

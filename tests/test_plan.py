@@ -16,7 +16,8 @@ from hpr.anatomy import Anatomy, describe
 from hpr.errors import HprError
 from hpr.folders import write_text
 from hpr.planning.budget import Budget, parse_budget
-from hpr.planning.plan import KEEP, Entry, FactorShape, Plan, Term, keep_all
+from hpr.planning.plan import Plan, keep_all
+from hpr.planning.terms import KEEP, Entry, FactorShape, Term
 
 NAME = "encoder.1.output.dense"  # (16, 32)
 

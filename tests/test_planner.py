@@ -16,7 +16,8 @@ from hpr.operators import OPERATORS, segments
 from hpr.planner import LONGEST_GROUP, draft, known_operators
 from hpr.planning import solver
 from hpr.planning.composite import operators, restrict
-from hpr.planning.plan import KEEP, Plan
+from hpr.planning.plan import Plan
+from hpr.planning.terms import KEEP
 from hpr.reporting import render_report
 from hpr.tracks import kin
 

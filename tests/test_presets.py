@@ -17,7 +17,8 @@ from hpr.anatomy import describe, module_at, weight_of
 from hpr.bank import bank_of
 from hpr.errors import HprError
 from hpr.operators import tie
-from hpr.planning.plan import KEEP, Plan
+from hpr.planning.plan import Plan
+from hpr.planning.terms import KEEP
 from hpr.presets import Preset
 from hpr.replaceable import unshareable
 

@@ -24,7 +24,8 @@ from hpr.attention import attention_modules
 from hpr.errors import HprError
 from hpr.evaluation.sizes import flops_per_token, forward_flops, parameters, parts
 from hpr.planning.layers import DROPPED, KEYS, WEIGHTS
-from hpr.planning.plan import Entry, Plan, Term, keep_all
+from hpr.planning.plan import Plan, keep_all
+from hpr.planning.terms import Entry, Term
 from hpr.profiling.objectives import call
 from hpr.refitting import refit_stacks
 from hpr.reuse import droppable, reusable, with_states

@@ -14,7 +14,8 @@ from hpr import operators
 from hpr.anatomy import describe, module_at, weight_of
 from hpr.bank import SharedEmbedding, SharedLinear, SharedSite, bank_of, is_specification
 from hpr.errors import HprError
-from hpr.planning.plan import FactorShape, Term, keep_all
+from hpr.planning.plan import keep_all
+from hpr.planning.terms import FactorShape, Term
 from hpr.replaceable import unshareable
 from hpr.sharing import attach, share, unshare
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hpr.anatomy import base_of, weight_of
 from hpr.errors import HprError
-from hpr.planning.plan import Entry, FactorShape, Term, entry_to_dict
+from hpr.planning.terms import Entry, FactorShape, Term, entry_to_dict
 
 BANK = "hpr_bank"
 METHOD = "hpr"  # the name under which transformers finds hpr in a configuration

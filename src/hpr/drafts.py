@@ -21,7 +21,8 @@ from hpr.planning.boundaries import boundaries
 from hpr.planning.budget import Budget, parse_budget
 from hpr.planning.candidates import Candidate, Choice, Solution, Track
 from hpr.planning.composite import restrict
-from hpr.planning.plan import KEEP, Entry, Plan
+from hpr.planning.plan import Plan
+from hpr.planning.terms import KEEP, Entry
 from hpr.symmetries import Aim, Symmetry
 from hpr.vanishing import with_layers
 

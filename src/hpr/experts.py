@@ -19,7 +19,7 @@ from torch.func import functional_call
 from hpr.anatomy import Site, slice_at
 from hpr.bank import FactorBank, dense, shell_of
 from hpr.errors import HprError
-from hpr.planning.plan import FactorShape, Term
+from hpr.planning.terms import FactorShape, Term
 from hpr.slices import Slice, sliced_parameters
 
 Terms = dict[str, tuple[Term, ...]]

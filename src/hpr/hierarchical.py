@@ -20,7 +20,8 @@ from hpr.models import OpenModel, open_model
 from hpr.operators import Fitted, tie
 from hpr.planning.budget import Budget
 from hpr.planning.layers import DROPPED, REUSED, WEIGHTS, site_layer
-from hpr.planning.plan import KEEP, Entry, Plan, Term, keep_all
+from hpr.planning.plan import Plan, keep_all
+from hpr.planning.terms import KEEP, Entry, Term
 from hpr.profiling.objectives import Batch, objective_for
 from hpr.replaceable import unshareable
 from hpr.reuse import paths_of

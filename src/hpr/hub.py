@@ -40,7 +40,7 @@ from hpr.bank import (
 from hpr.errors import HprError
 from hpr.experts import SharedExperts
 from hpr.folders import CONFIG, copy_sentence_files, read_config, replace
-from hpr.planning.plan import FactorShape, entry_from_dict
+from hpr.planning.terms import FactorShape, entry_from_dict
 from hpr.sharing import attach
 
 WEIGHTS = "model.safetensors"

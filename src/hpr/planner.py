@@ -21,7 +21,8 @@ from hpr.operators import OPERATORS, segments
 from hpr.operators.metric import Measured, measure
 from hpr.operators.tie import alike
 from hpr.planning.candidates import Candidate, Track
-from hpr.planning.plan import KEEP, Plan
+from hpr.planning.plan import Plan
+from hpr.planning.terms import KEEP
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.profile import Profile
 from hpr.replaceable import unshareable

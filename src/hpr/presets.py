@@ -16,7 +16,8 @@ from hpr.bank import factors_of
 from hpr.errors import HprError
 from hpr.operators import Fitted, tie
 from hpr.planning.budget import Budget
-from hpr.planning.plan import KEEP, Entry, Plan, keep_all
+from hpr.planning.plan import Plan, keep_all
+from hpr.planning.terms import KEEP, Entry
 from hpr.replaceable import unshareable
 from hpr.tracks import rows
 

@@ -19,7 +19,8 @@ from hpr.errors import HprError
 from hpr.evaluation.metrics import Comparison
 from hpr.models import OpenModel
 from hpr.operators import OPERATORS, segments
-from hpr.planning.plan import KEEP, Plan
+from hpr.planning.plan import Plan
+from hpr.planning.terms import KEEP
 from hpr.profiling.profile import Profile
 from hpr.reporting import render_card, render_report
 from hpr.splits import Splits

@@ -34,7 +34,8 @@ from hpr.bank import (
 from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
 from hpr.experts import SharedExperts, shared_experts, site_of, with_kept
-from hpr.planning.plan import KEEP, FactorShape, Plan, Term
+from hpr.planning.plan import Plan
+from hpr.planning.terms import KEEP, FactorShape, Term
 from hpr.replaceable import check_replaceable, check_site, unshareable
 from hpr.reuse import check, install, paths_of
 from hpr.slices import Slice

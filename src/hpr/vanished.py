@@ -15,7 +15,8 @@ from hpr.anatomy import Anatomy, weight_of
 from hpr.bank import FactorBank, SharedLinear, SharedSite, shell_of
 from hpr.errors import HprError
 from hpr.planning.layers import DROPPED, REUSED
-from hpr.planning.plan import Plan, Term
+from hpr.planning.plan import Plan
+from hpr.planning.terms import Term
 from hpr.reuse import attention_at
 
 

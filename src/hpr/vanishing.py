@@ -18,7 +18,8 @@ from hpr.anatomy import Anatomy, describe, module_at, weight_of
 from hpr.attention import Holder, role_of
 from hpr.errors import HprError
 from hpr.planning.layers import DROPPED, REUSED, site_layer
-from hpr.planning.plan import Entry, Plan, Term
+from hpr.planning.plan import Plan
+from hpr.planning.terms import Entry, Term
 from hpr.profiling.objectives import Batch, call
 from hpr.reuse import attention_at, paths_of, reading_the_same, with_states
 

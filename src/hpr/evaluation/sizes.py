@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hpr.anatomy import Anatomy, Site, module_at, slice_at
 from hpr.bank import SharedEmbedding, SharedSite, bank_of, factors_of, terms_in
 from hpr.errors import HprError
-from hpr.planning.plan import Term
+from hpr.planning.terms import Term
 from hpr.profiling.objectives import Batch, call, evaluating
 
 OTHER = "biases, norms and other"

@@ -18,7 +18,8 @@ from hpr.operators import basis, delta, hierarchy, keep, lowrank, reused, segmen
 from hpr.operators.identity import store
 from hpr.operators.metric import Measured, measure
 from hpr.planning.candidates import Candidate
-from hpr.planning.plan import KEEP, Plan, Term
+from hpr.planning.plan import Plan
+from hpr.planning.terms import KEEP, Term
 from hpr.profiling.profile import Profile
 
 Terms = Mapping[str, tuple[Term, ...]]

@@ -17,7 +17,7 @@ from hpr.operators.lowrank import rank_choices
 from hpr.operators.metric import Measured, Side, eigenvectors
 from hpr.operators.tie import group_name, solve_shared
 from hpr.planning.candidates import Candidate
-from hpr.planning.plan import Term
+from hpr.planning.terms import Term
 
 INPUT = "shared input basis"
 OUTPUT = "shared output basis"

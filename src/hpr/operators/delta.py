@@ -16,7 +16,7 @@ from hpr.operators.lowrank import damages, private_term, rank_choices, rank_cost
 from hpr.operators.metric import Measured
 from hpr.operators.tie import QUICK, estimate, group_name, tie
 from hpr.planning.candidates import Candidate
-from hpr.planning.plan import Term
+from hpr.planning.terms import Term
 
 NAME = "tie + delta"
 _ROUNDS = 3

@@ -17,7 +17,7 @@ from hpr.operators.lowrank import damages, private_term, rank_costs, truncate
 from hpr.operators.metric import Measured, Side
 from hpr.operators.tie import QUICK, estimate, group_name, tie
 from hpr.planning.candidates import Candidate
-from hpr.planning.plan import Term
+from hpr.planning.terms import Term
 
 NAME = "base + block + private"
 BLOCK = 2

@@ -9,7 +9,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from hpr.planning.plan import Term
+from hpr.planning.terms import Term
 
 
 def store(values: Mapping[str, Tensor], terms: Iterable[Term]) -> dict[str, Tensor]:

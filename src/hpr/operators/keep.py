@@ -10,7 +10,7 @@ from torch import Tensor
 from hpr.anatomy import Site
 from hpr.operators.metric import Measured
 from hpr.planning.candidates import Candidate
-from hpr.planning.plan import KEEP, Term
+from hpr.planning.terms import KEEP, Term
 
 
 def candidate(group: Sequence[Measured]) -> Candidate:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hpr.anatomy import Site
 from hpr.operators.metric import Measured, eigenvectors, tails
 from hpr.planning.candidates import Candidate
-from hpr.planning.plan import Term
+from hpr.planning.terms import Term
 
 NAME = "low rank"
 

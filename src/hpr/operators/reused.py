@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hpr.operators.metric import Measured
 from hpr.planning.layers import REUSED
-from hpr.planning.plan import Term
+from hpr.planning.terms import Term
 
 NAME = REUSED
 

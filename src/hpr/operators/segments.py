@@ -18,7 +18,7 @@ from hpr.anatomy import Site
 from hpr.operators.lowrank import private_term, rank_choices, rank_costs, truncate
 from hpr.operators.metric import Measured, tails
 from hpr.planning.candidates import Candidate, Track
-from hpr.planning.plan import KEEP, Term
+from hpr.planning.terms import KEEP, Term
 
 NAME = "segments"
 _SHORTEST = 16

@@ -16,7 +16,7 @@ from torch import Tensor
 from hpr.anatomy import Site
 from hpr.operators.metric import Measured, Side
 from hpr.planning.candidates import Candidate
-from hpr.planning.plan import Term
+from hpr.planning.terms import Term
 
 TIE = "tie"
 SCALE = "tie + scale"

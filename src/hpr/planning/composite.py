@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hpr.planning.candidates import Candidate, Track
-from hpr.planning.plan import KEEP
+from hpr.planning.terms import KEEP
 
 POINTS = 256  # of a composite's curve at most
 
