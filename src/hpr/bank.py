@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hpr.anatomy import base_of, weight_of
 from hpr.errors import HprError
 from hpr.planning.terms import Entry, FactorShape, Term, entry_to_dict
+from hpr.routing import Routing, fixed, weighed
 
 BANK = "hpr_bank"
 METHOD = "hpr"  # the name under which transformers finds hpr in a configuration
@@ -74,6 +75,7 @@ class FactorBank(nn.Module):
     """Factors by name, each stored once. Raises ``HprError`` where two names give one key, or a name cannot be a key.
 
     ``layers``: path of a block → its state, where it was dropped or reuses what one below computes (``planning.layers``).
+    ``routing``: what routers see and give in the pass under way.
     """
 
     def __init__(self, shapes: Mapping[str, FactorShape], dtype: torch.dtype | None = None):
@@ -86,6 +88,7 @@ class FactorBank(nn.Module):
             self.factors[key] = Factor(shape, dtype)
         self.register_buffer(MEND, torch.zeros(1, dtype=dtype))
         self.layers: dict[str, str] = {}
+        self.routing = Routing()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,12 +166,13 @@ class SharedSite(nn.Module):
 
     def flops_per_row(self) -> int:
         """Multiply-adds × 2 for one input row; identity blocks are multiplied by like the rest."""
-        shapes = [self.bank[name].shape for term in self.terms for name in (term.u, term.v) if name]
-        return 2 * sum(shape.rows * shape.columns for shape in shapes)
+        names = [name for term in self.terms for name in (term.u, term.v) if name]
+        names += list(dict.fromkeys(term.route.router for term in self.terms if term.route is not None))
+        return 2 * sum(shape.rows * shape.columns for shape in (self.bank[name].shape for name in names))
 
 
 class SharedLinear(SharedSite):
-    """y = Σ_j diag(r) U V diag(c) x + bias; the bias is private. x (…, in) → y (…, out)."""
+    """y = Σ_j α_j(x) diag(r) U V diag(c) x + bias; the bias is private. x (…, in) → y (…, out)."""
 
     bias: nn.Parameter | None
 
@@ -178,11 +182,13 @@ class SharedLinear(SharedSite):
 
     def forward(self, x: Tensor) -> Tensor:
         total: Tensor | None = None
-        bias = self.bias
+        bias, weights = self.bias, self.weights(x)
         for term in self.terms:
             y = x if term.column_scale is None else x * self.bank[term.column_scale].weight[0]
             if term.v is not None:
                 y = self.bank[term.v](y)
+            if term.route is not None:
+                y = y * weighed(weights[term.route.router], term.route, term.rank)
             whole = term.rows is None or term.rows == (0, self.out_features)
             if whole and term.row_scale is None and bias is not None:
                 y, bias = self.bank[term.u](y, bias), None  # a pass of its own would cost as much as a small product
@@ -195,6 +201,14 @@ class SharedLinear(SharedSite):
             total = y if total is None else total + y
         assert total is not None
         return total if bias is None else total + bias
+
+    def weights(self, x: Tensor) -> dict[str, Tensor]:
+        """Router → α (…, experts) for an input x (…, in)."""
+        found: dict[str, Tensor] = {}
+        for route in (term.route for term in self.terms if term.route is not None):
+            if route.router not in found:
+                found[route.router] = self.bank.routing(route, self.bank[route.router].weight, x, self.path)
+        return found
 
 
 class SharedEmbedding(SharedSite):
@@ -233,6 +247,8 @@ def dense(bank: FactorBank, terms: Sequence[Term], shape: Sequence[int], like: T
     total = torch.zeros(*shape, dtype=like.dtype, device=like.device)
     for term in terms:
         product = bank[term.u].dense()
+        if term.route is not None:
+            product = product * weighed(fixed(term.route, bank[term.route.router].weight), term.route, term.rank)
         if term.v is not None:
             product = product @ bank[term.v].dense()
         if term.row_scale is not None:
@@ -287,8 +303,10 @@ def terms_in(module: nn.Module) -> dict[str, tuple[Term, ...]]:
 
 
 def factors_of(terms: Iterable[Term]) -> list[str]:
-    """Names of all factors that some terms use, in order, each once."""
-    return list(dict.fromkeys(name for term in terms for name in term.factors))
+    """Names of all factors that some terms use, in order, each once; routers come last."""
+    terms = list(terms)
+    routers = [term.route.router for term in terms if term.route is not None]
+    return list(dict.fromkeys([*(name for term in terms for name in term.factors), *routers]))
 
 
 def is_specification(config: Any) -> bool:

@@ -38,6 +38,7 @@ from hpr.planning.plan import Plan
 from hpr.planning.terms import KEEP, FactorShape, Term
 from hpr.replaceable import check_replaceable, check_site, unshareable
 from hpr.reuse import check, install, paths_of
+from hpr.routing import forget_masks, note_masks
 from hpr.slices import Slice
 from hpr.ties import Tie, declared_ties, drop_ties, resolved, restore_ties
 from hpr.vanished import SomeRows, Vanished, check_vanished, only_rows, vanished_paths
@@ -157,6 +158,9 @@ def attach(
         for name, child in list(parent._modules.items()):
             if child in replaced:
                 setattr(parent, name, replaced[child])
+    routed = [path for path, terms in terms_by_path.items() if any(term.route is not None for term in terms)]
+    if routed:
+        note_masks(model, bank.routing, routed)
     bank.layers = dict(layers or {})
     setattr(base, BANK, bank.train(base.training))
     drop_ties(declared)
@@ -167,7 +171,7 @@ def unshare(student: nn.Module) -> nn.Module:
     """A copy with stock dense modules again: the same classes, biases, dtype, device and ties as before ``share``.
 
     What it saves loads in plain transformers, at the dense size. Raises ``HprError``, naming the layers, where layers were
-    dropped or reuse what those below compute: no stock weights give that.
+    dropped or reuse what those below compute, or where weights depend on the input: no stock weights give that.
     """
     bank = bank_of(student)
     if bank is not None and bank.layers:
@@ -185,6 +189,7 @@ def unshare(student: nn.Module) -> nn.Module:
     base, _ = base_of(dense)
     if bank_of(dense) is not None:
         delattr(base, BANK)
+    forget_masks(dense)
     restore_ties(dense)
     config = getattr(dense, "config", None)
     if isinstance(dense, PreTrainedModel) and is_specification(getattr(config, "quantization_config", None)):

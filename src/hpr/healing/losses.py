@@ -6,8 +6,9 @@ own square, a categorical one's T² · KL per prediction, hidden states like Gau
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpr.anatomy import Anatomy, has_module, module_at
+from hpr.bank import bank_of
 from hpr.errors import HprError
 from hpr.evaluation.metrics import Estimate, divergence
 from hpr.healing.cache import Cache, Taught
 from hpr.healing.stages import Forcing
 from hpr.profiling.objectives import IGNORED, Batch, Objective, beside, call, evaluating, examples_in, mask_of
+from hpr.routing import Taken, recorded
+
+DECIDED = 0.5  # of the entropy of even routes: what a router may keep at the end of a run
 
 
 @dataclass(frozen=True)
@@ -29,18 +34,20 @@ class Weights:
 
     ``hidden``: the hidden states that each layer of the original emits (Romero et al. 2015), mean over layers. ``relations``:
     the inner products between the output vectors of a batch's examples (Park et al. 2019), where there is one for each.
-    ``labels``: the loss that labels in the batches give.
+    ``labels``: the loss that labels in the batches give. ``routing``: where weights depend on the input, what keeps the
+    routers from using one expert for all (the entropy of the mean route) and lets them decide late (``undecided``).
     """
 
     outputs: float = 1.0
     hidden: float = 0.0
     relations: float = 0.0
     labels: float = 0.0
+    routing: float = 0.01
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
         parts = (self.outputs, self.hidden, self.relations, self.labels)
-        if min(parts) < 0 or not sum(parts) > 0 or not self.temperature > 0:
+        if min(*parts, self.routing) < 0 or not sum(parts) > 0 or not self.temperature > 0:
             raise HprError(f"{self}: weights must not be negative, one must be above 0, and so must the temperature")
 
 
@@ -50,6 +57,7 @@ class GlobalLoss:
     def __init__(self, teacher: nn.Module, anatomy: Anatomy, objective: Objective, weights: Weights):
         self.teacher, self.anatomy, self.objective, self.weights = teacher, anatomy, objective, weights
         self.cache: Cache | None = None
+        self.progress = 0.0  # of the run, from 0 to 1: what routing is asked for changes with it
         upper = anatomy.stacks[1:] if objective.name == "seq2seq" else ()
         self._above = {path for stack in upper for path in stack.blocks}
 
@@ -63,9 +71,13 @@ class GlobalLoss:
         forced = forcing is not None and forcing.active
         paths = [path for path in self.anatomy.blocks if has_module(inner, path)] if self.weights.hidden or forced else []
         taught = self.taught(batch, paths, kept=not forced)
-        with emitted(inner, paths) as found:
+        bank = bank_of(inner) if self.weights.routing else None
+        routes: AbstractContextManager[Taken] = nullcontext({}) if bank is None else recorded(bank.routing)
+        with emitted(inner, paths) as found, routes as taken:
             learnt = call(student, batch)
         parts = {}
+        if taken:
+            parts["routing"] = self.weights.routing * undecided(taken, self.progress)
         if self.weights.outputs:
             parts["outputs"] = self.weights.outputs * self.outputs(taught, learnt, batch)
         if self.weights.relations:
@@ -119,6 +131,24 @@ class GlobalLoss:
         log_p, log_q = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (expected, found))
         distance = (log_p.exp() * (log_p - log_q)).sum(-1)
         return temperature**2 * (distance * weight).sum() / weight.sum().clamp(min=1)
+
+
+def undecided(taken: Taken, progress: float) -> Tensor:
+    """What routers still owe, from 0 to about 2, mean over routers: entropies are shares of that of even routes.
+
+    The mean route should be even (load balance, Shazeer et al. 2017). A single one may be as even as it likes at first; what is
+    allowed falls to ``DECIDED`` over the run.
+    """
+    allowed = 1 - progress * (1 - DECIDED)
+    owed = []
+    for calls in taken.values():
+        for alpha, counted in calls:
+            rows = alpha.flatten(0, -2) if counted is None else alpha[counted.bool()]
+            share = rows.float() / rows.shape[-1]
+            most = math.log(rows.shape[-1])
+            single = torch.special.entr(share).sum(-1).mean() / most
+            owed.append((single - allowed).clamp(min=0).square() + 1 - torch.special.entr(share.mean(0)).sum() / most)
+    return torch.stack(owed).mean()
 
 
 def _predicting(batch: Batch) -> Tensor | None:

@@ -105,6 +105,7 @@ class HealingTrainer(Trainer):
     ) -> torch.Tensor:
         if not self.dropout:
             model.eval()  # activations are then kept: layers compute them again in training mode only
+        self.global_loss.progress = self.state.global_step / self.state.max_steps
         loss, _ = self.global_loss(model, inputs, self.course.enter(self.state.global_step))
         if not torch.isfinite(loss):
             raise HprError(
@@ -162,9 +163,9 @@ def groups(student: nn.Module, rate: float, shared_rate: float, delta_decay: flo
     A step of AdamW moves every number by about its rate, whatever the scale of its factor, so a rate is relative
     to the root mean square of its parameter (as in Adafactor, Shazeer & Stern 2018). Shared factors get
     ``shared_rate`` times it and no weight decay; private low-rank factors beside a shared one are pulled back to what is
-    shared by ``delta_decay``; all else decays not at all.
+    shared by ``delta_decay``; all else decays not at all. Routers start at 0: their scale is that at which a Linear is drawn.
     """
-    shared, deltas = _roles(student)
+    shared, deltas, routers = _roles(student)
     found = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -174,7 +175,10 @@ def groups(student: nn.Module, rate: float, shared_rate: float, delta_decay: flo
                     f"{name} is {str(parameter.dtype).removeprefix('torch.')}: most steps would be lost in rounding. Heal "
                     f"student.float(), with Recipe(bf16=True) for products in bfloat16"
                 )
-            scale = max(float(whole(parameter.detach()).float().square().mean().sqrt()), SMALLEST)
+            if factor in routers:
+                scale = parameter.shape[-1] ** -0.5
+            else:
+                scale = max(float(whole(parameter.detach()).float().square().mean().sqrt()), SMALLEST)
             lr = rate * scale * (shared_rate if factor in shared else 1.0)
             found.append({"params": [parameter], "lr": lr, "weight_decay": delta_decay if factor in deltas else 0.0})
     if not found:
@@ -203,10 +207,10 @@ def last_checkpoint(folder: Path) -> Path | None:
     return whole[max(whole)] if whole else None
 
 
-def _roles(student: nn.Module) -> tuple[set[str], set[str]]:
-    """Keys of factors that several sites read, and of private ones whose site also reads a shared one."""
+def _roles(student: nn.Module) -> tuple[set[str], set[str], set[str]]:
+    """Keys of factors that several sites read, of private ones whose site also reads a shared one, and of routers."""
     if bank_of(student) is None:
-        return set(), set()
+        return set(), set(), set()
     sites = {path: terms for module in student.modules() for path, terms in terms_in(module).items()}  # tied modules once
     readers = Counter(factor for terms in sites.values() for factor in factors_of(terms))
     shared = {factor for factor, count in readers.items() if count > 1}
@@ -215,7 +219,9 @@ def _roles(student: nn.Module) -> tuple[set[str], set[str]]:
         private = [term for term in terms if shared.isdisjoint(term.factors)]
         if len(private) < len(terms):
             deltas.update(factors_of(private))
-    return {module_name(name) for name in shared}, {module_name(name) for name in deltas}
+    routers = {term.route.router for terms in sites.values() for term in terms if term.route is not None}
+    keys = [{module_name(name) for name in names} for names in (shared, deltas - routers, routers)]
+    return keys[0], keys[1], keys[2]
 
 
 def _only(items: list[Batch]) -> Batch:

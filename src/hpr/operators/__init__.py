@@ -78,7 +78,8 @@ def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None)
             values = FITS[operator]([measured[name] for name in names], terms)
             for name in names:
                 for term in terms[name]:
-                    for factor, shape in term.shapes(anatomy[name]).items():
+                    shapes = term.shapes(anatomy[name])
+                    for factor, shape in ((factor, shapes[factor]) for factor in term.factors):
                         if values[factor].shape != shape[:2]:
                             raise ValueError(f"{factor} would be {tuple(values[factor].shape)}, not {shape[:2]}")
         except (ValueError, AssertionError, IndexError, KeyError) as error:
@@ -90,7 +91,9 @@ def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None)
         if entry.terms and one.mean is not None:
             changes[name] = (one.weight - product(entry.terms, raw, one.site)) @ one.mean * _covered(entry.terms, one.site)
     every_term = [term for entry in plan.entries.values() for term in entry.terms]
-    return Fitted(store(raw, every_term), changes)
+    routers = {term.route.router for term in every_term if term.route is not None}
+    even = {name: torch.zeros(shape.stored).double() for name, shape in plan.factors(anatomy).items() if name in routers}
+    return Fitted({**store(raw, every_term), **even}, changes)
 
 
 def _covered(terms: Sequence[Term], site: Site) -> Tensor:

@@ -46,12 +46,27 @@ class FactorShape(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Route:
+    """How a term depends on the input: α(x) = ``experts`` · softmax(R [x; 1]), with R the factor ``router``.
+
+    Without an ``expert`` the rank components of the term are dealt to ``experts`` of them in turn, each weighed by its own
+    α; with one the whole term is weighed by that one's. Where R is 0 every α is 1, and the term what it is without a route.
+    ``per``: x is each token by itself, or the mean over a sequence; ``"fixed"``: R is one column that no input changes.
+    """
+
+    router: str
+    experts: int
+    per: Literal["token", "sequence", "fixed"] = "token"
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
 class Term:
     """One product of factors. ``u`` (out, rank) and ``v`` (rank, in); with ``v`` None, ``u`` is the whole (out, in) matrix.
 
     ``row_scale`` (out,) and ``column_scale`` (in,) name diagonals. ``rows`` limits the term to rows [start, stop) of the
     site, so that the segments of a vocabulary may have ranks of their own. ``identity`` names the factor that holds an
-    implicit identity block (see ``FactorShape``).
+    implicit identity block (see ``FactorShape``). ``route``: how it depends on the input, if it does.
     """
 
     u: str
@@ -61,10 +76,11 @@ class Term:
     column_scale: str | None = None
     rows: tuple[int, int] | None = None
     identity: Literal["", "u", "v"] = ""
+    route: Route | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """Names of the factors it uses."""
+        """Names of the factors of its product."""
         return tuple(name for name in (self.u, self.v, self.row_scale, self.column_scale) if name is not None)
 
     def shapes(self, site: Site) -> dict[str, FactorShape]:
@@ -81,6 +97,9 @@ class Term:
             shapes[self.row_scale] = FactorShape(1, stop - start)
         if self.column_scale is not None:
             shapes[self.column_scale] = FactorShape(1, site.in_features)
+        if self.route is not None:
+            width = 1 if self.route.per == "fixed" else site.in_features + 1
+            shapes[self.route.router] = FactorShape(self.route.experts, width)
         return shapes
 
 
@@ -95,20 +114,25 @@ class Entry:
 
 def entry_to_dict(entry: Entry) -> dict[str, Any]:
     """The JSON form of one entry; what a term does not use is left out."""
-    terms = [{key: value for key, value in asdict(term).items() if value not in (None, "")} for term in entry.terms]
-    return {"operator": entry.operator, "damage": entry.damage, "terms": terms}
+    return {"operator": entry.operator, "damage": entry.damage, "terms": [_written(asdict(term)) for term in entry.terms]}
 
 
 def entry_from_dict(name: str, data: Mapping[str, Any]) -> Entry:
     """The inverse of ``entry_to_dict``; ``name`` is the site's, for messages. Raises ``HprError`` for unknown fields."""
     terms = []
     for raw in data["terms"]:
-        unknown = set(raw) - set(Term.__dataclass_fields__)
-        if unknown:
-            raise HprError(f"{name}: a term has no field {sorted(unknown)[0]!r}; it has {', '.join(Term.__dataclass_fields__)}")
-        rows = raw.get("rows")
-        terms.append(Term(**{**raw, "rows": tuple(rows) if rows is not None else None}))
+        rows, route = raw.get("rows"), raw.get("route")
+        for what, kind, given in (("term", Term, raw), ("route", Route, route or {})):
+            if unknown := sorted(set(given) - set(kind.__dataclass_fields__)):
+                raise HprError(f"{name}: a {what} has no field {unknown[0]!r}; it has {', '.join(kind.__dataclass_fields__)}")
+        read = {"rows": None if rows is None else tuple(rows), "route": None if route is None else Route(**route)}
+        terms.append(Term(**{**raw, **read}))
     return Entry(str(data["operator"]), tuple(terms), float(data.get("damage", 0.0)))
+
+
+def _written(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in values.items() if value not in (None, "")}
+    return found | ({"route": _written(found["route"])} if "route" in found else {})
 
 
 def validate_entry(site: Site, entry: Entry) -> None:
@@ -126,9 +150,11 @@ def validate_entry(site: Site, entry: Entry) -> None:
             raise HprError(f"{site.name}: rank {term.rank!r} is not a whole number from 1 to {limit}")
         if term.identity not in ("", "u", "v") or (term.identity and term.rank is None):
             raise HprError(f"{site.name}: identity {term.identity!r} is neither 'u' nor 'v' of a term with a rank")
-        for factor in term.factors:
+        for factor in (*term.factors, *(() if term.route is None else (term.route.router,))):
             if not (isinstance(factor, str) and factor):
                 raise HprError(f"{site.name}: {factor!r} is no factor name")
+        if term.route is not None:
+            _validate_route(site, term, term.route)
         if term.rows is not None:
             if len(term.rows) != 2 or not all(isinstance(row, int) for row in term.rows):
                 raise HprError(f"{site.name}: rows {term.rows} are not two whole numbers [start, stop)")
@@ -147,6 +173,19 @@ def validate_entry(site: Site, entry: Entry) -> None:
         end = max(end, stop)
     if entry.terms and end < site.out_features and entry.operator != REUSED:
         raise HprError(f"{site.name}: rows {end} and above have no term, so their weights would be lost: cover them")
+
+
+def _validate_route(site: Site, term: Term, route: Route) -> None:
+    if site.kind != "linear" or site.expert is not None:
+        raise HprError(f"{site.name} cannot depend on the input: only Linear modules can; leave its route out")
+    if route.per not in ("token", "sequence", "fixed"):
+        raise HprError(f"{site.name}: a route per {route.per!r} is none of 'token', 'sequence' and 'fixed'")
+    if not (type(route.experts) is int and route.experts >= 2):
+        raise HprError(f"{site.name}: {route.experts!r} experts are not a whole number from 2 up")
+    if route.expert is None and not (term.rank is not None and route.experts <= term.rank):
+        raise HprError(f"{site.name}: {route.experts} experts cannot be dealt rank {term.rank}: take fewer, or name one expert")
+    if route.expert is not None and not 0 <= route.expert < route.experts:
+        raise HprError(f"{site.name}: expert {route.expert!r} is not from 0 to {route.experts - 1}")
 
 
 def spelled(shape: FactorShape) -> str:

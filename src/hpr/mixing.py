@@ -1,0 +1,170 @@
+"""Weights that follow the input: a static plan made dynamic, and a dynamic model made static again.
+
+W_s(x) = Σ_k α_k(x) · B_k: the experts B_k are the rank components that the static plan has anyhow, dealt into K parts, so they
+cost nothing but the router; where a basis is shared by a group of layers, so are its parts. A router starts at 0, which gives
+the static model exactly, and learns in healing (``losses.Weights.routing``). Ouroboros (arXiv 2604.02051) routed whole
+matrices and found lower training loss and no gain on held-out data: compare at equal parameters before you use it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hpr.anatomy import Anatomy, describe, module_at
+from hpr.bank import Factor, SharedLinear, bank_of, module_name, specification
+from hpr.drafts import Draft
+from hpr.errors import HprError
+from hpr.planning.budget import Budget
+from hpr.planning.plan import Plan
+from hpr.planning.terms import FactorShape, Route
+from hpr.profiling.objectives import Batch, beside, call, evaluating
+from hpr.routing import forget_masks, recorded
+from hpr.vanishing import example_batch
+
+_TRIES = 20  # of lowering a budget by what the routers cost
+
+
+def routed(
+    plan: Plan,
+    model: nn.Module,
+    experts: int = 4,
+    per: Literal["token", "sequence", "auto"] = "auto",
+    only: str | None = None,
+) -> Plan:
+    """The same plan with a router at every site of a stack that has a term with a rank.
+
+    ``per``: what a router sees, by default a sequence in a stack where every position sees all others, and a token in any
+    other. ``only`` narrows the sites. The routers' parameters count, so the plan may no longer keep within its budget (see
+    ``best_routed``). Raises ``HprError`` where no site can be routed.
+    """
+    anatomy = describe(model)
+    whole = seeing_all(model, anatomy) if per == "auto" else set()
+    chosen = {site.name for site in anatomy.select(only)}
+    entries = dict(plan.entries)
+    for site in anatomy.sites:
+        if site.name not in chosen or site.kind != "linear" or site.expert is not None or site.stack is None:
+            continue
+        view = ("sequence" if site.stack in whole else "token") if per == "auto" else per
+        route = Route(f"{site.name}.router", experts, view)  # type: ignore[arg-type]
+        entry = entries[site.name]
+        terms = [term if term.rank is None or term.rank < experts else replace(term, route=route) for term in entry.terms]
+        entries[site.name] = replace(entry, terms=tuple(terms))
+    if entries == dict(plan.entries):
+        raise HprError(f"no site of this plan has a term of rank {experts} or more to be routed: lower experts, or plan anew")
+    return replace(plan, entries=entries)
+
+
+def best_routed(draft: Draft, budget: Budget, model: nn.Module, experts: int = 4, only: str | None = None) -> Plan:
+    """The best static plan that leaves room for its routers within a budget, with them."""
+    room = budget.parameters
+    for _ in range(_TRIES):
+        plan = routed(draft.best(replace(budget, parameters=room)), model, experts, only=only)
+        excess = plan.parameters(draft.anatomy) - budget.parameters
+        if excess <= 0:
+            return replace(plan, budget=budget)
+        room -= excess
+    raise HprError(f"routers with {experts} experts do not fit {budget.text}: take fewer experts, or raise the budget")
+
+
+@torch.no_grad()
+def collapse(student: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+    """A static copy: every router gives what it gives on average over the positions of some batches.
+
+    Exporters need it, and ``unshare`` can go on from it. What it costs is ``hpr.evaluate(static, student, …)``. Raises
+    ``HprError`` for a model whose weights do not depend on the input, and for no batches.
+    """
+    if not batches:
+        raise HprError("batches is empty: at least one is needed to average routes over")
+    static = copy.deepcopy(student)
+    bank = bank_of(static)
+    sites = [module for module in static.modules() if isinstance(module, SharedLinear)]
+    if bank is None or not any(term.route for module in sites for term in module.terms):
+        raise HprError(f"the weights of this {type(student).__name__} do not depend on the input: it is static already")
+    averages = mean_routes(static, batches)
+    for module in sites:
+        module.terms = tuple(
+            term if term.route is None else replace(term, route=replace(term.route, per="fixed")) for term in module.terms
+        )
+    for router, alpha in averages.items():
+        old = bank[router]
+        factor = Factor(FactorShape(len(alpha), 1), old.weight.dtype).to(old.weight.device)
+        factor.weight.copy_(alpha.clamp(min=1e-9).log().unsqueeze(1))
+        bank.factors[module_name(router)] = factor.requires_grad_(old.weight.requires_grad)
+    forget_masks(static)
+    if isinstance(static, PreTrainedModel):
+        static.config.quantization_config = specification(static)
+    return static
+
+
+@torch.no_grad()
+def mean_routes(student: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Router → its mean α (experts,), float64, over all positions of some batches that count."""
+    bank = bank_of(student)
+    assert bank is not None
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, float] = {}
+    with evaluating(student):
+        for batch in batches:
+            with recorded(bank.routing) as taken:
+                call(student, beside(batch, student))
+            for (_, router), calls in taken.items():
+                for weights, counted in calls:
+                    rows = weights.flatten(0, -2) if counted is None else weights[counted.bool()]
+                    sums[router] = sums.get(router, torch.zeros(weights.shape[-1]).double()) + rows.double().sum(0).cpu()
+                    counts[router] = counts.get(router, 0.0) + len(rows)
+    return {router: total / counts[router] for router, total in sums.items()}
+
+
+def seeing_all(model: nn.Module, anatomy: Anatomy) -> set[str]:
+    """Names of the stacks in which the first position's output depends on the last one's input: not causal ones.
+
+    Found by gradients on ``example_batch``; none in a model whose inputs it cannot tell.
+    """
+    try:
+        batch = example_batch(model)
+    except HprError:
+        return set()
+    entered: dict[str, Tensor] = {}
+    left: dict[str, Tensor] = {}
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            entered[name] = x if x.requires_grad else x.requires_grad_()
+
+        return hook
+
+    def leave(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            left[name] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = []
+    for stack in anatomy.stacks:
+        first, last = (module_at(model, stack.blocks[place]) for place in (0, -1))
+        handles += [first.register_forward_pre_hook(enter(stack.name), with_kwargs=True)]
+        handles += [last.register_forward_hook(leave(stack.name))]
+    try:
+        with torch.enable_grad(), evaluating(model):
+            call(model, batch)
+            return {name for name in left if name in entered and _sees_last(entered[name], left[name])}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sees_last(entered: Tensor, left: Tensor) -> bool:
+    if entered.dim() < 3:
+        return False
+    first = left[:, 0]  # in a random direction: the sum over a normalised vector has no gradient
+    direction = torch.randn(first.shape[-1], generator=torch.Generator().manual_seed(0)).to(first)
+    (gradient,) = torch.autograd.grad((first @ direction).sum(), entered, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool(gradient[:, -1].any())
