@@ -8,6 +8,7 @@ from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.hierarchical import HierarchicalBert, HierarchicalModel
 from hpr.hub import load, register, save
+from hpr.mixing import collapse
 from hpr.pipeline import Compression, compress, profile, refit, rescore
 from hpr.planner import plan
 from hpr.planning.plan import Plan
@@ -29,6 +30,7 @@ __all__ = [
     "Plan",
     "Profile",
     "Recipe",
+    "collapse",
     "compress",
     "describe",
     "evaluate",
