@@ -44,7 +44,7 @@ def tokenizer_of(texts: list[str]) -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def built(kind: str) -> tf.MarianMTModel:
+def built(kind: str, dropout: float) -> tf.MarianMTModel:
     """One of the three, with random weights."""
     tf.set_seed(0)
     width = WIDTHS[kind]
@@ -57,7 +57,7 @@ def built(kind: str) -> tf.MarianMTModel:
         decoder_attention_heads=4,
         encoder_ffn_dim=4 * width,
         decoder_ffn_dim=4 * width,
-        dropout=0.2,
+        dropout=dropout,
         max_position_embeddings=2 * LONGEST,
         scale_embedding=True,
         pad_token_id=0,
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train.en.gz, val.en.gz, test_2016_flickr.en.gz")
     parser.add_argument("--output", type=Path, default=Path("out/multi30k"))
     parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--dropout", type=float, default=0.2)
     options = parser.parse_args()
     sides = {split: (lines(options.data, split, "en"), lines(options.data, split, "de")) for split in ("train", "val")}
     tokenizer = tokenizer_of([*sides["train"][0], *sides["train"][1]])
@@ -130,13 +131,14 @@ def main() -> None:
     english, german = (lines(options.data, "test_2016_flickr", language) for language in ("en", "de"))
     systems = []
     for kind in options.kinds:
-        model = built(kind)
+        model = built(kind, options.dropout)
         about = trained(model, rows["train"], rows["val"], tokenizer, options.epochs, options.output / kind)
         hpr.save(model, options.output / kind / "model", tokenizer)
         written = translations(model, tokenizer, english)
         systems.append((kind, written))
         score = sacrebleu.BLEU().corpus_score(written, [german], n_bootstrap=1000)
-        print(json.dumps({"model": kind, "parameters": parameters(model), "bleu": str(score), **about}), flush=True)
+        size = {"parameters": parameters(model), "dropout": options.dropout}
+        print(json.dumps({"model": kind, **size, "bleu": str(score), **about}), flush=True)
         print(json.dumps({"model": kind, "text": english[0], "translation": written[0]}, ensure_ascii=False), flush=True)
     if len(systems) > 1:
         systems.sort(key=lambda system: system[0] != "shared")  # the first is the baseline of the paired tests
