@@ -16,7 +16,7 @@ from hpr.profiling.profile import Profile
 from hpr.sharing import share, unshare
 
 if TYPE_CHECKING:
-    from hpr.healing import Healing, Recipe, heal
+    from hpr.healing import Healing, OnlineHealer, Recipe, heal
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "HierarchicalBert",
     "HierarchicalModel",
     "HprError",
+    "OnlineHealer",
     "Plan",
     "Profile",
     "Recipe",
@@ -50,7 +51,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Healing brings transformers' Trainer along: it is imported when it is first asked for."""
-    if name in ("Healing", "Recipe", "heal"):
+    if name in ("Healing", "OnlineHealer", "Recipe", "heal"):
         from hpr import healing
 
         return getattr(healing, name)

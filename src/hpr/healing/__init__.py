@@ -2,8 +2,9 @@
 
 from hpr.healing.augmentation import augmentation
 from hpr.healing.losses import Weights
+from hpr.healing.online import OnlineHealer, Update
 from hpr.healing.opened import heal
 from hpr.healing.recipe import Recipe
 from hpr.healing.training import Healing, train
 
-__all__ = ["Healing", "Recipe", "Weights", "augmentation", "heal", "train"]
+__all__ = ["Healing", "OnlineHealer", "Recipe", "Update", "Weights", "augmentation", "heal", "train"]

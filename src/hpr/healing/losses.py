@@ -70,7 +70,8 @@ class GlobalLoss:
         inner = getattr(student, "module", student)
         forced = forcing is not None and forcing.active
         paths = [path for path in self.anatomy.blocks if has_module(inner, path)] if self.weights.hidden or forced else []
-        taught = self.taught(batch, paths, kept=not forced)
+        wanted = self.weights.outputs or self.weights.relations or paths
+        taught = self.taught(batch, paths, kept=not forced) if wanted else None  # labels alone need no teacher
         bank = bank_of(inner) if self.weights.routing else None
         routes: AbstractContextManager[Taken] = nullcontext({}) if bank is None else recorded(bank.routing)
         with emitted(inner, paths) as found, routes as taken:
@@ -78,9 +79,9 @@ class GlobalLoss:
         parts = {}
         if taken:
             parts["routing"] = self.weights.routing * undecided(taken, self.progress)
-        if self.weights.outputs:
+        if taught is not None and self.weights.outputs:
             parts["outputs"] = self.weights.outputs * self.outputs(taught, learnt, batch)
-        if self.weights.relations:
+        if taught is not None and self.weights.relations:
             if taught.predictions.dim() != 2:
                 raise HprError(
                     f"relations are between examples with one output vector each, objective {self.objective.name!r} gives "
@@ -88,7 +89,7 @@ class GlobalLoss:
                 )
             found_rows, _ = self.objective.read(learnt, batch)
             parts["relations"] = self.weights.relations * related(taught.predictions, found_rows)
-        pairs = [(path, taught.hidden[path], found[path]) for path in paths]
+        pairs = [] if taught is None else [(path, taught.hidden[path], found[path]) for path in paths]
         if forced:
             assert forcing is not None
             pairs += [(path, forcing.inputs[path], own) for path, own in forcing.own.items()]

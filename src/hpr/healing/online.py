@@ -1,0 +1,233 @@
+"""Learning on: a student that goes on learning from a stream, batch by batch, and cannot get worse on its guard."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpr.anatomy import describe
+from hpr.errors import HprError
+from hpr.healing.cache import key_of
+from hpr.healing.claim import claim
+from hpr.healing.drift import Drift
+from hpr.healing.journal import Journal, flat, optimiser_tensors, set_optimiser, unflat
+from hpr.healing.losses import GlobalLoss, Weights
+from hpr.healing.trainer import groups
+from hpr.profiling.objectives import Batch, beside, evaluating, objective_for
+
+_CLIP = 1.0
+_WARM = 20  # steps until the rate is reached: the first ones of AdamW know no more than signs
+_LESS, _MORE = 0.5, 1.1  # what a check that is lost, or won, makes of the trust in steps
+_NUMBERS = ("step", "seen", "taken", "trust", "best", "start")  # kept on disk as they are
+_WRONG_INPUT = (HprError, RuntimeError, ValueError, IndexError, TypeError, KeyError)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one batch did. ``step`` counts all batches; ``loss`` is the batch's own, before it was learnt from.
+
+    ``refused``: why the batch was not learnt from. ``guard``: measured after this batch (nats per example; with labels
+    the loss itself). ``rolled_back``: the guard was hurt, and all is again as at the last check. ``drift``: batches have
+    become harder than those before.
+    """
+
+    step: int
+    loss: float | None = None
+    refused: str | None = None
+    guard: float | None = None
+    rolled_back: bool = False
+    drift: bool = False
+
+
+class OnlineHealer:
+    """Updates a student in place, from a teacher's answers or from labels in the batches.
+
+    ``guard``: batches that are never learnt from. After every ``every`` batches they are measured, and where that is more than
+    ``tolerance`` (a share) above the best so far, weights, moments of the optimiser and memory go back to what they were,
+    exactly. ``replay``: so many batches of the past are kept, each past one with the same chance, and one of them is learnt
+    from beside each new one. A batch that is not finite, or that the model cannot read, is refused and changes nothing.
+    ``rate``: of AdamW, relative to the scale of each parameter; steps become half as large where they hurt the guard, and
+    larger again, up to that rate, where they do not.
+
+    ``folder``: where the state is kept; the same call goes on from there after a crash at any point, with the very weights.
+    Raises ``HprError`` for an empty guard, for labels that are not there, and for a folder with the state of another learner.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        guard: Sequence[Batch],
+        teacher: nn.Module | None = None,
+        *,
+        weights: Weights | None = None,
+        objective: str | None = None,
+        rate: float = 1e-4,
+        replay: int = 64,
+        every: int = 8,
+        tolerance: float = 0.01,
+        seed: int = 0,
+        folder: str | Path | None = None,
+    ):
+        if not guard:
+            raise HprError("guard is empty: at least one batch that is not learnt from is needed")
+        if every < 1 or replay < 0 or not rate > 0 or tolerance < 0:
+            raise HprError(
+                f"every {every} must be at least 1, replay {replay} and tolerance {tolerance} 0, rate {rate} above 0"
+            )
+        weights = weights or (Weights() if teacher is not None else Weights(outputs=0.0, labels=1.0))
+        if teacher is None and (weights.outputs or weights.hidden or weights.relations):
+            raise HprError(f"{weights} follow a teacher: give one, or let labels alone count")
+        self.student, self.every, self.tolerance, self.most, self.seed = student, every, tolerance, replay, seed
+        self.guarded = list(guard)
+        original = teacher if teacher is not None else student
+        self.loss = GlobalLoss(original, describe(original), objective_for(original, objective), weights)
+        self.optimiser = torch.optim.AdamW(groups(student, rate, 1.0, 0.0), lr=rate, weight_decay=0.0)
+        self.memory: list[Batch] = []
+        self.recent: list[Batch] = []  # learnt from since the last check
+        self.rates = [group["lr"] for group in self.optimiser.param_groups]
+        self.step = self.seen = self.taken = 0  # batches; those remembered or passed by; steps of the optimiser
+        self.trust = 1.0
+        self.drift = Drift()
+        self.best = self.start = self.measure()
+        self._accepted = self._state()
+        self.journal = None if folder is None else Journal(Path(folder))
+        if self.journal is not None:
+            settings = {"rate": rate, "replay": replay, "every": every, "tolerance": tolerance, "seed": seed, **asdict(weights)}
+            facts = {
+                "recipe": settings,
+                "objective": self.loss.objective.name,
+                "student": key_of(student.state_dict()),
+                "teacher": None if teacher is None else describe(teacher).fingerprint,
+                "guard": [key_of(batch) for batch in guard],
+            }
+            claim(self.journal.folder, facts)
+            self._resume(self.journal)
+
+    def update(self, batch: Batch) -> Update:
+        """Learn from a batch, if it serves. It is on disk before that."""
+        if self.journal is not None:
+            self.journal.note(self.step + 1, batch)
+        return self._learn(batch)
+
+    def measure(self) -> float:
+        """The guard metric of the student as it is."""
+        return self.loss.guard(self.student, self.guarded).mean
+
+    def _learn(self, batch: Batch) -> Update:
+        self.step += 1
+        found, refused = self._stepped(batch)
+        drift = found is not None and self.drift(found)
+        if refused is None:
+            self.recent.append(batch)
+        guard, rolled_back = None, False
+        if self.step % self.every == 0:
+            guard, rolled_back = self._check()
+        return Update(self.step, found, refused, guard, rolled_back, drift)
+
+    def _stepped(self, batch: Batch) -> tuple[float | None, str | None]:
+        """The loss of a batch before a step along it, and why there was none."""
+        values = batch.values() if isinstance(batch, Mapping) else [batch]
+        if any(value.is_floating_point() and not torch.isfinite(value).all() for value in values):
+            return None, "the batch is not finite"
+        with evaluating(self.student):
+            try:
+                loss, _ = self.loss(self.student, beside(batch, self.student))
+            except torch.OutOfMemoryError:
+                raise
+            except _WRONG_INPUT as error:
+                return None, f"the model cannot read the batch ({type(error).__name__}: {str(error).splitlines()[0]:.120})"
+            if not torch.isfinite(loss):
+                return None, f"the loss of the batch is {float(loss.detach())}"
+            found = float(loss.detach())
+            if self.memory:
+                past = self.memory[int(torch.randint(len(self.memory), (1,), generator=self._draw(0)))]
+                loss = (loss + self.loss(self.student, beside(past, self.student))[0]) / 2
+            loss.backward()
+        finite = torch.isfinite(torch.nn.utils.clip_grad_norm_(self.student.parameters(), _CLIP))
+        if finite:
+            self._walk()
+        self.optimiser.zero_grad(set_to_none=True)
+        return (found, None) if finite else (None, "the gradient of the batch is not finite")
+
+    def _walk(self) -> None:
+        self.taken += 1
+        share = self.trust * min(1.0, self.taken / _WARM)
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = share * rate
+        self.optimiser.step()
+
+    def _check(self) -> tuple[float, bool]:
+        """Measure the guard; keep what was learnt, or go back."""
+        guard = self.measure()
+        rolled_back = not guard <= self.best * (1 + self.tolerance)
+        if rolled_back:
+            self._go_back()
+            self.trust *= _LESS
+        else:
+            self.best = min(self.best, guard)
+            self.trust = min(1.0, self.trust * _MORE)
+            for batch in self.recent:
+                self._remember(batch)
+        self.recent = []
+        self._accepted = self._state()
+        if self.journal is not None:
+            self._write(self.journal)
+        return guard, rolled_back
+
+    def _remember(self, batch: Batch) -> None:
+        """Reservoir sampling: each batch of the past is kept with the same chance."""
+        self.seen += 1
+        if len(self.memory) < self.most:
+            self.memory.append(batch)
+            return
+        place = int(torch.randint(self.seen, (1,), generator=self._draw(self.seen)))
+        if place < self.most:
+            self.memory[place] = batch
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        weights = {name: value.detach().clone() for name, value in self.student.state_dict().items()}
+        return weights, copy.deepcopy(optimiser_tensors(self.optimiser)), self.taken
+
+    def _go_back(self) -> None:
+        weights, moments, self.taken = self._accepted
+        self.student.load_state_dict(weights)
+        set_optimiser(self.optimiser, moments)
+
+    def _write(self, journal: Journal) -> None:
+        tensors = {f"optimiser.{name}": value for name, value in optimiser_tensors(self.optimiser).items()}
+        tensors |= {f"memory.{name}": value for name, value in flat(self.memory).items()}
+        numbers = {name: getattr(self, name) for name in _NUMBERS} | {"drift": asdict(self.drift)}
+        journal.snapshot(self.step, self.student, tensors, numbers)
+
+    def _resume(self, journal: Journal) -> None:
+        """Go on from what is on disk; a first snapshot is written where nothing is."""
+        found = journal.restore(self.student)
+        if found is None:
+            self._write(journal)
+        else:
+            tensors, numbers = found
+            self._take(tensors, numbers)
+        self._accepted = self._state()
+        for _, batch in journal.after(self.step):
+            self._learn(batch)
+
+    def _take(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"optimiser": {}, "memory": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        set_optimiser(self.optimiser, parts["optimiser"])
+        self.memory = unflat(parts["memory"])
+        for name in _NUMBERS:
+            setattr(self, name, numbers[name])
+        self.drift = Drift(**numbers["drift"])
+
+    def _draw(self, kind: int) -> torch.Generator:
+        """Random numbers that depend on the seed and the step alone."""
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + self.step) * 1_000_003 + kind) % 2**63)
