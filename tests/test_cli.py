@@ -16,7 +16,7 @@ import hpr.hub
 from hpr.cli import app, console, verbs
 from hpr.evaluation.sizes import parameters
 
-VERBS = ("inspect", "profile", "plan", "share", "eval", "report", "compress")
+VERBS = ("inspect", "profile", "plan", "share", "heal", "online", "eval", "report", "compress")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(35))]
 FILES = {"config.json", "model.safetensors", "plan.json", "metrics.json", "report.html", "README.md"}
 
@@ -215,6 +215,38 @@ def test_heal(home, tmp_path):
     assert "other seconds (None, now 1.0)" in said(run(*begun, "--for", "1s", code=2))
     assert "is no amount of healing" in said(run("heal", out, *teacher, "--for", "a while", code=2))
     assert "content that is not from HPR" in said(run("heal", home / "model", *teacher, "--data", data, code=2))
+    assert not left_behind(tmp_path)
+
+
+def test_online(home, tmp_path):
+    out, stream = tmp_path / "out", tmp_path / "stream.jsonl"
+    texts = (home / "texts.txt").read_text(encoding="utf-8").splitlines()
+    rows = [json.dumps({"text": text}) for text in texts[:30]]
+    rows[3], rows[9] = '{"text": 5}', "no JSON"
+    stream.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    run("share", home / "model", "--plan", home / "plan.json", "-o", out)
+    command = ["online", out, "--teacher", home / "model", "--guard", home / "texts.txt", "--state", tmp_path / "state"]
+    command += ["--batch", 4, "--every", 3, "--rate", 0.005, "--data", stream, "-o", tmp_path / "later"]
+    result = run(*command, "--json")
+    found = json.loads(result.stdout)["online"]
+    assert (found["batches"], found["refused"]) == (8, 0)
+    assert found["guard"] < found["guard_at_start"]
+    assert "line 4: 'text' is 5, not a text" in said(result)
+    assert "line 10 is no JSON object" in said(result)
+    assert {path.name for path in (tmp_path / "later").iterdir()} >= FILES
+    assert read(tmp_path / "later" / "metrics.json")["online"] == found
+    log = tmp_path / "state" / "updates.jsonl"
+    assert [json.loads(row)["step"] for row in log.read_text(encoding="utf-8").splitlines()] == list(range(1, 9))
+    again = json.loads(run(*command, "--json").stdout)["online"]  # nothing new in the file
+    assert (again["batches"], again["guard"]) == (8, found["guard"])
+    stream.write_text("\n".join([*rows, *['{"text": "word1"}'] * 4, *["[]"] * 4]) + "\n", encoding="utf-8")
+    assert "batch 10 is refused: the model cannot read the batch" in said(run(*command))
+    taken = [json.loads(row)["line"] for row in log.read_text(encoding="utf-8").splitlines()]
+    assert taken == [4, 8, 12, 16, 20, 24, 28, 30, 34, 38]
+    log.write_text("\n".join(log.read_text(encoding="utf-8").splitlines()[:-1]) + '\n{"step": 1', encoding="utf-8")
+    stream.write_text(stream.read_text(encoding="utf-8") + '{"text": "word2"}\n', encoding="utf-8")
+    assert json.loads(run(*command, "--json").stdout)["online"]["batches"] == 11  # one more, and not one again
+    assert "write what comes of it to another folder" in said(run(*command[:-1], out, code=2))
     assert not left_behind(tmp_path)
 
 

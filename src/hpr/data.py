@@ -63,16 +63,17 @@ def text_batches(
     max_length: int = 256,
     windows: int | None = None,
     labels: Sequence[float] | None = None,
+    ratio: float = 2.0,
 ) -> Batches:
     """Tokenised batches of ``input_ids``, ``attention_mask`` and what else the tokenizer gives, int64 (batch, positions).
 
     A text of more than ``max_length`` tokens loses its end; or, with ``windows``, it goes on in further examples of about
     equal length, so many in all at most (``order`` then counts these). ``labels``: one for each text.
 
-    Texts of like length stand together, so little is padded (a batch is smaller where the next text is twice as long as
-    its first); the batches are shuffled, always in the same way, so that any few are a fair sample. Padding is on the
-    right and masked; a tokenizer without a padding token is left as it is. Raises ``HprError`` for no texts, for what is
-    no string, and for a text without tokens.
+    Texts of like length stand together, so little is padded (a batch is smaller where the next text is over ``ratio`` times
+    as long as its first); the batches are shuffled, always in the same way, so that any few are a fair sample. Padding is
+    on the right and masked; a tokenizer without a padding token is left as it is. Raises ``HprError`` for no texts, for what
+    is no string, and for a text without tokens.
     """
     if isinstance(texts, str):
         raise HprError("texts is one string: give a list of strings")
@@ -93,7 +94,7 @@ def text_batches(
         empty = lengths.index(0)
         shown = f" ({texts[empty]!r:.60})" if windows is None else ""
         raise HprError(f"text {empty}{shown} has no tokens: remove it")
-    groups = _groups(lengths, batch_size)
+    groups = _groups(lengths, batch_size, ratio)
     random.Random(0).shuffle(groups)
     padding = _padding(tokenizer)
     rows.setdefault("attention_mask", [[1] * length for length in lengths])
@@ -231,11 +232,11 @@ def _windows(rows: Mapping[str, list[list[int]]], limit: int, most: int) -> dict
     return {key: row[:most] for key, row in parts.items()}
 
 
-def _groups(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def _groups(lengths: Sequence[int], batch_size: int, ratio: float) -> list[list[int]]:
     """Places of texts that go into one batch, by length. A few very long ones would otherwise pad a whole batch."""
     groups: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or len(groups[-1]) == batch_size or lengths[place] > 2 * lengths[groups[-1][0]]:
+        if not groups or len(groups[-1]) == batch_size or lengths[place] > ratio * lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(place)
     return groups

@@ -115,6 +115,12 @@ class OnlineHealer:
             self.journal.note(self.step + 1, batch)
         return self._learn(batch)
 
+    def settle(self) -> float:
+        """Check what was learnt since the last check, as at the end of a stream; the guard metric of what is kept."""
+        if self.recent:
+            self._check()
+        return self.measure()
+
     def measure(self) -> float:
         """The guard metric of the student as it is."""
         return self.loss.guard(self.student, self.guarded).mean
