@@ -90,6 +90,17 @@ def test_what_hurts_is_undone_exactly(pair) -> None:  # noqa: F811
     assert same(state_of(healer), before)
 
 
+def test_outputs_that_are_no_longer_finite_are_undone(pair) -> None:  # noqa: F811
+    teacher, student = pair
+    healer = OnlineHealer(copy_of(student), batches(2, seed=50), teacher, every=1)
+    healer.rates = [1e30] * len(healer.rates)
+    before = state_of(healer)
+    update = healer.update(batches(1)[0])
+    assert update.rolled_back
+    assert update.guard is None
+    assert same(state_of(healer), before)
+
+
 def test_what_is_refused_changes_nothing(pair) -> None:  # noqa: F811
     teacher, student = pair
     healer = OnlineHealer(copy_of(student), batches(2, seed=50), teacher, every=100)
@@ -97,6 +108,9 @@ def test_what_is_refused_changes_nothing(pair) -> None:  # noqa: F811
     update = healer.update({"input_ids": torch.full((2, 4), 999)})
     assert "cannot read the batch (IndexError" in update.refused
     assert same(state_of(healer), before)
+    with pytest.raises(HprError, match="'x' of a batch is a list, not a tensor"):
+        healer.update({"x": [1]})
+    assert healer.step == 1
 
 
 def test_it_goes_on_where_it_was(pair, tmp_path: Path) -> None:  # noqa: F811
@@ -194,8 +208,6 @@ def test_batches_on_disk(tmp_path: Path) -> None:
     journal.note(1, torch.arange(3))
     assert [step for step, _ in journal.after(0)] == [1, 2]
     assert torch.equal(next(iter(journal.after(0)))[1], torch.arange(3))
-    with pytest.raises(HprError, match="'x' of a batch is a list, not a tensor"):
-        journal.note(3, {"x": [1]})
     assert [path.name for path in (tmp_path / "batches").iterdir() if "partial" in path.name] == []
     several = [{"a": torch.ones(1), "b": torch.zeros(2)}, torch.ones(3)]
     again = unflat(flat(several))

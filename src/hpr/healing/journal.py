@@ -36,10 +36,8 @@ class Journal:
             shutil.rmtree(half) if half.is_dir() else half.unlink()
 
     def note(self, step: int, batch: Batch) -> None:
-        """Write a batch down. Raises ``HprError`` for one that holds anything but tensors."""
+        """Write a batch of tensors down."""
         named = dict(batch) if isinstance(batch, Mapping) else {_ALONE: batch}
-        if wrong := next((name for name, value in named.items() if not isinstance(value, Tensor)), None):
-            raise HprError(f"{wrong!r} of a batch is a {type(named[wrong]).__name__}, not a tensor: convert it")
         half = self.batches / f".{step}.{os.getpid()}.partial"
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in named.items()}, half)
         half.replace(self.batches / f"{step:09d}.safetensors")

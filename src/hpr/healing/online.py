@@ -110,7 +110,10 @@ class OnlineHealer:
             self._resume(self.journal)
 
     def update(self, batch: Batch) -> Update:
-        """Learn from a batch, if it serves. It is on disk before that."""
+        """Learn from a batch, if it serves. It is on disk before that. Raises ``HprError`` for what are no tensors."""
+        values = dict(batch) if isinstance(batch, Mapping) else {"the batch": batch}
+        if wrong := next((name for name, value in values.items() if not isinstance(value, Tensor)), None):
+            raise HprError(f"{wrong!r} of a batch is a {type(values[wrong]).__name__}, not a tensor: convert it")
         if self.journal is not None:
             self.journal.note(self.step + 1, batch)
         return self._learn(batch)
@@ -147,7 +150,8 @@ class OnlineHealer:
             except torch.OutOfMemoryError:
                 raise
             except _WRONG_INPUT as error:
-                return None, f"the model cannot read the batch ({type(error).__name__}: {str(error).splitlines()[0]:.120})"
+                said = " ".join(str(error).split())
+                return None, f"the model cannot read the batch ({type(error).__name__}: {said:.120})"
             if not torch.isfinite(loss):
                 return None, f"the loss of the batch is {float(loss.detach())}"
             found = float(loss.detach())
@@ -168,11 +172,14 @@ class OnlineHealer:
             group["lr"] = share * rate
         self.optimiser.step()
 
-    def _check(self) -> tuple[float, bool]:
-        """Measure the guard; keep what was learnt, or go back."""
-        guard = self.measure()
-        rolled_back = not guard <= self.best * (1 + self.tolerance)
-        if rolled_back:
+    def _check(self) -> tuple[float | None, bool]:
+        """Measure the guard (None where the outputs are no longer finite); keep what was learnt, or go back."""
+        try:
+            guard = self.measure()
+        except HprError:
+            guard = None
+        rolled_back = guard is None or not guard <= self.best * (1 + self.tolerance)
+        if guard is None or rolled_back:
             self._go_back()
             self.trust *= _LESS
         else:
