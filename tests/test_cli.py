@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import hpr
 import hpr.hub
-from hpr.cli import app, console, verbs
+from hpr.cli import app, console, program
 from hpr.evaluation.sizes import parameters
 
 VERBS = ("inspect", "profile", "plan", "share", "heal", "online", "eval", "report", "compress")
@@ -399,7 +399,7 @@ def test_interrupted_while_writing(home, tmp_path, monkeypatch):
 
 def test_terminated_runs_leave_through_the_same_door():
     with pytest.raises(SystemExit) as caught:
-        verbs._leave(15, None)
+        program._leave(15, None)
     assert caught.value.code == 143
 
 

@@ -1,16 +1,13 @@
-"""The verbs. Heavy imports stay inside them."""
+"""The verbs that profile, plan, share, measure and report, and the one that does it all. Heavy imports stay inside them."""
 
 from __future__ import annotations
 
-import signal
-import sys
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from hpr.cli.console import TERMINATED, Verbs, bars, err, lines, quiet, show
+from hpr.cli.console import bars, err, lines, quiet, show
 from hpr.cli.options import (
     Align,
     Budget,
@@ -29,42 +26,7 @@ from hpr.cli.options import (
     sources,
 )
 
-app = typer.Typer(
-    cls=Verbs,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 fine, 1 unexpected error, 2 bad input, 130 interrupted.",
-)
 
-
-def example(*commands: str) -> str:
-    """An epilog that shows how a verb is used."""
-    return "\n".join(["[bold]Example[/bold]", *(f"  hpr {command}" for command in commands)])
-
-
-def print_version(wanted: bool) -> None:
-    """The version and nothing else."""
-    if wanted:
-        typer.echo(f"hpr {version('hpr')}")
-        raise typer.Exit
-
-
-@app.callback()
-def common(
-    show_version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Make a pretrained Transformer smaller by letting its layers share parameters.
-
-    Start with `hpr compress`; the other verbs are its steps, one by one.
-    """
-
-
-@app.command(epilog=example("inspect", "inspect path/to/model --json"))
 def inspect(model: Model = None, as_json: Json = False) -> None:
     """Show what is in a model: stacks, layers, sites, ties, and what profiling it would take."""
     quiet()
@@ -82,7 +44,6 @@ def inspect(model: Model = None, as_json: Json = False) -> None:
     show(found, as_json, tables.parts_table(found), lines(*notes))
 
 
-@app.command(epilog=example("profile path/to/model --data texts.txt -o profile.safetensors"))
 def profile(
     model: Model = None,
     output: Output = Path("profile.safetensors"),
@@ -110,7 +71,6 @@ def profile(
     show(result, as_json, tables.layers_table(layers), lines(*tables.profile_lines(found.about), f"written: {output}"))
 
 
-@app.command(epilog=example("plan path/to/model --profile profile.safetensors --budget 50% --only 'encoder.*' -o plan.json"))
 def plan(
     model: Model = None,
     profile: Annotated[Path, typer.Option(metavar="FILE", help="What `hpr profile` wrote.")] = Path("profile.safetensors"),
@@ -149,7 +109,6 @@ def plan(
     show(result, as_json, tables.plan_table(as_dict, stacks), tables.operators_table(as_dict), notes)
 
 
-@app.command(epilog=example("share path/to/model --plan plan.json --profile profile.safetensors -o out"))
 def share(
     model: Model = None,
     plan: Annotated[Path, typer.Option(metavar="FILE", help="What `hpr plan` wrote, edited or not.")] = Path("plan.json"),
@@ -180,71 +139,6 @@ def share(
     show({"output": str(folder), **counted}, as_json, lines(text, f"written: {output}"))
 
 
-@app.command(epilog=example("heal out --teacher path/to/model --data texts.txt --for 10min"))
-def heal(
-    folder: Folder,
-    teacher: Teacher = None,
-    data: Data = None,
-    how_long: Annotated[str, typer.Option("--for", metavar="AMOUNT", help="500steps, 90s, 10min or 2h.")] = "300steps",
-    rate: Annotated[
-        float, typer.Option(min=0, metavar="RATE", help="The peak learning rate, relative to each factor's own scale.")
-    ] = 4e-4,
-    blocks: Annotated[
-        float,
-        typer.Option(min=0, max=1, metavar="SHARE", help="Of the steps: first each layer by itself."),
-    ] = 0.0,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where to write; in place if left out.")
-    ] = None,
-    checkpoints: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Keep checkpoints here; the same command goes on from the last. None if left out."),
-    ] = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Train a smaller model until it does again what its original does; its weights are only replaced by better ones."""
-    quiet()
-    from hpr import evaluation, hub, records
-    from hpr.cli import tables
-    from hpr.cli.describing import check_original, with_figures
-    from hpr.healing import Recipe
-    from hpr.healing import heal as healed
-    from hpr.healing.opened import HEALED
-    from hpr.models import open_model
-    from hpr.planning.plan import Plan
-    from hpr.profiling.objectives import objective_for
-    from hpr.splits import joined, split_sources
-
-    target = output or folder
-    hub.check_folder(target)
-    plan = Plan.load(folder / "plan.json")
-    student, original = open_model(folder), open_model(teacher)
-    check_original(folder, original)
-    files, shares = sources(data)
-    splits = split_sources(files, original, HEALED, shares=shares)
-    with bars() as progress:
-        found = healed(
-            student.model,
-            original,
-            splits,
-            how_long,
-            shares=shares,
-            recipe=Recipe(rate=rate, seed=seed, blocks=blocks),
-            folder=checkpoints,
-            progress=progress,
-            watch=lambda row: err.print(tables.check_line(row)),
-        )
-    goal = objective_for(original.model, original.objective)
-    whole = joined(list(splits.values()))
-    with err.status("evaluating"):
-        figures = evaluation.evaluate(student.model, original.model, whole.heldout, goal, data=f"{whole.source}, held out")
-    metrics = with_figures(folder, original, figures) | {"healing": found.as_metrics()}
-    records.write(student.model, target, plan, metrics, original)
-    show(metrics | {"output": str(target)}, as_json, lines(tables.healing_line(metrics["healing"]), f"written: {target}"))
-
-
-@app.command("eval", epilog=example("eval out --teacher path/to/model --data held_out.txt"))
 def evaluate(
     folder: Folder,
     teacher: Teacher = None,
@@ -273,7 +167,6 @@ def evaluate(
     show(metrics, as_json, *tables.before_after({}, metrics))
 
 
-@app.command(epilog=example("report out"))
 def report(folder: Folder, as_json: Json = False) -> None:
     """Write report.html anew from plan.json and metrics.json."""
     from hpr.cli.describing import write_report
@@ -282,13 +175,6 @@ def report(folder: Folder, as_json: Json = False) -> None:
     show({"report": str(path)}, as_json, lines(f"written: {path}"))
 
 
-@app.command(
-    epilog=example(
-        "compress --budget 50% -o out",
-        "compress path/to/model --budget 45MB --data texts.txt --heal 10min -o out",
-        "compress path/to/model --data reviews.tsv=2 --data news.txt -o out",
-    )
-)
 def compress(
     model: Model = None,
     budget: Budget = "50%",
@@ -345,13 +231,3 @@ def compress(
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")
     healed = [lines(tables.healing_line(made.metrics["healing"]))] if heal else []
     show(made.metrics | {"output": str(output)}, as_json, *tables.before_after(as_dict, made.metrics), *healed, where)
-
-
-def main() -> None:
-    """The entry point."""
-    signal.signal(signal.SIGTERM, _leave)  # so that half-written files are cleared away then, too
-    app()
-
-
-def _leave(*_: Any) -> None:
-    sys.exit(TERMINATED)

@@ -1,0 +1,78 @@
+"""The program: its verbs with an example of each, in the order of the help, and its entry point."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from hpr.cli import learning, verbs
+from hpr.cli.console import TERMINATED, Verbs
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 fine, 1 unexpected error, 2 bad input, 130 interrupted.",
+)
+
+
+def print_version(wanted: bool) -> None:
+    """The version and nothing else."""
+    if wanted:
+        typer.echo(f"hpr {version('hpr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make a pretrained Transformer smaller by letting its layers share parameters.
+
+    Start with `hpr compress`; the other verbs are its steps, one by one.
+    """
+
+
+def add(verb: Callable[..., None], *examples: str, name: str | None = None) -> None:
+    """Give the program a verb, with what its help shows below the options."""
+    app.command(name, epilog="\n".join(["[bold]Example[/bold]", *(f"  hpr {one}" for one in examples)]))(verb)
+
+
+add(verbs.inspect, "inspect", "inspect path/to/model --json")
+add(verbs.profile, "profile path/to/model --data texts.txt -o profile.safetensors")
+add(verbs.plan, "plan path/to/model --profile profile.safetensors --budget 50% --only 'encoder.*' -o plan.json")
+add(verbs.share, "share path/to/model --plan plan.json --profile profile.safetensors -o out")
+add(learning.heal, "heal out --teacher path/to/model --data texts.txt --for 10min")
+add(
+    learning.online,
+    "online out --teacher path/to/model --guard texts.txt --data stream.jsonl --state out-state -o out-later",
+    "online out --guard rated.jsonl --labels --state out-state -o out-later < stream.jsonl",
+)
+add(verbs.evaluate, "eval out --teacher path/to/model --data held_out.txt", name="eval")
+add(verbs.report, "report out")
+add(
+    verbs.compress,
+    "compress --budget 50% -o out",
+    "compress path/to/model --budget 45MB --data texts.txt --heal 10min -o out",
+    "compress path/to/model --data reviews.tsv=2 --data news.txt -o out",
+)
+
+
+def main() -> None:
+    """The entry point."""
+    signal.signal(signal.SIGTERM, _leave)  # so that half-written files are cleared away then, too
+    app()
+
+
+def _leave(*_: Any) -> None:
+    sys.exit(TERMINATED)
