@@ -6,7 +6,7 @@ import transformers as tf
 
 import hpr
 from hpr.anatomy import describe
-from hpr.bank import bank_of, terms_in
+from hpr.bank import bank_of, terms_of
 from hpr.disagreement import expected_gains
 from hpr.errors import HprError
 from hpr.operators.metric import measure
@@ -42,7 +42,7 @@ def test_the_gain_is_that_of_least_squares(made) -> None:
     anatomy = describe(teacher)
     one, bank = measure(teacher, anatomy, profile)[SITE], bank_of(student)
     path = anatomy[SITE].path
-    (term,) = {path: own for module in student.modules() for path, own in terms_in(module).items()}[path]
+    (term,) = terms_of(student)[path]
     u, v = (bank[name].dense().detach().double() for name in (term.u, term.v))
     inputs, seen = {}, []
     handle = teacher.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0]))

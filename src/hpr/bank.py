@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hpr.anatomy import base_of, weight_of
 from hpr.errors import HprError
-from hpr.planning.terms import Entry, FactorShape, Term, entry_to_dict
+from hpr.planning.terms import Entry, FactorShape, Term, entry_to_dict, routers_of
 from hpr.routing import Routing, fixed, weighed
 
 BANK = "hpr_bank"
@@ -167,7 +167,7 @@ class SharedSite(nn.Module):
     def flops_per_row(self) -> int:
         """Multiply-adds × 2 for one input row; identity blocks are multiplied by like the rest."""
         names = [name for term in self.terms for name in (term.u, term.v) if name]
-        names += list(dict.fromkeys(term.route.router for term in self.terms if term.route is not None))
+        names += routers_of(self.terms)
         return 2 * sum(shape.rows * shape.columns for shape in (self.bank[name].shape for name in names))
 
 
@@ -302,11 +302,15 @@ def terms_in(module: nn.Module) -> dict[str, tuple[Term, ...]]:
     return found
 
 
+def terms_of(model: nn.Module) -> dict[str, tuple[Term, ...]]:
+    """Path of every shared site of a model → its terms, tied modules once."""
+    return {path: terms for module in model.modules() for path, terms in terms_in(module).items()}
+
+
 def factors_of(terms: Iterable[Term]) -> list[str]:
     """Names of all factors that some terms use, in order, each once; routers come last."""
     terms = list(terms)
-    routers = [term.route.router for term in terms if term.route is not None]
-    return list(dict.fromkeys([*(name for term in terms for name in term.factors), *routers]))
+    return list(dict.fromkeys([*(name for term in terms for name in term.factors), *routers_of(terms)]))
 
 
 def is_specification(config: Any) -> bool:

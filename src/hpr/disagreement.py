@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpr.anatomy import Site, describe, module_at
-from hpr.bank import bank_of, terms_in
+from hpr.bank import bank_of, terms_of
 from hpr.errors import HprError
 from hpr.operators.metric import Measured, measure
 from hpr.profiling.objectives import Batch, beside, call, evaluating, mask_of
@@ -35,7 +35,7 @@ def expected_gains(
         raise HprError(f"this {type(student).__name__} shares nothing, so nothing can be routed: share it first")
     profile.check(anatomy)
     measured = measure(teacher, anatomy, profile)
-    terms = {path: own for module in student.modules() for path, own in terms_in(module).items()}
+    terms = terms_of(student)
     single = {site: own[0] for site in anatomy.sites if len(own := terms.get(site.path, ())) == 1 and site.kind == "linear"}
     chosen = {site: term for site, term in single.items() if term.v is not None and (term.rank or 0) >= experts}
     moments = [_moments(teacher, list(chosen), batches, measured) for batches in kinds.values()]

@@ -23,7 +23,7 @@ from hpr.drafts import Draft
 from hpr.errors import HprError
 from hpr.planning.budget import Budget
 from hpr.planning.plan import Plan
-from hpr.planning.terms import FactorShape, Route
+from hpr.planning.terms import FactorShape, Route, routers_of
 from hpr.profiling.objectives import Batch, beside, call, evaluating
 from hpr.routing import forget_masks, recorded
 from hpr.vanishing import example_batch
@@ -85,7 +85,7 @@ def collapse(student: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     static = copy.deepcopy(student)
     bank = bank_of(static)
     sites = [module for module in static.modules() if isinstance(module, SharedLinear)]
-    if bank is None or not any(term.route for module in sites for term in module.terms):
+    if bank is None or not any(routers_of(module.terms) for module in sites):
         raise HprError(f"the weights of this {type(student).__name__} do not depend on the input: it is static already")
     averages = mean_routes(static, batches)
     for module in sites:

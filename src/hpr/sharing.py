@@ -35,7 +35,7 @@ from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
 from hpr.experts import SharedExperts, shared_experts, site_of, with_kept
 from hpr.planning.plan import Plan
-from hpr.planning.terms import KEEP, FactorShape, Term
+from hpr.planning.terms import KEEP, FactorShape, Term, routers_of
 from hpr.replaceable import check_replaceable, check_site, unshareable
 from hpr.reuse import check, install, paths_of
 from hpr.routing import forget_masks, note_masks
@@ -158,7 +158,7 @@ def attach(
         for name, child in list(parent._modules.items()):
             if child in replaced:
                 setattr(parent, name, replaced[child])
-    routed = [path for path, terms in terms_by_path.items() if any(term.route is not None for term in terms)]
+    routed = [path for path, terms in terms_by_path.items() if routers_of(terms)]
     if routed:
         note_masks(model, bank.routing, routed)
     bank.layers = dict(layers or {})

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from hpr.anatomy import Anatomy, Site, module_at, slice_at
-from hpr.bank import SharedEmbedding, SharedSite, bank_of, factors_of, terms_in
+from hpr.bank import SharedEmbedding, SharedSite, bank_of, factors_of, terms_of
 from hpr.errors import HprError
 from hpr.planning.terms import Term
 from hpr.profiling.objectives import Batch, call, evaluating
@@ -141,7 +141,7 @@ def parts(teacher: nn.Module, student: nn.Module, anatomy: Anatomy) -> list[dict
 
 
 def _by_part(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
-    terms = {path: own for module in model.modules() for path, own in terms_in(module).items()}
+    terms = terms_of(model)
     stored = {site.name: dict(_stored(model, site, terms)) for site in anatomy.sites}
     users = Counter(key for units in stored.values() for key in units)
     shares: dict[str, float] = {}

@@ -16,12 +16,13 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from hpr.bank import BANK, bank_of, factors_of, module_name, terms_in
+from hpr.bank import BANK, bank_of, factors_of, module_name, terms_of
 from hpr.errors import HprError
 from hpr.healing.losses import GlobalLoss
 from hpr.healing.sharding import whole, whole_weights
 from hpr.healing.stages import Course, Stages
 from hpr.hub import WEIGHTS
+from hpr.planning.terms import routers_of
 from hpr.profiling.curvature import Progress
 from hpr.profiling.objectives import Batch
 
@@ -211,7 +212,7 @@ def _roles(student: nn.Module) -> tuple[set[str], set[str], set[str]]:
     """Keys of factors that several sites read, of private ones whose site also reads a shared one, and of routers."""
     if bank_of(student) is None:
         return set(), set(), set()
-    sites = {path: terms for module in student.modules() for path, terms in terms_in(module).items()}  # tied modules once
+    sites = terms_of(student)
     readers = Counter(factor for terms in sites.values() for factor in factors_of(terms))
     shared = {factor for factor, count in readers.items() if count > 1}
     deltas: set[str] = set()
@@ -219,7 +220,7 @@ def _roles(student: nn.Module) -> tuple[set[str], set[str], set[str]]:
         private = [term for term in terms if shared.isdisjoint(term.factors)]
         if len(private) < len(terms):
             deltas.update(factors_of(private))
-    routers = {term.route.router for terms in sites.values() for term in terms if term.route is not None}
+    routers = {router for terms in sites.values() for router in routers_of(terms)}
     keys = [{module_name(name) for name in names} for names in (shared, deltas - routers, routers)]
     return keys[0], keys[1], keys[2]
 

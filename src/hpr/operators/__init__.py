@@ -19,7 +19,7 @@ from hpr.operators.identity import store
 from hpr.operators.metric import Measured, measure
 from hpr.planning.candidates import Candidate
 from hpr.planning.plan import Plan
-from hpr.planning.terms import KEEP, Term
+from hpr.planning.terms import KEEP, Term, routers_of
 from hpr.profiling.profile import Profile
 
 Terms = Mapping[str, tuple[Term, ...]]
@@ -91,7 +91,7 @@ def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None)
         if entry.terms and one.mean is not None:
             changes[name] = (one.weight - product(entry.terms, raw, one.site)) @ one.mean * _covered(entry.terms, one.site)
     every_term = [term for entry in plan.entries.values() for term in entry.terms]
-    routers = {term.route.router for term in every_term if term.route is not None}
+    routers = routers_of(every_term)
     even = {name: torch.zeros(shape.stored).double() for name, shape in plan.factors(anatomy).items() if name in routers}
     return Fitted({**store(raw, every_term), **even}, changes)
 

@@ -7,7 +7,7 @@ terms: the site's own module stays as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -103,6 +103,11 @@ class Term:
         return shapes
 
 
+def routers_of(terms: Iterable[Term]) -> list[str]:
+    """Names of the routers that some terms use, in order, each once."""
+    return list(dict.fromkeys(term.route.router for term in terms if term.route is not None))
+
+
 @dataclass(frozen=True)
 class Entry:
     """What becomes of one site: the operator's name, its terms, and the damage predicted for it (nats per example)."""
@@ -150,7 +155,7 @@ def validate_entry(site: Site, entry: Entry) -> None:
             raise HprError(f"{site.name}: rank {term.rank!r} is not a whole number from 1 to {limit}")
         if term.identity not in ("", "u", "v") or (term.identity and term.rank is None):
             raise HprError(f"{site.name}: identity {term.identity!r} is neither 'u' nor 'v' of a term with a rank")
-        for factor in (*term.factors, *(() if term.route is None else (term.route.router,))):
+        for factor in (*term.factors, *routers_of([term])):
             if not (isinstance(factor, str) and factor):
                 raise HprError(f"{site.name}: {factor!r} is no factor name")
         if term.route is not None:
