@@ -24,7 +24,8 @@ from hpr.errors import HprError
 from hpr.planning.budget import Budget
 from hpr.planning.plan import Plan
 from hpr.planning.terms import FactorShape, Route, routers_of
-from hpr.profiling.objectives import Batch, beside, call, evaluating
+from hpr.profiling.features import entering
+from hpr.profiling.objectives import Batch, beside, call, emitted, evaluating
 from hpr.routing import forget_masks, recorded
 from hpr.vanishing import example_batch
 
@@ -132,30 +133,23 @@ def seeing_all(model: nn.Module, anatomy: Anatomy) -> set[str]:
     except HprError:
         return set()
     entered: dict[str, Tensor] = {}
-    left: dict[str, Tensor] = {}
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
+            x = entering(args, kwargs)
             entered[name] = x if x.requires_grad else x.requires_grad_()
 
         return hook
 
-    def leave(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            left[name] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
-
-    handles = []
-    for stack in anatomy.stacks:
-        first, last = (module_at(model, stack.blocks[place]) for place in (0, -1))
-        handles += [first.register_forward_pre_hook(enter(stack.name), with_kwargs=True)]
-        handles += [last.register_forward_hook(leave(stack.name))]
+    last = {stack.name: stack.blocks[-1] for stack in anatomy.stacks}
+    handles = [
+        module_at(model, stack.blocks[0]).register_forward_pre_hook(enter(stack.name), with_kwargs=True)
+        for stack in anatomy.stacks
+    ]
     try:
-        with torch.enable_grad(), evaluating(model):
+        with torch.enable_grad(), evaluating(model), emitted(model, list(last.values())) as left:
             call(model, batch)
-            return {name for name in left if name in entered and _sees_last(entered[name], left[name])}
+        return {name for name, path in last.items() if path in left and _sees_last(entered[name], left[path])}
     finally:
         for handle in handles:
             handle.remove()

@@ -7,8 +7,8 @@ own square, a categorical one's T² · KL per prediction, hidden states like Gau
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpr.anatomy import Anatomy, has_module, module_at
+from hpr.anatomy import Anatomy, has_module
 from hpr.bank import bank_of
 from hpr.errors import HprError
 from hpr.evaluation.metrics import Estimate, divergence
 from hpr.healing.cache import Cache, Taught
 from hpr.healing.stages import Forcing
-from hpr.profiling.objectives import IGNORED, Batch, Objective, beside, call, evaluating, examples_in, mask_of
+from hpr.profiling.objectives import IGNORED, Batch, Objective, beside, call, emitted, evaluating, examples_in, mask_of
 from hpr.routing import Taken, recorded
 
 DECIDED = 0.5  # of the entropy of even routes: what a router may keep at the end of a run
@@ -183,22 +183,3 @@ def labelled(outputs: Any, batch: Batch) -> Tensor:
     if labels is None or logits is None:
         raise HprError("labels count in the loss, but this batch or model has none: set their weight to 0, or bring 'labels'")
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
-
-
-@contextmanager
-def emitted(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Path → the hidden states that the layer there emits in the passes made inside, those of the last pass."""
-    found: dict[str, Tensor] = {}
-
-    def note(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
-
-    handles = [module_at(model, path).register_forward_hook(note(path)) for path in paths]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -163,7 +163,7 @@ def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, gene
         def swap(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if stack.stack.name in stays:
                 return None  # a block that is run several times is entered once
-            raw = _entering(args, kwargs)
+            raw = entering(args, kwargs)
             x_BTD = _as_positions(raw, examples, stack.stack, 0)
             swapped, kept = _swap(x_BTD, real_positions(batch, stack.stack, x_BTD), generator)
             stays[stack.stack.name] = kept
@@ -250,13 +250,13 @@ def _caller(visit: Visit, layer: int, stack: Stack, examples: int) -> Callable:
         hidden = parts[0] if isinstance(parts, tuple | list) and parts else parts
         if not isinstance(hidden, Tensor):
             raise HprError(f"layer {layer} of {stack.name} returns {type(output).__name__} without hidden states first")
-        entering = _as_positions(_entering(args, kwargs), examples, stack, layer)
-        visit(layer, entering, _as_positions(hidden, examples, stack, layer))
+        given = _as_positions(entering(args, kwargs), examples, stack, layer)
+        visit(layer, given, _as_positions(hidden, examples, stack, layer))
 
     return hook
 
 
-def _entering(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+def entering(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states that a block is given: its first floating-point argument."""
     for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -22,6 +22,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from hpr.anatomy import module_at
 from hpr.errors import HprError
 
 Batch = Any  # a mapping of keyword inputs, or one tensor for a plain module
@@ -89,6 +90,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def emitted(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Path → the hidden states that the layer there emits in the passes made inside, those of the last pass."""
+    found: dict[str, Tensor] = {}
+
+    def note(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[path] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = [module_at(model, path).register_forward_hook(note(path)) for path in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def examples_in(batch: Batch) -> int:
