@@ -50,10 +50,15 @@ class Cache:
         tensors = {"predictions": made.predictions, "weight": made.weight}
         tensors |= {_HIDDEN + name: value for name, value in made.hidden.items()}
         half = path.with_suffix(f".{os.getpid()}")
-        save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, half)  # they may be one tensor
+        save_file(storable(tensors), half)
         self.bytes += half.stat().st_size
         half.replace(path)
         return made
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same as safetensors takes them: each by itself in memory, since several may be one tensor."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
 def key_of(batch: Batch) -> str:

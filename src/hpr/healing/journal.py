@@ -20,10 +20,11 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from hpr.errors import HprError
+from hpr.healing.cache import storable
 from hpr.profiling.objectives import Batch
 
 _WEIGHTS, _TENSORS, _NUMBERS = "weights.safetensors", "tensors.safetensors", "numbers.json"
-_ALONE = "tensor"  # the name of a batch that is one tensor
+_ALONE = "the batch"  # the name of a batch that is one tensor
 
 
 class Journal:
@@ -37,9 +38,8 @@ class Journal:
 
     def note(self, step: int, batch: Batch) -> None:
         """Write a batch of tensors down."""
-        named = dict(batch) if isinstance(batch, Mapping) else {_ALONE: batch}
         half = self.batches / f".{step}.{os.getpid()}.partial"
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in named.items()}, half)
+        save_file(storable(named_values(batch)), half)
         half.replace(self.batches / f"{step:09d}.safetensors")
 
     def snapshot(self, step: int, model: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -47,7 +47,7 @@ class Journal:
         half = self.folder / f".snapshot.{os.getpid()}.partial"
         half.mkdir()
         save_model(model, str(half / _WEIGHTS))
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, half / _TENSORS)
+        save_file(storable(tensors), half / _TENSORS)
         (half / _NUMBERS).write_text(json.dumps(dict(numbers)) + "\n", encoding="utf-8")
         half.rename(self.folder / f"snapshot-{step:09d}")
         for old in self._snapshots()[:-1]:
@@ -81,19 +81,29 @@ class Journal:
         return sorted(self.folder.glob("snapshot-*"))
 
 
+def named_values(batch: Batch) -> dict[str, Any]:
+    """What a batch holds by name, with a name for a batch that is one tensor."""
+    return dict(batch) if isinstance(batch, Mapping) else {_ALONE: batch}
+
+
+def parted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by what stands before the first dot of their name, and what stands after it."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        first, _, rest = key.partition(".")
+        found.setdefault(first, {})[rest] = value
+    return found
+
+
 def flat(batches: list[Batch]) -> dict[str, Tensor]:
     """Batches as tensors by number and name."""
-    named = [dict(batch) if isinstance(batch, Mapping) else {_ALONE: batch} for batch in batches]
-    return {f"{place}.{name}": value for place, batch in enumerate(named) for name, value in batch.items()}
+    return {f"{place}.{name}": value for place, batch in enumerate(batches) for name, value in named_values(batch).items()}
 
 
 def unflat(tensors: Mapping[str, Tensor]) -> list[Batch]:
     """The inverse of ``flat``."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        place, _, name = key.partition(".")
-        found.setdefault(int(place), {})[name] = value
-    return [_as_batch(found[place]) for place in sorted(found)]
+    found = parted(tensors)
+    return [_as_batch(found[place]) for place in sorted(found, key=int)]
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -104,10 +114,8 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def set_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of ``optimiser_tensors``, in place."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value.clone()  # where torch would put it: kernels differ by alignment
+    copies = {name: value.clone() for name, value in tensors.items()}  # where torch puts them: kernels differ by alignment
+    state = {int(number): own for number, own in parted(copies).items()}
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from hpr.errors import HprError
 from hpr.healing.cache import key_of
 from hpr.healing.claim import claim
 from hpr.healing.drift import Drift
-from hpr.healing.journal import Journal, flat, optimiser_tensors, set_optimiser, unflat
+from hpr.healing.journal import Journal, flat, named_values, optimiser_tensors, parted, set_optimiser, unflat
 from hpr.healing.losses import GlobalLoss, Weights
 from hpr.healing.trainer import groups
 from hpr.profiling.objectives import Batch, beside, evaluating, objective_for
@@ -95,7 +94,6 @@ class OnlineHealer:
         self.trust = 1.0
         self.drift = Drift()
         self.best = self.start = self.measure()
-        self._accepted = self._state()
         self.journal = None if folder is None else Journal(Path(folder))
         if self.journal is not None:
             settings = {"rate": rate, "replay": replay, "every": every, "tolerance": tolerance, "seed": seed, **asdict(weights)}
@@ -107,11 +105,14 @@ class OnlineHealer:
                 "guard": [key_of(batch) for batch in guard],
             }
             claim(self.journal.folder, facts)
-            self._resume(self.journal)
+            self._take_up(self.journal)
+        self._accepted = self._state()
+        for _, batch in self.journal.after(self.step) if self.journal is not None else ():
+            self._learn(batch)
 
     def update(self, batch: Batch) -> Update:
         """Learn from a batch, if it serves. It is on disk before that. Raises ``HprError`` for what are no tensors."""
-        values = dict(batch) if isinstance(batch, Mapping) else {"the batch": batch}
+        values = named_values(batch)
         if wrong := next((name for name, value in values.items() if not isinstance(value, Tensor)), None):
             raise HprError(f"{wrong!r} of a batch is a {type(values[wrong]).__name__}, not a tensor: convert it")
         if self.journal is not None:
@@ -141,8 +142,7 @@ class OnlineHealer:
 
     def _stepped(self, batch: Batch) -> tuple[float | None, str | None]:
         """The loss of a batch before a step along it, and why there was none."""
-        values = batch.values() if isinstance(batch, Mapping) else [batch]
-        if any(value.is_floating_point() and not torch.isfinite(value).all() for value in values):
+        if any(value.is_floating_point() and not torch.isfinite(value).all() for value in named_values(batch).values()):
             return None, "the batch is not finite"
         with evaluating(self.student):
             try:
@@ -187,8 +187,8 @@ class OnlineHealer:
             self.trust = min(1.0, self.trust * _MORE)
             for batch in self.recent:
                 self._remember(batch)
+            self._accepted = self._state()
         self.recent = []
-        self._accepted = self._state()
         if self.journal is not None:
             self._write(self.journal)
         return guard, rolled_back
@@ -218,25 +218,16 @@ class OnlineHealer:
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {"drift": asdict(self.drift)}
         journal.snapshot(self.step, self.student, tensors, numbers)
 
-    def _resume(self, journal: Journal) -> None:
-        """Go on from what is on disk; a first snapshot is written where nothing is."""
+    def _take_up(self, journal: Journal) -> None:
+        """Become what the last snapshot holds; a first one is written where there is none."""
         found = journal.restore(self.student)
         if found is None:
             self._write(journal)
-        else:
-            tensors, numbers = found
-            self._take(tensors, numbers)
-        self._accepted = self._state()
-        for _, batch in journal.after(self.step):
-            self._learn(batch)
-
-    def _take(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"optimiser": {}, "memory": {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = value
-        set_optimiser(self.optimiser, parts["optimiser"])
-        self.memory = unflat(parts["memory"])
+            return
+        tensors, numbers = found
+        parts = parted(tensors)
+        set_optimiser(self.optimiser, parts.get("optimiser", {}))
+        self.memory = unflat(parts.get("memory", {}))
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
         self.drift = Drift(**numbers["drift"])
