@@ -14,13 +14,14 @@ from hpr.anatomy import describe
 from hpr.bank import bank_of
 from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
-from hpr.healing import Recipe, train
-from hpr.healing.losses import undecided
+from hpr.healing import Recipe, Weights, train
+from hpr.healing.losses import GlobalLoss, undecided
 from hpr.healing.trainer import groups
 from hpr.mixing import best_routed, collapse, mean_routes, routed, seeing_all
 from hpr.planner import draft
 from hpr.planning.plan import Plan, keep_all
 from hpr.planning.terms import Route, Term, entry_from_dict, validate_entry
+from hpr.profiling.objectives import OBJECTIVES
 from hpr.routing import weighed
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 60}
@@ -221,6 +222,22 @@ def test_healing_teaches_routers() -> None:
     found = train(dynamic, model, batches, batches[:2], Recipe(steps=30, rate=1e-2, checks=3))
     assert found.after.mean < found.before.mean
     assert all(parameter.any() for parameter in routers.values())
+
+
+def test_what_routers_owe_is_not_in_the_guard() -> None:
+    torch.manual_seed(0)
+    teacher = tf.BertForSequenceClassification(tf.BertConfig(**SIZES, max_position_embeddings=24)).eval()
+    profile = hpr.profile(teacher, [inputs("bert", seed=seed) for seed in range(4)], "classification")
+    plan = roomy(routed(hpr.plan(teacher, profile, "70%"), teacher))
+    student = decided(hpr.share(teacher, plan, profile))
+    loss = GlobalLoss(teacher, describe(teacher), OBJECTIVES["classification"], Weights(labels=1.0))
+    batch = inputs("bert") | {"labels": torch.tensor([0, 1, 0, 1])}
+    assert loss(student, batch)[1]["routing"] > 0
+    guards = []
+    for loss.progress in (0.0, 1.0):
+        guards.append(loss.guard(student, [batch]).mean)
+    _, parts = loss(student, batch)
+    assert guards[0] == guards[1] == pytest.approx(parts["outputs"] + parts["labels"])
 
 
 def test_the_entropy_asked_for() -> None:
