@@ -9,7 +9,7 @@ matrices and found lower training loss and no gain on held-out data: compare at 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from hpr.profiling.objectives import Batch, beside, call, emitted, evaluating
 from hpr.routing import forget_masks, recorded
 from hpr.vanishing import example_batch
 
+View = Literal["token", "sequence"]  # what a router sees of the input
 _TRIES = 20  # of lowering a budget by what the routers cost
 
 
@@ -36,7 +37,7 @@ def routed(
     plan: Plan,
     model: nn.Module,
     experts: int = 4,
-    per: Literal["token", "sequence", "auto"] = "auto",
+    per: View | Literal["auto"] = "auto",
     only: str | None = None,
 ) -> Plan:
     """The same plan with a router at every site of a stack that has a term with a rank.
@@ -45,33 +46,43 @@ def routed(
     other. ``only`` narrows the sites. The routers' parameters count, so the plan may no longer keep within its budget (see
     ``best_routed``). Raises ``HprError`` where no site can be routed.
     """
-    anatomy = describe(model)
-    whole = seeing_all(model, anatomy) if per == "auto" else set()
-    chosen = {site.name for site in anatomy.select(only)}
-    entries = dict(plan.entries)
-    for site in anatomy.sites:
-        if site.name not in chosen or site.kind != "linear" or site.expert is not None or site.stack is None:
-            continue
-        view = ("sequence" if site.stack in whole else "token") if per == "auto" else per
-        route = Route(f"{site.name}.router", experts, view)  # type: ignore[arg-type]
-        entry = entries[site.name]
-        terms = [term if term.rank is None or term.rank < experts else replace(term, route=route) for term in entry.terms]
-        entries[site.name] = replace(entry, terms=tuple(terms))
-    if entries == dict(plan.entries):
-        raise HprError(f"no site of this plan has a term of rank {experts} or more to be routed: lower experts, or plan anew")
-    return replace(plan, entries=entries)
+    return _with_routes(plan, _routes(model, describe(model), experts, per, only), experts)
 
 
 def best_routed(draft: Draft, budget: Budget, model: nn.Module, experts: int = 4, only: str | None = None) -> Plan:
     """The best static plan that leaves room for its routers within a budget, with them."""
-    room = budget.parameters
+    room, routes = budget.parameters, _routes(model, draft.anatomy, experts, "auto", only)
     for _ in range(_TRIES):
-        plan = routed(draft.best(replace(budget, parameters=room)), model, experts, only=only)
+        plan = _with_routes(draft.best(replace(budget, parameters=room)), routes, experts)
         excess = plan.parameters(draft.anatomy) - budget.parameters
         if excess <= 0:
             return replace(plan, budget=budget)
         room -= excess
     raise HprError(f"routers with {experts} experts do not fit {budget.text}: take fewer experts, or raise the budget")
+
+
+def _routes(
+    model: nn.Module, anatomy: Anatomy, experts: int, per: View | Literal["auto"], only: str | None
+) -> dict[str, Route]:
+    """Site → its route, for every Linear of a stack that is chosen."""
+    whole = seeing_all(model, anatomy) if per == "auto" else set()
+    found = {}
+    for site in anatomy.select(only):
+        if site.kind == "linear" and site.expert is None and site.stack is not None:
+            own: View = "sequence" if site.stack in whole else "token"
+            found[site.name] = Route(f"{site.name}.router", experts, own if per == "auto" else per)
+    return found
+
+
+def _with_routes(plan: Plan, routes: Mapping[str, Route], experts: int) -> Plan:
+    """A plan with routes at those terms that have a component for every expert."""
+    entries = dict(plan.entries)
+    for name, route in routes.items():
+        terms = [replace(term, route=route) if (term.rank or 0) >= experts else term for term in entries[name].terms]
+        entries[name] = replace(entries[name], terms=tuple(terms))
+    if entries == dict(plan.entries):
+        raise HprError(f"no site of this plan has a term of rank {experts} or more to be routed: lower experts, or plan anew")
+    return replace(plan, entries=entries)
 
 
 @torch.no_grad()
