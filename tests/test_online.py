@@ -106,11 +106,13 @@ def test_what_is_refused_changes_nothing(pair) -> None:  # noqa: F811
     healer = OnlineHealer(copy_of(student), batches(2, seed=50), teacher, every=100)
     before = state_of(healer)
     update = healer.update({"input_ids": torch.full((2, 4), 999)})
-    assert "cannot read the batch (IndexError" in update.refused
+    assert "input_ids holds 999, which is not one of 0 to" in update.refused
+    assert same(state_of(healer), before)
+    assert "cannot read the batch (ValueError" in healer.update({"pixels": torch.ones(2, 4)}).refused
     assert same(state_of(healer), before)
     with pytest.raises(HprError, match="'x' of a batch is a list, not a tensor"):
         healer.update({"x": [1]})
-    assert healer.step == 1
+    assert healer.step == 2
 
 
 def test_it_goes_on_where_it_was(pair, tmp_path: Path) -> None:  # noqa: F811

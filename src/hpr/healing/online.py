@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hpr.anatomy import describe
 from hpr.errors import HprError
@@ -18,7 +19,7 @@ from hpr.healing.drift import Drift
 from hpr.healing.journal import Journal, flat, named_values, optimiser_tensors, parted, set_optimiser, unflat
 from hpr.healing.losses import GlobalLoss, Weights
 from hpr.healing.trainer import groups
-from hpr.profiling.objectives import Batch, beside, evaluating, objective_for
+from hpr.profiling.objectives import IGNORED, Batch, beside, evaluating, objective_for
 
 _CLIP = 1.0
 _WARM = 20  # steps until the rate is reached: the first ones of AdamW know no more than signs
@@ -144,6 +145,8 @@ class OnlineHealer:
         """The loss of a batch before a step along it, and why there was none."""
         if any(value.is_floating_point() and not torch.isfinite(value).all() for value in named_values(batch).values()):
             return None, "the batch is not finite"
+        if (wrong := _out_of_range(self.student, batch)) is not None:
+            return None, wrong
         with evaluating(self.student):
             try:
                 loss, _ = self.loss(self.student, beside(batch, self.student))
@@ -235,3 +238,20 @@ class OnlineHealer:
     def _draw(self, kind: int) -> torch.Generator:
         """Random numbers that depend on the seed and the step alone."""
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + self.step) * 1_000_003 + kind) % 2**63)
+
+
+def _out_of_range(model: nn.Module, batch: Batch) -> str | None:
+    """The first id or label of a batch that the model has nothing for: on a GPU, reading it would end the process."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    tokens = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    labels = named_values(batch).get("labels")
+    classes = tokens if labels is None or labels.dim() > 1 else int(model.config.num_labels or tokens)
+    for name, limit in (("input_ids", tokens), ("decoder_input_ids", tokens), ("labels", classes)):
+        value = named_values(batch).get(name)
+        if value is None or value.is_floating_point():
+            continue
+        known = (value >= 0) & (value < limit) | (value == IGNORED if name == "labels" else False)
+        if not known.all():
+            return f"{name} holds {int(value[~known][0])}, which is not one of 0 to {limit - 1}"
+    return None
