@@ -75,7 +75,7 @@ def main() -> None:
     data = TASKS[options.task](options.data)
     for name in options.models:
         tf.set_seed(options.seed)
-        opened = open_model(None if name == "packaged" else name)
+        opened = open_model(None if name == "packaged" else name, "cpu")
         model = tf.AutoModelForSequenceClassification.from_pretrained(opened.folder, num_labels=2)
         rows = {split: rows_of(opened.tokenizer, part) for split, part in data.items()}
         arguments = tf.TrainingArguments(
