@@ -41,7 +41,7 @@ def probe(embed: Embed) -> float:
     rows, labels = {}, {}
     for name, most in (("train", PROBED), ("test", None)):
         texts, known = labelled_tsv(data / f"{name}.tsv")
-        rows[name], labels[name] = embed(texts[:most]).double(), torch.tensor(known[:most])
+        rows[name], labels[name] = embed(texts[:most]).double().cpu(), torch.tensor(known[:most])
     weight = fit_probe(rows["train"], labels["train"])
     return float((_logits(weight, rows["test"]).argmax(-1) == labels["test"]).double().mean())
 

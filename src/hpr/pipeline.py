@@ -28,7 +28,7 @@ from hpr.planning.layers import site_layer
 from hpr.planning.plan import Plan
 from hpr.profiling.curvature import Progress, first_few, measure_curvature, peak_memory, silent
 from hpr.profiling.features import measure_layers
-from hpr.profiling.objectives import Batch, Objective, objective_for, softened
+from hpr.profiling.objectives import Batch, Objective, beside, objective_for, softened
 from hpr.profiling.profile import Profile
 from hpr.profiling.trials import find_symmetries
 from hpr.records import operator_gains, plan_rows, record, versions, write
@@ -78,7 +78,7 @@ def profile(
     batches and for losses, activations or gradients that are not finite.
     """
     anatomy = describe(model)
-    start = time.perf_counter()
+    start, batches = time.perf_counter(), [beside(batch, model) for batch in batches]
     goal = softened(objective_for(model, objective), model, first_few(batches))
     sites, examples = measure_curvature(model, anatomy, batches, goal, seed, progress)
     layers = measure_layers(model, anatomy, batches, seed, progress)
@@ -112,7 +112,8 @@ def refit(
     if plan.alignment:  # the student's insides are those of the turned model
         teacher, profile, _ = alignment.align(teacher, profile, plan.alignment)
     anatomy = describe(teacher)
-    refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), batches, progress)
+    moved = [beside(batch, teacher) for batch in batches]
+    refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), moved, progress)
 
 
 def rescore(
@@ -124,11 +125,21 @@ def rescore(
     progress: Progress = silent,
 ) -> list[Comparison]:
     """Every plan beside the model, its true divergence in nats per example foremost: each is shared, run and dropped."""
-    measured = []
+    return [found for _, found in _students(model, profile, plans, batches, objective, progress)]
+
+
+def _students(
+    model: nn.Module,
+    profile: Profile,
+    plans: Sequence[Plan],
+    batches: Sequence[Batch],
+    objective: Objective,
+    progress: Progress,
+) -> Iterator[tuple[nn.Module, Comparison]]:
     for index, plan in enumerate(plans):
-        measured.append(compare(share(model, plan, profile), model, batches, objective))
+        student = share(model, plan, profile)
+        yield student, compare(student, model, batches, objective)
         progress("re-score", index + 1, len(plans))
-    return measured
 
 
 def reusing_plans(
@@ -175,6 +186,7 @@ def compress(
     heal: str | None = None,
     watch: Watch | None = None,
     shares: Mapping[str, float] | None = None,
+    device: str | None = None,
 ) -> Compression:
     """Compress a model: profile, plan, share, choose by measurement, heal where wanted, evaluate, and write a folder.
 
@@ -184,12 +196,12 @@ def compress(
     aligned layers (see ``planner.draft``). ``reuse``: also try plans in which layers are dropped or reuse attention (see
     ``reusing_plans``), which takes two passes over the re-scoring text for each layer and state. ``heal``: train the result
     for so long (``500steps``, ``10min``) on all of the data; ``watch`` sees its checks. ``refit="auto"`` refits where the data
-    is the user's own and re-scoring finds it better. Raises ``HprError`` before anything is written where an input does not
-    serve.
+    is the user's own and re-scoring finds it better. ``device``: where a model that is named runs (see ``open_model``); a
+    module stays where it is. Raises ``HprError`` before anything is written where an input does not serve.
     """
     clock = _Clock()
     torch.manual_seed(seed)
-    opened = as_opened(model, tokenizer, objective) if isinstance(model, nn.Module) else open_model(model)
+    opened = as_opened(model, tokenizer, objective) if isinstance(model, nn.Module) else open_model(model, device)
     if output is not None:
         hub.check_folder(output)
     goal = objective_for(opened.model, objective or opened.objective)
@@ -215,13 +227,14 @@ def compress(
             tried += [(budget, plan) for plan in others]
     with clock("plan"):
         tried += _other_budgets(sketch, limit.parameters) if plans > 1 else []
+    scores: list[Comparison] = []
+    best, student = 0, opened.model  # of the plans for this budget; the first is one of them
     with clock("rescore"):
-        scores = rescore(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal, progress)
-    own = [index for index, (text, _) in enumerate(tried) if text == budget]
-    best = min(own, key=lambda index: scores[index].divergence.mean)
+        for one, score in _students(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal, progress):
+            scores.append(score)
+            if tried[len(scores) - 1][0] == budget and not score.divergence.mean > scores[best].divergence.mean:
+                best, student = len(scores) - 1, one
     plan = tried[best][1]
-    with clock("fit"):
-        student = share(opened.model, plan, found)
     refitted = False
     if refit is True or (refit == "auto" and texts.own and not plan.layers):
         with clock("refit"):

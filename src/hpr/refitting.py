@@ -104,7 +104,7 @@ class _Sums:
         inputs = self.xx / self.rows - (torch.outer(x, x) if centred else 0)
         cross = self.tx / self.rows - (torch.outer(t, x) if centred else 0)
         ridge = RIDGE * float(inputs.diagonal().mean())
-        weight = torch.linalg.solve(inputs + ridge * torch.eye(len(inputs)).double(), (cross + ridge * one.weight).T).T
+        weight = torch.linalg.solve(inputs + ridge * torch.eye(len(inputs)).to(inputs), (cross + ridge * one.weight).T).T
         return Measured(one.site, weight, one.left, Side(inputs), one.rows, one.mean)
 
 

@@ -20,6 +20,7 @@ from hpr.corpora import Split, docstrings
 from hpr.data import Batches, array_batches, read_array, read_labels, read_texts, text_batches
 from hpr.errors import HprError
 from hpr.models import OpenModel
+from hpr.profiling.objectives import beside
 from hpr.sources import fractions, interleaved, named
 
 RESCORED = 256  # examples that plans are re-scored on
@@ -186,13 +187,13 @@ def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32)
     """
     if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
         raise HprError(f"{type(model).__name__} cannot write its own targets: give batches with labels to hpr.profile")
-    given = {key: batch[key] for key in (model.main_input_name, "attention_mask") if key in batch}
+    given = beside({key: batch[key] for key in (model.main_input_name, "attention_mask") if key in batch}, model)
     length = min(batch[model.main_input_name].shape[1] + longer, _positions(model) - 1)
     settings: dict[str, Any] = {"max_new_tokens": length, "num_beams": 1, "do_sample": False, "return_dict_in_generate": False}
     # past the generate of speech models, which cuts recordings and strips what the decoder reads first
     written = GenerationMixin.generate(model, **given, **settings)  # type: ignore[arg-type]
     assert isinstance(written, Tensor)
-    labels = written[:, 1:]
+    labels = written[:, 1:].to(batch[model.main_input_name].device)
     end = model.generation_config.eos_token_id if model.generation_config is not None else None
     if end is None:
         return labels

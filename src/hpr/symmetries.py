@@ -104,7 +104,7 @@ def turned(matrix: Tensor, stretch: Stretch, turn: Tensor) -> Tensor:
     """A copy of (n, …) with the rows of a stretch turned, by an order of its blocks (blocks,) or rotations (blocks, k, k)."""
     part = matrix[stretch.start : stretch.stop]
     if turn.dim() == 1:
-        part = part.reshape(len(turn), -1)[turn].reshape(part.shape)
+        part = part.reshape(len(turn), -1)[turn.to(part.device)].reshape(part.shape)
     else:
         blocks, size, _ = turn.shape
         users = len(part) // (blocks * size)

@@ -20,7 +20,7 @@ from hpr.errors import HprError
 from hpr.planning.layers import DROPPED, REUSED, site_layer
 from hpr.planning.plan import Plan
 from hpr.planning.terms import Entry, Term
-from hpr.profiling.objectives import Batch, call
+from hpr.profiling.objectives import Batch, beside, call
 from hpr.reuse import attention_at, paths_of, reading_the_same, with_states
 
 Runs = tuple[tuple[int, int], ...]
@@ -54,7 +54,7 @@ def vanishing(model: nn.Module, states: Mapping[str, str], batch: Batch | None =
     inside = _weighted_modules(probe, taking)
     if not inside:
         return Vanishing(rows, removed)
-    batch = example_batch(model) if batch is None else batch
+    batch = example_batch(model) if batch is None else beside(batch, model)
     original = reading_the_same(model, torch.float32)
     before, after = _effects(original, inside, batch), _effects(probe, inside, batch)
     _check_attention(original, anatomy, states, batch)

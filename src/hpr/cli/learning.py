@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpr.cli.console import bars, err, lines, quiet, show
-from hpr.cli.options import Data, Folder, Json, Seed, Teacher, sources
+from hpr.cli.options import Data, Device, Folder, Json, Seed, Teacher, sources
 from hpr.errors import HprError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def heal(
         typer.Option(metavar="PATH", help="Keep checkpoints here; the same command goes on from the last. None if left out."),
     ] = None,
     seed: Seed = 0,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Train a smaller model until it does again what its original does; its weights are only replaced by better ones."""
@@ -49,7 +50,7 @@ def heal(
     from hpr.splits import joined, split_sources
 
     target = output or folder
-    student, original = _opened(folder, teacher, target)
+    student, original = _opened(folder, teacher, target, device)
     files, shares = sources(data)
     splits = split_sources(files, original, HEALED, shares=shares)
     with bars() as progress:
@@ -83,6 +84,7 @@ def online(
     replay: Annotated[int, typer.Option(min=0, metavar="N", help="Past batches that are kept and shown again.")] = 64,
     tolerance: Annotated[float, typer.Option(min=0, metavar="SHARE", help="How much worse the guard may become.")] = 0.01,
     seed: Seed = 0,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Learn on from a stream of JSON lines with a "text"; what hurts the guard is undone, and nothing is lost in a crash."""
@@ -93,7 +95,7 @@ def online(
 
     if output.resolve() == folder.resolve():
         raise HprError(f"{folder} is where learning starts: write what comes of it to another folder")
-    student, original = _opened(folder, teacher, output)
+    student, original = _opened(folder, teacher, output, device)
     known = open_splits(guard, original, labels=labels)
     with err.status("taking up the state"):
         healer = OnlineHealer(
@@ -134,7 +136,7 @@ def online(
     show(metrics, as_json, lines(text, f"written: {output}"))
 
 
-def _opened(folder: Path, teacher: str | None, target: Path) -> tuple[OpenModel, OpenModel]:
+def _opened(folder: Path, teacher: str | None, target: Path, device: str | None) -> tuple[OpenModel, OpenModel]:
     """A smaller model and its original, once it is sure that what comes of it may be written."""
     from hpr import hub
     from hpr.cli.describing import check_original
@@ -143,7 +145,7 @@ def _opened(folder: Path, teacher: str | None, target: Path) -> tuple[OpenModel,
 
     hub.check_folder(target)
     Plan.load(folder / "plan.json")  # before minutes are spent on what could not be written
-    student, original = open_model(folder), open_model(teacher)
+    student, original = open_model(folder, device), open_model(teacher, device)
     check_original(folder, original)
     return student, original
 

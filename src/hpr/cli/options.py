@@ -28,6 +28,7 @@ Align = Annotated[
     typer.Option("--align/--no-align", help="Also plan with aligned layers; by default where a look at a few says it pays."),
 ]
 Goal = Annotated[str | None, typer.Option("--objective", metavar="NAME", help="What the model is for; else by its class.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; a CUDA GPU if there is one.")]
 Examples = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many texts are read.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything that is drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]

@@ -12,6 +12,7 @@ from hpr.cli.options import (
     Align,
     Budget,
     Data,
+    Device,
     Examples,
     Folder,
     Goal,
@@ -51,6 +52,7 @@ def profile(
     objective: Goal = None,
     examples: Examples = 4096,
     seed: Seed = 0,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Measure every site and layer of a model on unlabelled text."""
@@ -60,7 +62,7 @@ def profile(
     from hpr.models import open_model
     from hpr.splits import open_data
 
-    opened = open_model(model)
+    opened = open_model(model, device)
     files, shares = sources(data)
     batches, _ = open_data(files, opened, "calibration", examples, shares=shares)
     with bars() as progress:
@@ -79,6 +81,7 @@ def plan(
     operators: Operators = None,
     align: Align = None,
     output: Output = Path("plan.json"),
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Decide which sites share what, at which rank, under a budget."""
@@ -91,7 +94,7 @@ def plan(
     from hpr.profiling.profile import Profile
 
     found = Profile.load(profile)
-    opened = open_model(model)
+    opened = open_model(model, device)
     limit = parse_budget(budget, describe(opened.model), only)  # before minutes are spent on curves
     with bars() as progress:
         sketch = planner.draft(
@@ -116,6 +119,7 @@ def share(
         Path | None, typer.Option(metavar="FILE", help="Fit in the metric of this profile; else plain least squares.")
     ] = None,
     output: Output = Path("out/compressed"),
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Carry out a plan: write the smaller model, which transformers loads after `import hpr`."""
@@ -130,7 +134,7 @@ def share(
     hub.check_folder(output)
     wanted = Plan.load(plan)
     known = Profile.load(profile) if profile else None
-    opened = open_model(model)
+    opened = open_model(model, device)
     student = sharing.share(opened.model, wanted, known)
     files = {"plan.json": plan.read_text(encoding="utf-8")}
     folder = hub.save(student, output, opened.tokenizer, files, opened.folder)
@@ -145,6 +149,7 @@ def evaluate(
     data: Data = None,
     objective: Goal = None,
     examples: Examples = 1024,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Compare a smaller model with its original, and note the figures in its metrics.json."""
@@ -156,7 +161,7 @@ def evaluate(
     from hpr.profiling.objectives import objective_for
     from hpr.splits import open_data
 
-    student, original = open_model(folder), open_model(teacher)
+    student, original = open_model(folder, device), open_model(teacher, device)
     check_original(folder, original)
     files, shares = sources(data)
     batches, label = open_data(files, original, "heldout", examples, shares=shares)
@@ -197,6 +202,7 @@ def compress(
         bool, typer.Option("--reuse", help="Also try to drop layers, or let them reuse attention of the layer below.")
     ] = False,
     seed: Seed = 0,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """All steps at once: profile, plan, share, choose by measurement, evaluate, report."""
@@ -226,6 +232,7 @@ def compress(
             heal=heal,
             watch=lambda row: err.print(tables.check_line(row)),
             shares=shares,
+            device=device,
         )
     as_dict = made.plan.to_dict()
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hpr.errors import HprError
 from hpr.evaluation.sizes import resident_bytes
-from hpr.profiling.objectives import Batch, call, evaluating
+from hpr.profiling.objectives import Batch, beside, call, evaluating
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def latency(student: nn.Module, teacher: nn.Module, batch: Batch, repeats: int =
     if repeats < 1:
         raise HprError(f"repeats {repeats} must be at least 1")
     times: dict[int, list[float]] = {0: [], 1: []}
-    models = (teacher, student)
+    models, batch = (teacher, student), beside(batch, teacher)
     with torch.no_grad(), evaluating(teacher), evaluating(student):
         for turn in range(-1, repeats):
             for which in (0, 1) if turn % 2 else (1, 0):  # neither always goes second, on a warm or throttled machine
@@ -55,6 +55,7 @@ def peak_memory(model: nn.Module, batch: Batch) -> int:
     its own (a process's peak never falls, so it cannot tell two models apart). Python, libraries, the input, and what a
     single kernel takes for itself are not in it.
     """
+    batch = beside(batch, model)
     watch = _AliveBytes(model, batch)
     with torch.no_grad(), evaluating(model), watch:
         call(model, batch)

@@ -22,7 +22,7 @@ from hpr.anatomy import Anatomy, Site, module_at, slice_at
 from hpr.bank import SharedEmbedding, SharedSite, bank_of, factors_of, terms_of
 from hpr.errors import HprError
 from hpr.planning.terms import Term
-from hpr.profiling.objectives import Batch, call, evaluating
+from hpr.profiling.objectives import Batch, beside, call, evaluating
 
 OTHER = "biases, norms and other"
 _DTYPES = {  # in the order in which safetensors lays tensors out: the last first
@@ -127,7 +127,7 @@ def forward_flops(model: nn.Module, batch: Batch) -> int:
         evaluating(model),
         FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops}) as counter,
     ):
-        call(model, batch)
+        call(model, beside(batch, model))
     return counter.get_total_flops()
 
 

@@ -89,18 +89,18 @@ def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None)
     for name, entry in plan.entries.items():
         one = measured[name]
         if entry.terms and one.mean is not None:
-            changes[name] = (one.weight - product(entry.terms, raw, one.site)) @ one.mean * _covered(entry.terms, one.site)
+            changes[name] = (one.weight - product(entry.terms, raw, one.site)) @ one.mean * _covered(entry.terms, one)
     every_term = [term for entry in plan.entries.values() for term in entry.terms]
     routers = routers_of(every_term)
     even = {name: torch.zeros(shape.stored).double() for name, shape in plan.factors(anatomy).items() if name in routers}
     return Fitted({**store(raw, every_term), **even}, changes)
 
 
-def _covered(terms: Sequence[Term], site: Site) -> Tensor:
+def _covered(terms: Sequence[Term], one: Measured) -> Tensor:
     """1 for the rows of a site that its terms give, 0 for those that no longer have an effect: (out,)."""
-    covered = torch.zeros(site.out_features, dtype=torch.float64)
+    covered = one.weight.new_zeros(len(one.weight))
     for term in terms:
-        start, stop = term.rows or (0, site.out_features)
+        start, stop = term.rows or (0, len(covered))
         covered[start:stop] = 1
     return covered
 

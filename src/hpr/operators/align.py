@@ -35,7 +35,8 @@ def best_order(turning: Sequence[Sequence[Pair]], staying: Sequence[Pair], block
 
     Pairs of one group in ``turning`` can be rotated besides, block by block and all alike; those ``staying`` cannot.
     """
-    cost_BB = torch.zeros(blocks, blocks, dtype=torch.float64)
+    where = next(pair.fixed.weight for pairs in (*turning, staying) for pair in pairs)
+    cost_BB = where.new_zeros(blocks, blocks)
     for pair in staying:
         one = _Blocks(pair, blocks, 1)
         cost_BB += one.squares() - 2 * one.weights * (one.fixed.flatten(1) @ one.weighted.flatten(1).T)
@@ -48,7 +49,7 @@ def best_order(turning: Sequence[Sequence[Pair]], staying: Sequence[Pair], block
             product_BBKK.abs().sum((2, 3)) if product_BBKK.shape[-1] == 1 else torch.linalg.matrix_norm(product_BBKK, "nuc")
         )
         cost_BB -= 2 * gained_BB
-    return torch.as_tensor(linear_sum_assignment(cost_BB.numpy())[1])
+    return torch.as_tensor(linear_sum_assignment(cost_BB.cpu().numpy())[1])
 
 
 def best_rotation(pairs: Sequence[Pair], blocks: int) -> Tensor:
@@ -67,7 +68,7 @@ def principal_rotation(sites: Sequence[tuple[Stretch, Measured]], blocks: int) -
     Bases of the turned layers then have their axes in common: sharing one loses little against a basis for each.
     """
     size = min(stretch.stop - stretch.start for stretch, _ in sites) // blocks
-    energy_BKK = torch.zeros(blocks, size, size, dtype=torch.float64)
+    energy_BKK = sites[0][1].weight.new_zeros(blocks, size, size)
     for stretch, site in sites:
         one = _side(site, stretch)
         rows_BUKM = one.weight[stretch.start : stretch.stop].reshape(blocks, -1, size, one.weight.shape[1])

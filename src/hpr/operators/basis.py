@@ -133,8 +133,8 @@ def _damages(one: Measured, basis: Tensor) -> np.ndarray:
     """Damage at every rank 0 … n of the best private U on the first rows of a basis: exact, from one factorisation."""
     weighted = one.right.times(basis.T)
     gram = basis @ weighted
-    lower = torch.linalg.cholesky((gram + gram.T) / 2 + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).double())
+    lower = torch.linalg.cholesky((gram + gram.T) / 2 + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram))
     projected = torch.linalg.solve_triangular(lower, (one.left_whitened @ weighted).T, upper=False)
     gains = projected.square().sum(1)
     left = one.energy - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
-    return (0.5 * one.rows * left.clamp(min=0)).numpy()
+    return (0.5 * one.rows * left.clamp(min=0)).cpu().numpy()

@@ -42,12 +42,12 @@ def divide(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Rows are chosen by QR with column pivoting, which keeps the entries of the rest small (Cheng et al. 2005).
     """
     rows, rank = tall.shape
-    _, _, pivots = scipy.linalg.qr(tall.T.numpy(), mode="economic", pivoting=True)
+    _, _, pivots = scipy.linalg.qr(tall.T.cpu().numpy(), mode="economic", pivoting=True)
     chosen = torch.as_tensor(np.ascontiguousarray(pivots[:rank]), dtype=torch.int64)
     others = torch.ones(rows, dtype=torch.bool)
     others[chosen] = False
     order = torch.empty(rows, dtype=torch.int64)
     order[chosen] = torch.arange(rank)
     order[others] = torch.arange(rank, rows)
-    square = tall[chosen]
-    return torch.linalg.solve(square, tall[others], left=False), order, square
+    square = tall[chosen.to(tall.device)]
+    return torch.linalg.solve(square, tall[others.to(tall.device)], left=False), order, square

@@ -43,7 +43,7 @@ def damages(one: Measured, change: Tensor | None = None) -> np.ndarray:
     """Damage at every rank from 0 to full, of the weight or of another matrix (out, in) in its metric."""
     whitened = one.whitened(change)
     values, _ = eigenvectors(whitened if whitened.shape[0] <= whitened.shape[1] else whitened.T)
-    return (0.5 * one.rows * tails(values)).numpy()
+    return (0.5 * one.rows * tails(values)).cpu().numpy()
 
 
 def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term, ...]]:

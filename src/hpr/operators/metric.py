@@ -26,7 +26,7 @@ class Side:
     def __init__(self, moment: Tensor, damping: float = DAMPING):
         diagonal = moment if moment.dim() == 1 else moment.diagonal()
         extra = damping * float(diagonal.mean()) + torch.finfo(torch.float64).tiny
-        self.moment = moment + extra if moment.dim() == 1 else moment + extra * torch.eye(len(moment), dtype=moment.dtype)
+        self.moment = moment + extra if moment.dim() == 1 else moment + extra * torch.eye(len(moment)).to(moment)
         self.diagonal = moment.dim() == 1
 
     @property
@@ -117,10 +117,11 @@ class Measured:
 
 
 def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict[str, Measured]:
-    """Every site of a model in its metric; without a profile, in the plain Frobenius metric."""
+    """Every site of a model in its metric, on its GPU if it has one; without a profile, in the plain Frobenius metric."""
     measured = {}
     for site in anatomy.sites:
-        weight = weight_at(model, site).detach().cpu().double()
+        weight = weight_at(model, site).detach()
+        weight = weight.to(weight.device if weight.is_cuda else "cpu", torch.float64)  # other accelerators have none
         known = profile.sites[site.name] if profile else plain_statistics(site)
         if profile and site.kind == "embedding" and known.live:
             known = replace(known, left=smooth_frequencies(known.left))
@@ -129,9 +130,10 @@ def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict
 
 
 def measured_site(site: Site, weight: Tensor, known: SiteStatistics) -> Measured:
-    """A site's weight (out, in), float64, in the metric of its statistics."""
-    left = Side(known.left, OUTPUT_DAMPING if site.kind == "linear" else DAMPING)
-    return Measured(site, weight, left, Side(known.right), known.rows, known.mean)
+    """A site's weight (out, in), float64, in the metric of its statistics, where the weight lies."""
+    left = Side(known.left.to(weight), OUTPUT_DAMPING if site.kind == "linear" else DAMPING)
+    mean = None if known.mean is None else known.mean.to(weight)
+    return Measured(site, weight, left, Side(known.right.to(weight)), known.rows, mean)
 
 
 def smooth_frequencies(counts: Tensor, window: int = 255) -> Tensor:

@@ -103,5 +103,5 @@ def _curve(one: Measured, start: int, stop: int, gram: Tensor) -> Candidate:
     rows, columns = stop - start, one.site.in_features
     ranks = np.arange(1, min(rows, columns))
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-    damages = (0.5 * one.rows * tails(values)).numpy()[ranks]
+    damages = (0.5 * one.rows * tails(values)).cpu().numpy()[ranks]
     return Candidate(NAME, (_label(one, start, stop),), rank_choices(ranks), rank_costs((rows, columns), ranks), damages)

@@ -140,8 +140,8 @@ def tie_and_scale(group: Sequence[Measured], shared: Tensor, rounds: int = 3) ->
 
     The last round leaves M alone, so the diagonals are the best for it.
     """
-    rows = [torch.ones(len(shared), dtype=shared.dtype) for _ in group]
-    columns = [torch.ones(shared.shape[1], dtype=shared.dtype) for _ in group]
+    rows = [shared.new_ones(len(shared)) for _ in group]
+    columns = [shared.new_ones(shared.shape[1]) for _ in group]
     for number in range(rounds):
         for index, one in enumerate(group):
             rows[index] = _best_row_scale(one, shared * columns[index])
@@ -236,4 +236,4 @@ def _best_row_scale(one: Measured, matrix: Tensor) -> Tensor:
         return cross / (one.left.moment * products.diagonal()).clamp(min=torch.finfo(torch.float64).tiny)
     system = one.left.moment * products
     ridge = 1e-9 * float(system.diagonal().mean()) + torch.finfo(torch.float64).tiny  # a matrix of zeros has any scale
-    return torch.linalg.solve(system + ridge * torch.eye(len(system)).double(), cross)
+    return torch.linalg.solve(system + ridge * torch.eye(len(system)).to(system), cross)
