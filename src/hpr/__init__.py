@@ -6,6 +6,7 @@ from hpr import presets
 from hpr.anatomy import Anatomy, describe
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
+from hpr.heads import ManyHeads
 from hpr.hierarchical import HierarchicalBert, HierarchicalModel
 from hpr.hub import load, register, save
 from hpr.mixing import collapse
@@ -27,6 +28,7 @@ __all__ = [
     "HierarchicalBert",
     "HierarchicalModel",
     "HprError",
+    "ManyHeads",
     "OnlineHealer",
     "Plan",
     "Profile",
