@@ -16,10 +16,11 @@ from torch import nn
 import hpr
 import peers
 from hpr.anatomy import Anatomy, Site, describe
+from hpr.compression import REFITTED
 from hpr.data import first_batches
 from hpr.drafts import Draft
 from hpr.evaluation.metrics import compare
-from hpr.pipeline import REFITTED, rescore
+from hpr.pipeline import rescore
 from hpr.planner import draft
 from hpr.planning.plan import Plan
 from hpr.profiling.objectives import Objective

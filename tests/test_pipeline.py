@@ -10,8 +10,9 @@ import transformers as tf
 import hpr
 from hpr import splits
 from hpr.anatomy import describe
+from hpr.compression import Compression
 from hpr.models import OpenModel
-from hpr.pipeline import Compression, profile, rescore
+from hpr.pipeline import profile, rescore
 from hpr.planner import draft
 from hpr.planning.plan import keep_all
 from hpr.profiling.objectives import OBJECTIVES

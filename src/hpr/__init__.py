@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 from hpr import presets
 from hpr.anatomy import Anatomy, describe
+from hpr.compression import Compression, compress
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.heads import ManyHeads
 from hpr.hierarchical import HierarchicalBert, HierarchicalModel
 from hpr.hub import load, register, save
 from hpr.mixing import collapse
-from hpr.pipeline import Compression, compress, profile, refit, rescore
+from hpr.pipeline import profile, refit, rescore
 from hpr.planner import plan
 from hpr.planning.plan import Plan
 from hpr.profiling.profile import Profile

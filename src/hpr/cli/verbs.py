@@ -201,20 +201,24 @@ def compress(
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Also try to drop layers, or let them reuse attention of the layer below.")
     ] = False,
+    routers: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Let weights follow the input: N experts to a router. It is not known to pay."),
+    ] = 0,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """All steps at once: profile, plan, share, choose by measurement, evaluate, report."""
     quiet()
-    from hpr import pipeline
+    from hpr import compression
     from hpr.cli import tables
 
     names = operator_names(operators)
     wish: bool | Literal["auto"] = "auto" if refit is None else refit
     files, shares = sources(data)
     with bars() as progress:
-        made = pipeline.compress(
+        made = compression.compress(
             model,
             budget,
             output,
@@ -233,6 +237,7 @@ def compress(
             watch=lambda row: err.print(tables.check_line(row)),
             shares=shares,
             device=device,
+            routers=routers,
         )
     as_dict = made.plan.to_dict()
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")

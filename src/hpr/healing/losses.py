@@ -58,6 +58,7 @@ class GlobalLoss:
         self.teacher, self.anatomy, self.objective, self.weights = teacher, anatomy, objective, weights
         self.cache: Cache | None = None
         self.progress = 0.0  # of the run, from 0 to 1: what routing is asked for changes with it
+        self.entropy: float | None = None  # of single routes on the last batch, as a share of that of even ones
         upper = anatomy.stacks[1:] if objective.name == "seq2seq" else ()
         self._above = {path for stack in upper for path in stack.blocks}
 
@@ -79,6 +80,7 @@ class GlobalLoss:
         parts = {}
         if taken:
             parts["routing"] = self.weights.routing * undecided(taken, self.progress)
+            self.entropy = float(torch.stack([single.detach() for single, _ in entropies(taken)]).mean())
         if taught is not None and self.weights.outputs:
             parts["outputs"] = self.weights.outputs * self.outputs(taught, learnt, batch)
         if taught is not None and self.weights.relations:
@@ -146,15 +148,20 @@ def undecided(taken: Taken, progress: float) -> Tensor:
     allowed falls to ``DECIDED`` over the run.
     """
     allowed = 1 - progress * (1 - DECIDED)
-    owed = []
+    owed = [(single - allowed).clamp(min=0).square() + 1 - mean for single, mean in entropies(taken)]
+    return torch.stack(owed).mean()
+
+
+def entropies(taken: Taken) -> list[tuple[Tensor, Tensor]]:
+    """For each call of a router the mean entropy of single routes, and that of the mean route, as shares of even routes'."""
+    found = []
     for calls in taken.values():
         for alpha, counted in calls:
             rows = alpha.flatten(0, -2) if counted is None else alpha[counted.bool()]
             share = rows.float() / rows.shape[-1]
             most = math.log(rows.shape[-1])
-            single = torch.special.entr(share).sum(-1).mean() / most
-            owed.append((single - allowed).clamp(min=0).square() + 1 - torch.special.entr(share.mean(0)).sum() / most)
-    return torch.stack(owed).mean()
+            found.append((torch.special.entr(share).sum(-1).mean() / most, torch.special.entr(share.mean(0)).sum() / most))
+    return found
 
 
 def _predicting(batch: Batch) -> Tensor | None:

@@ -28,6 +28,7 @@ from hpr.profiling.objectives import Batch
 
 Watch = Callable[[Mapping[str, float]], None]  # step, loss and guard at each check
 GUARD = "eval_guard"  # what ``GlobalLoss.guard`` gives, as the Trainer's log names it
+ENTROPY = "eval_entropy"  # of routes on the batch before, likewise
 SMALLEST = 1e-3  # root mean square: biases that are nearly 0 move all the same
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _PARTS = (_STATE, "optimizer.pt", "scheduler.pt", WEIGHTS)
@@ -121,6 +122,8 @@ class HealingTrainer(Trainer):
         self.course.leave()
         found = self.global_loss.guard(self.student, self.guard)
         metrics = {GUARD: found.mean}
+        if self.global_loss.entropy is not None:
+            metrics[ENTROPY] = self.global_loss.entropy
         if getattr(self, "is_distributed_loading_by_transformers", False) and (
             self.kept is None or found.mean < self.kept.guard
         ):
@@ -149,10 +152,13 @@ class _Shown(TrainerCallback):
 
 
 def history(log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """One row a check of what the Trainer logged: step, the mean loss since the check before, and guard in nats per example."""
+    """One row a check of what the Trainer logged: step, the mean loss since the check before, and guard in nats per example.
+
+    Where weights depend on the input also the ``entropy`` of routes, as a share of that of even ones.
+    """
     rows: dict[int, dict[str, float]] = {}
     for entry in log:
-        for key, name in (("loss", "loss"), (GUARD, "guard")):
+        for key, name in (("loss", "loss"), (GUARD, "guard"), (ENTROPY, "entropy")):
             if key in entry:
                 rows.setdefault(int(entry["step"]), {"step": int(entry["step"])})[name] = entry[key]
     return [rows[step] for step in sorted(rows)]

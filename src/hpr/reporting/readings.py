@@ -79,6 +79,16 @@ def curve_reading(points: Sequence[tuple[float, float]]) -> str:
     return f"From {figure(first)} at the beginning to {figure(last)} at the end."
 
 
+def routes_reading(single: float | None, mean: float | None) -> str:
+    """How decided single inputs are, and how evenly the experts are used."""
+    if single is None or mean is None:
+        return "How decided the routers are was not recorded."
+    return (
+        f"A single example spreads over the experts to {100 * single:.0f}\u00a0% of an even spread, all examples together to "
+        f"{100 * mean:.0f}\u00a0%: the larger the difference, the more the input decides."
+    )
+
+
 def quality_axis(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> tuple[str, float | None]:
     """Name the quality axis after the quality row that agrees with the chosen plan, and give the original's value."""
     chosen = next((number(row["quality"]) for row in scored if row.get("chosen")), None)

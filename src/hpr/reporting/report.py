@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hpr.reporting import readings, sections, words
+from hpr.reporting import readings, routes, sections, words
 from hpr.reporting.grid import read_plan
 
 
@@ -39,6 +39,7 @@ def render_report(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
             gains=sections.gains(metrics),
             solver=sections.solver(metrics),
             healing=sections.healing(metrics),
+            routes=routes.routes(metrics),
             timing=sections.timing(metrics),
         )
     )
