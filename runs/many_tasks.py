@@ -1,8 +1,8 @@
 """SST-2, MRPC and STS-B on one shared body, against three dense models of their own: scores, and the parameters of each.
 
-The body is a folder that ``hpr compress`` wrote from all-MiniLM-L6-v2; each of the three models starts from the original. Every
-task gets as many steps of 32 examples in either case; labels alone count, and an eighth of the training data chooses the
-weights. STS-B is scored by Spearman's correlation, the others by accuracy, all on test sets:
+The body is a folder that ``hpr compress`` wrote; each of the three models starts from its original. Every task gets as many steps
+of 32 examples in either case; labels alone count, and an eighth of the training data chooses the weights. STS-B is scored by
+Spearman's correlation, the others by accuracy, all on test sets:
 python runs/many_tasks.py --data FOLDER out/half [--steps 500 350 550]
 """
 
@@ -65,12 +65,13 @@ def main() -> None:
     """Train three models apart, then one for all, and say what each scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("body", type=Path, help="a folder with the shared body")
+    parser.add_argument("--original", help="folder of the original; the packaged all-MiniLM-L6-v2 if left out")
     parser.add_argument("--data", type=Path, required=True, help="folder with sst2/, mrpc/ and sts-b/")
     parser.add_argument("--steps", type=int, nargs=3, default=[500, 350, 550], help="for each task")
     parser.add_argument("--rate", type=float, default=1e-3, help="relative to the scale of each parameter")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    dense, shared = open_model(), open_model(options.body)
+    dense, shared = open_model(options.original), open_model(options.body)
     steps = dict(zip(OUTPUTS, options.steps, strict=True))
     data = {task: read(options.data, task, dense.tokenizer, most=40 * steps[task]) for task in OUTPUTS}
     recipe = hpr.Recipe(rate=options.rate, dropout=True, seed=options.seed, weights=Weights(outputs=0.0, labels=1.0))

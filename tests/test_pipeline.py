@@ -15,6 +15,7 @@ from hpr.models import OpenModel
 from hpr.pipeline import profile, rescore
 from hpr.planner import draft
 from hpr.planning.plan import keep_all
+from hpr.planning.terms import routers_of
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.splits import EVALUATED, RESCORED, Splits, open_splits
 
@@ -116,6 +117,16 @@ def test_rescoring_measures_every_plan(model, tokenizer) -> None:
     scores = rescore(model, found, plans, texts.rescoring, OBJECTIVES["embedding"])
     assert scores[0].divergence.mean == pytest.approx(0, abs=1e-6)
     assert scores[0].divergence.mean < scores[1].divergence.mean < scores[2].divergence.mean
+
+
+def test_compress_with_routers(model, tokenizer) -> None:
+    data = {"first": TEXTS, "second": [text.upper() for text in TEXTS]}
+    more = {"tokenizer": tokenizer, "objective": "embedding", "plans": 1}
+    result = hpr.compress(model, "60%", data=data, routers=2, heal="4steps", **more)
+    assert routers_of(term for entry in result.plan.entries.values() for term in entry.terms)
+    assert result.metrics["routes"]["experts"] == 2
+    assert all("entropy" in row for row in result.metrics["healing"]["history"])
+    assert "routes" not in hpr.compress(model, "60%", data=TEXTS, **more).metrics
 
 
 def test_compress_a_module_without_writing(model, tokenizer) -> None:

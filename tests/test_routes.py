@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mixing import built, decided, ids
-from test_reporting import METRICS, PLAN
 
 from hpr.bank import bank_of
 from hpr.evaluation.routes import routes
 from hpr.mixing import mean_routes
 from hpr.reporting import render_report
 from hpr.reporting.routes import routes as section
+from test_mixing import built, decided, ids
+from test_reporting import METRICS, PLAN
 
 
 class Names:
