@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--budget", default="50%")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--for", dest="amount", default="300steps")
+    parser.add_argument("--router-rate", type=float, default=hpr.Recipe.router_rate, help="times that of all else")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=4096, help="to profile on; healing takes all")
     options = parser.parse_args()
@@ -64,10 +65,13 @@ def main() -> None:
         for seed in range(options.seeds):
             student = hpr.share(teacher.model, plan, profile)
             before = measure(student)
-            found = hpr.heal(student, teacher, data, options.amount, recipe=hpr.Recipe(seed=seed))
+            found = hpr.heal(
+                student, teacher, data, options.amount, recipe=hpr.Recipe(seed=seed, router_rate=options.router_rate)
+            )
             rows.append(measure(student))
             more: dict[str, Any] = {}
             if name == "dynamic":
+                more["entropy"] = [row.get("entropy") for row in found.history]
                 more["collapsed"] = measure(collapse(student, first_batches(data.calibration, 1024)))
             say(kind=name, seed=seed, before=before, after=rows[-1], seconds=found.seconds, best_step=found.best_step, **more)
         batch = max(data.heldout, key=lambda one: one["input_ids"].numel())

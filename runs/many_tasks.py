@@ -1,8 +1,8 @@
 """SST-2, MRPC and STS-B on one shared body, against three dense models of their own: scores, and the parameters of each.
 
-The body is a folder that ``hpr compress`` wrote; each of the three models starts from its original. Every task gets as many steps
-of 32 examples in either case; labels alone count, and an eighth of the training data chooses the weights. STS-B is scored by
-Spearman's correlation, the others by accuracy, all on test sets:
+The body is a folder that ``hpr compress`` wrote; each of the three models starts from its original. Every task gets as many
+steps of 32 examples in either case; labels alone count, and an eighth of the training data chooses the weights. STS-B is
+scored by Spearman's correlation, the others by accuracy, all on test sets:
 python runs/many_tasks.py --data FOLDER out/half [--steps 500 350 550]
 """
 

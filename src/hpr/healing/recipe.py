@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from hpr.errors import HprError
 from hpr.healing.losses import Weights
 from hpr.healing.stages import Stages
-from hpr.healing.trainer import GUARD
+from hpr.healing.trainer import GUARD, ROUTER_RATE
 
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")  # the second until transformers 5.22
 CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__dataclass_fields__)
@@ -23,7 +23,8 @@ class Recipe:
     """How to heal. ``steps`` of the optimiser, each on ``accumulate`` batches per process.
 
     ``rate``: the peak learning rate (AdamW) relative to the scale of each parameter (see ``trainer.groups``), reached after
-    ``warmup`` of the steps and taken down to 0 by a cosine; shared factors get ``shared_rate`` times it. ``blocks`` and
+    ``warmup`` of the steps and taken down to 0 by a cosine; shared factors get ``shared_rate`` times it, routers
+    ``router_rate`` times. ``blocks`` and
     ``ramp``: shares of the steps for the first two stages (see ``stages``). ``delta_decay``:
     weight decay of private deltas; nothing else decays. Gradients are clipped to norm 1 over all unique parameters.
     ``dropout``: as the model has it, or none. ``checks``: how often the guard is measured and a checkpoint written. ``bf16``:
@@ -40,6 +41,7 @@ class Recipe:
     weights: Weights = field(default_factory=Weights)
     dropout: bool = False
     shared_rate: float = 1.0
+    router_rate: float = ROUTER_RATE
     delta_decay: float = 0.01
     accumulate: int = 1
     checks: int = 10

@@ -28,6 +28,7 @@ from hpr.profiling.objectives import Batch
 
 Watch = Callable[[Mapping[str, float]], None]  # step, loss and guard at each check
 GUARD = "eval_guard"  # what ``GlobalLoss.guard`` gives, as the Trainer's log names it
+ROUTER_RATE = 30.0
 ENTROPY = "eval_entropy"  # of routes on the batch before, likewise
 SMALLEST = 1e-3  # root mean square: biases that are nearly 0 move all the same
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
@@ -164,13 +165,16 @@ def history(log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def groups(student: nn.Module, rate: float, shared_rate: float, delta_decay: float) -> list[dict[str, Any]]:
+def groups(
+    student: nn.Module, rate: float, shared_rate: float, delta_decay: float, router_rate: float = ROUTER_RATE
+) -> list[dict[str, Any]]:
     """Parameters of an optimiser, each once, in a group of its own: factors that several sites share count once.
 
     A step of AdamW moves every number by about its rate, whatever the scale of its factor, so a rate is relative
     to the root mean square of its parameter (as in Adafactor, Shazeer & Stern 2018). Shared factors get
     ``shared_rate`` times it and no weight decay; private low-rank factors beside a shared one are pulled back to what is
-    shared by ``delta_decay``; all else decays not at all. Routers start at 0: their scale is that at which a Linear is drawn.
+    shared by ``delta_decay``; all else decays not at all. Routers start at 0: their scale is that at which a Linear is drawn,
+    and they get ``router_rate`` times the rate, since they have to get somewhere where all else is nearly there.
     """
     shared, deltas, routers = _roles(student)
     found = []
@@ -183,7 +187,7 @@ def groups(student: nn.Module, rate: float, shared_rate: float, delta_decay: flo
                     f"student.float(), with Recipe(bf16=True) for products in bfloat16"
                 )
             if factor in routers:
-                scale = parameter.shape[-1] ** -0.5
+                scale = router_rate * parameter.shape[-1] ** -0.5
             else:
                 scale = max(float(whole(parameter.detach()).float().square().mean().sqrt()), SMALLEST)
             lr = rate * scale * (shared_rate if factor in shared else 1.0)

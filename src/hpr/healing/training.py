@@ -121,7 +121,7 @@ def train(
                 schedule,
                 loss,
                 guard,
-                groups(learner, recipe.rate, recipe.shared_rate, recipe.delta_decay),
+                groups(learner, recipe.rate, recipe.shared_rate, recipe.delta_decay, recipe.router_rate),
                 recipe.dropout,
                 course,
                 progress,
