@@ -14,7 +14,10 @@ from transformers.models.bert.modeling_bert import BertEncoder
 
 
 class Kwt1(nn.Module):
-    """MFCC frames (B, 98, 40) → logits (B, 12). A class embedding stands before the frames, and the head reads it."""
+    """MFCC frames (B, 98, 40) → logits (B, 12). A class embedding stands before the frames, and the head reads it.
+
+    Labels may stand in a batch; they are for who compares them.
+    """
 
     def __init__(self, config: BertConfig, features: int, frames: int, labels: int):
         super().__init__()
@@ -24,7 +27,7 @@ class Kwt1(nn.Module):
         self.encoder = BertEncoder(config)
         self.head = nn.Linear(config.hidden_size, labels)
 
-    def forward(self, mfcc: Tensor) -> Tensor:
+    def forward(self, mfcc: Tensor, labels: Tensor | None = None) -> Tensor:
         start = self.class_embedding.expand(len(mfcc), -1, -1)
         hidden = torch.cat([start, self.input(mfcc)], dim=1) + self.position_embedding
         return self.head(self.encoder(hidden).last_hidden_state[:, 0])

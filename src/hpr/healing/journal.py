@@ -28,7 +28,7 @@ _ALONE = "the batch"  # the name of a batch that is one tensor
 
 
 class Journal:
-    """A folder with ``snapshot-STEP`` and ``batches/STEP.safetensors``."""
+    """A folder with ``snapshot-STEP``, further ones of the same step with ``+`` behind it, and ``batches/STEP.safetensors``."""
 
     def __init__(self, folder: Path):
         self.folder, self.batches = folder, folder / "batches"
@@ -49,7 +49,10 @@ class Journal:
         save_model(model, str(half / _WEIGHTS))
         save_file(storable(tensors), half / _TENSORS)
         (half / _NUMBERS).write_text(json.dumps(dict(numbers)) + "\n", encoding="utf-8")
-        half.rename(self.folder / f"snapshot-{step:09d}")
+        name = f"snapshot-{step:09d}"
+        while (self.folder / name).exists():  # something was changed between two batches
+            name += "+"
+        half.rename(self.folder / name)
         for old in self._snapshots()[:-1]:
             shutil.rmtree(old)
         for path in self.batches.glob("*.safetensors"):

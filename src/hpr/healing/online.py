@@ -18,6 +18,7 @@ from hpr.healing.claim import claim
 from hpr.healing.drift import Drift
 from hpr.healing.journal import Journal, flat, named_values, optimiser_tensors, parted, set_optimiser, unflat
 from hpr.healing.losses import GlobalLoss, Weights
+from hpr.healing.moments import Moments
 from hpr.healing.trainer import groups
 from hpr.profiling.objectives import IGNORED, Batch, beside, evaluating, objective_for
 
@@ -53,7 +54,8 @@ class OnlineHealer:
     exactly. ``replay``: so many batches of the past are kept, each past one with the same chance, and one of them is learnt
     from beside each new one. A batch that is not finite, or that the model cannot read, is refused and changes nothing.
     ``rate``: of AdamW, relative to the scale of each parameter; steps become half as large where they hurt the guard, and
-    larger again, up to that rate, where they do not.
+    larger again, up to that rate, where they do not. ``moments``: what ``refit`` fits to; batches that were kept are let into
+    them at every check.
 
     ``folder``: where the state is kept; the same call goes on from there after a crash at any point, with the very weights.
     Raises ``HprError`` for an empty guard, for labels that are not there, and for a folder with the state of another learner.
@@ -73,6 +75,7 @@ class OnlineHealer:
         tolerance: float = 0.01,
         seed: int = 0,
         folder: str | Path | None = None,
+        moments: Moments | None = None,
     ):
         if not guard:
             raise HprError("guard is empty: at least one batch that is not learnt from is needed")
@@ -93,7 +96,7 @@ class OnlineHealer:
         self.rates = [group["lr"] for group in self.optimiser.param_groups]
         self.step = self.seen = self.taken = 0  # batches; those remembered or passed by; steps of the optimiser
         self.trust = 1.0
-        self.drift = Drift()
+        self.drift, self.moments = Drift(), moments
         self.best = self.start = self.measure()
         self.journal = None if folder is None else Journal(Path(folder))
         if self.journal is not None:
@@ -104,6 +107,7 @@ class OnlineHealer:
                 "student": key_of(student.state_dict()),
                 "teacher": None if teacher is None else describe(teacher).fingerprint,
                 "guard": [key_of(batch) for batch in guard],
+                "moments": None if moments is None else [moments.forget, key_of(moments.tensors())],
             }
             claim(self.journal.folder, facts)
             self._take_up(self.journal)
@@ -125,6 +129,28 @@ class OnlineHealer:
         if self.recent:
             self._check()
         return self.measure()
+
+    def refit(self) -> Update:
+        """Fit all factors anew, without gradients, to what the stream has been like lately; taken back where the guard is hurt.
+
+        What healing had changed in them is gone then, so this is for a student as it was shared, on a stream unlike the
+        text that it was shared on. Raises ``HprError`` for a learner without moments.
+        """
+        if self.moments is None:
+            raise HprError("no moments to refit to: give OnlineHealer(..., moments=Moments(teacher, plan, profile))")
+        if self.recent:
+            self._check()
+        before = self.measure()
+        self.student.load_state_dict(self.moments.fitted().state_dict())
+        guard = self.measure()
+        if rolled_back := not guard < before:
+            self._go_back()
+        else:
+            self.best = min(self.best, guard)
+            self._accepted = self._state()
+            if self.journal is not None:
+                self._write(self.journal)
+        return Update(self.step, guard=guard, rolled_back=rolled_back)
 
     def measure(self) -> float:
         """The guard metric of the student as it is."""
@@ -190,6 +216,8 @@ class OnlineHealer:
             self.trust = min(1.0, self.trust * _MORE)
             for batch in self.recent:
                 self._remember(batch)
+            if self.moments is not None and self.recent:
+                self.moments.add(self.recent, self.step)
             self._accepted = self._state()
         self.recent = []
         if self.journal is not None:
@@ -218,6 +246,8 @@ class OnlineHealer:
     def _write(self, journal: Journal) -> None:
         tensors = {f"optimiser.{name}": value for name, value in optimiser_tensors(self.optimiser).items()}
         tensors |= {f"memory.{name}": value for name, value in flat(self.memory).items()}
+        if self.moments is not None:
+            tensors |= {f"moments.{name}": value for name, value in self.moments.tensors().items()}
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {"drift": asdict(self.drift)}
         journal.snapshot(self.step, self.student, tensors, numbers)
 
@@ -231,6 +261,8 @@ class OnlineHealer:
         parts = parted(tensors)
         set_optimiser(self.optimiser, parts.get("optimiser", {}))
         self.memory = unflat(parts.get("memory", {}))
+        if self.moments is not None:
+            self.moments.take_up(parts["moments"])
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
         self.drift = Drift(**numbers["drift"])
