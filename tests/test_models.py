@@ -111,6 +111,14 @@ def test_nothing_is_printed_and_the_settings_of_transformers_stay(folder, capfd)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
+def test_devices(folder):
+    assert next(open_model(folder, "cpu").model.parameters()).device.type == "cpu"
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert next(open_model(folder).model.parameters()).device.type == expected
+    with pytest.raises(HprError, match=r"device 'nothing' does not serve .*take cpu"):
+        open_model(folder, "nothing")
+
+
 @pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "./folder", "no-such-model", "org/no-such-model"])
 def test_wrong_names(name):
     with pytest.raises(HprError, match=name.removeprefix("./") + ".*check the path"):

@@ -127,6 +127,8 @@ def test_compress_with_routers(model, tokenizer) -> None:
     assert result.metrics["routes"]["experts"] == 2
     assert all("entropy" in row for row in result.metrics["healing"]["history"])
     assert "routes" not in hpr.compress(model, "60%", data=TEXTS, **more).metrics
+    with pytest.raises(hpr.HprError, match="routers 1: at least 2 experts"):
+        hpr.compress(model, "60%", data=TEXTS, routers=1, **more)
 
 
 def test_compress_a_module_without_writing(model, tokenizer) -> None:

@@ -94,9 +94,9 @@ def compress(
     ``reusing_plans``), which takes two passes over the re-scoring text for each layer and state. ``heal``: train the result
     for so long (``500steps``, ``10min``) on all of the data; ``watch`` sees its checks. ``refit="auto"`` refits where the data
     is the user's own and re-scoring finds it better. ``device``: where a model that is named runs (see ``open_model``); a
-    module stays where it is. ``routers``: so many experts between which routers choose by the input
-    (see ``mixing``); 0 for the best static plan, since routers have not been found to pay. Raises ``HprError`` before anything
-    is written where an input does not serve.
+    module stays where it is. ``routers``: so many experts between which routers choose by the input (see ``mixing``); 0 for the
+    best static plan, since routers have not been found to pay. Raises ``HprError`` before anything is written where an input
+    does not serve.
     """
     clock = _Clock()
     torch.manual_seed(seed)
@@ -106,6 +106,8 @@ def compress(
     goal = objective_for(opened.model, objective or opened.objective)
     parse_budget(budget, describe(opened.model), only)  # a budget that is none, or operators that are none, are said at once
     known_operators(operators)
+    if routers < 0 or routers == 1:
+        raise HprError(f"routers {routers}: at least 2 experts, between which a router chooses, or 0 for no routers")
     if heal is not None:
         from hpr.healing.amounts import amount
 
