@@ -28,7 +28,7 @@ from hpr.profiling.objectives import Batch
 
 Watch = Callable[[Mapping[str, float]], None]  # step, loss and guard at each check
 GUARD = "eval_guard"  # what ``GlobalLoss.guard`` gives, as the Trainer's log names it
-ROUTER_RATE = 30.0
+ROUTER_RATE = 1.0
 ENTROPY = "eval_entropy"  # of routes on the batch before, likewise
 SMALLEST = 1e-3  # root mean square: biases that are nearly 0 move all the same
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
@@ -174,7 +174,7 @@ def groups(
     to the root mean square of its parameter (as in Adafactor, Shazeer & Stern 2018). Shared factors get
     ``shared_rate`` times it and no weight decay; private low-rank factors beside a shared one are pulled back to what is
     shared by ``delta_decay``; all else decays not at all. Routers start at 0: their scale is that at which a Linear is drawn,
-    and they get ``router_rate`` times the rate, since they have to get somewhere where all else is nearly there.
+    and they get ``router_rate`` times the rate (30 times did harm, see ``experiments.md``).
     """
     shared, deltas, routers = _roles(student)
     found = []
