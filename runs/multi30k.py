@@ -147,6 +147,7 @@ def main() -> None:
         systems.append((kind, written))
         score = sacrebleu.BLEU().corpus_score(written, [german], n_bootstrap=1000)
         size = {"parameters": parameters(model), "dropout": model.config.dropout}
+        about |= {"epochs": options.epochs, "seed": options.seed} if about else {"trained": "before"}
         print(json.dumps({"model": kind, **size, "bleu": str(score), **about}), flush=True)
         print(json.dumps({"model": kind, "text": english[0], "translation": written[0]}, ensure_ascii=False), flush=True)
     if len(systems) > 1:

@@ -14,6 +14,7 @@ from hpr.bank import bank_of
 from hpr.evaluation.sizes import parameters
 from hpr.heads import ManyHeads
 from hpr.healing import Weights
+from hpr.profiling.objectives import OBJECTIVES
 
 TASKS = {"parity": 2, "sum": 1}
 LABELS_ALONE = Weights(outputs=0.0, labels=1.0)
@@ -63,6 +64,12 @@ def test_a_task_moves_its_own_head_and_the_body() -> None:
     assert all(factor.weight.grad.abs().sum() > 0 for factor in bank_of(model).factors.values())
 
 
+def test_outputs_are_read_as_those_of_a_classifier() -> None:
+    model, data = many(), examples(many(), "parity", 3)
+    found = hpr.evaluate(model, ManyHeads(body(), TASKS), data, OBJECTIVES["classification"], repeats=0)
+    assert any(row["name"].startswith("Same first choice") for row in found["quality"])
+
+
 def test_healed_together_and_read_again(tmp_path: Path) -> None:
     model = many()
     data = {name: examples(model, name) for name in TASKS}
@@ -82,7 +89,7 @@ def test_what_does_not_fit_is_said() -> None:
     model = many()
     with pytest.raises(hpr.HprError, match="no head for 'rank': there are parity, sum"):
         model.batches("rank", [])
-    with pytest.raises(hpr.HprError, match="one output is the least"):
+    with pytest.raises(hpr.HprError, match=r"outputs \{'rank': 0\}: at least one task"):
         ManyHeads(body(), {"rank": 0})
-    with pytest.raises(hpr.HprError, match="of hidden size None"):
+    with pytest.raises(hpr.HprError, match="no config with a hidden_size"):
         ManyHeads(copy.deepcopy(model.heads[0]), TASKS)

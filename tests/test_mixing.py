@@ -16,7 +16,7 @@ from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
 from hpr.healing import Recipe, Weights, train
 from hpr.healing.losses import GlobalLoss, undecided
-from hpr.healing.trainer import ROUTER_RATE, groups
+from hpr.healing.trainer import groups
 from hpr.mixing import best_routed, collapse, mean_routes, routed, seeing_all
 from hpr.planner import draft
 from hpr.planning.plan import Plan, keep_all
@@ -215,9 +215,9 @@ def test_the_best_routed_plan_keeps_within_its_budget() -> None:
 def test_healing_teaches_routers() -> None:
     model, _, dynamic = built("bert", "45%")
     routers = {name: parameter for name, parameter in dynamic.named_parameters() if "ROUTER" in name}
-    rates = {id(group["params"][0]): group["lr"] for group in groups(dynamic, 1.0, 1.0, 0.0)}
+    rates = {id(group["params"][0]): group["lr"] for group in groups(dynamic, 1.0, 1.0, 0.0, router_rate=3.0)}
     for parameter in routers.values():
-        assert rates[id(parameter)] == pytest.approx(ROUTER_RATE * parameter.shape[1] ** -0.5)
+        assert rates[id(parameter)] == pytest.approx(3.0 * parameter.shape[1] ** -0.5)
     batches = [inputs("bert", rows=8, seed=seed) for seed in range(8)]
     found = train(dynamic, model, batches, batches[:2], Recipe(steps=30, rate=1e-2, checks=3))
     assert found.after.mean < found.before.mean

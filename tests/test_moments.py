@@ -32,10 +32,25 @@ def made() -> Made:
     return teacher, plan, profile, hpr.share(teacher, plan, profile)
 
 
+def mass(site: SiteStatistics) -> float:
+    """What a site is worth: rows · tr left · tr right."""
+    traces = [float(side.sum() if side.dim() == 1 else side.trace()) for side in (site.left, site.right)]
+    return site.rows * traces[0] * traces[1]
+
+
 def test_each_batch_takes_its_share() -> None:
     one, two = (SiteStatistics(torch.full((2, 2), value), torch.full((3,), value), value, None) for value in (1.0, 5.0))
     found = blended(one, two, 0.25)
-    assert (found.rows, found.left[0, 0], found.right[0], found.mean) == (2.0, 2.0, 2.0, None)
+    assert (found.rows, found.mean) == (2.0, None)
+    assert mass(found) == pytest.approx(0.75 * mass(one) + 0.25 * mass(two))
+    apart = (
+        SiteStatistics(torch.diag(torch.tensor([1.0, 0.0])), torch.ones(2), 10.0),
+        SiteStatistics(torch.diag(torch.tensor([0.0, 0.1])), torch.ones(2), 100.0),
+    )
+    assert mass(apart[0]) == pytest.approx(mass(apart[1]))
+    even = blended(*apart, 0.5)
+    assert mass(even) == pytest.approx(mass(apart[0]))
+    assert even.left[0, 0] == pytest.approx(float(even.left[1, 1]))
     dead = SiteStatistics(torch.zeros(2), torch.zeros(3), 0.0)
     assert blended(one, dead, 0.5) is one
     assert blended(dead, two, 0.5) is two
@@ -93,13 +108,18 @@ def test_it_goes_on_where_it_was(made: Made, tmp_path: Path) -> None:
         student = hpr.share(teacher, plan, profile)
         return OnlineHealer(student, narrow(2, 90), teacher, every=2, tolerance=1.0, folder=folder, moments=moments)
 
-    straight, cut = learner(None), learner(tmp_path)
+    straight, cut, kept = learner(None), learner(tmp_path), []
     for place, batch in enumerate(stream):
         straight.update(batch)
         cut.update(batch)
         if place in (3, 6):
-            assert straight.refit() == cut.refit()
+            straight.moments.add(stream[:1])  # and what no update brought
+            cut.moments.add(stream[:1])
+            update = straight.refit()
+            assert update == cut.refit()
+            kept.append(not update.rolled_back)
             cut = learner(tmp_path)
+    assert kept[0]
     assert equal(weights_of(cut.student), weights_of(straight.student))
     assert equal(cut.moments.tensors(), straight.moments.tensors())
     with pytest.raises(HprError, match="other moments"):
@@ -112,3 +132,23 @@ def test_what_does_not_serve_is_said(made: Made) -> None:
         Moments(teacher, plan, profile, forget=0)
     with pytest.raises(HprError, match="no moments to refit to"):
         OnlineHealer(student, batches(1), teacher).refit()
+    other = Moments(teacher, hpr.plan(teacher, profile, "70%"), profile)
+    before = weights_of(student)
+    with pytest.raises(HprError, match="not that of this student"):
+        OnlineHealer(student, batches(1), teacher, moments=other).refit()
+    assert equal(weights_of(student), before)
+
+
+def test_a_refit_that_is_not_finite_is_taken_back(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, plan, profile, _ = made
+    student = hpr.share(teacher, plan, profile)
+    healer = OnlineHealer(student, batches(1), teacher, moments=Moments(teacher, plan, profile))
+    broken = hpr.share(teacher, plan, profile)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(1e30)
+    before = weights_of(student)
+    monkeypatch.setattr(Moments, "fitted", lambda self: broken)
+    update = healer.refit()
+    assert update.rolled_back
+    assert update.guard is None
+    assert equal(weights_of(student), before)

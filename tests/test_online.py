@@ -115,6 +115,27 @@ def test_what_is_refused_changes_nothing(pair) -> None:  # noqa: F811
     assert healer.step == 2
 
 
+def test_models_of_pictures_are_read_as_they_are() -> None:
+    """They have no table of tokens; nothing of a batch is out of range for them but classes that they lack."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = tf.ViTForImageClassification(tf.ViTConfig(**shape, image_size=16, patch_size=8, num_labels=3)).eval()
+    data = [{"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 1])} for _ in range(3)]
+    healer = OnlineHealer(model, data[:1], weights=Weights(outputs=0.0, labels=1.0))
+    assert healer.update(data[1]).refused is None
+    assert (
+        "labels holds 7, which is not one of 0 to 2" in healer.update({**data[2], "labels": torch.tensor([0, 7, 2, 1])}).refused
+    )
+
+
+def test_the_newest_of_several_snapshots_of_a_step_is_read(tmp_path: Path) -> None:
+    journal, model = Journal(tmp_path), nn.Linear(2, 2)
+    for step, number in ((4, 1), (4, 2), (4, 3), (5, 4)):
+        journal.snapshot(step, model, {"x": torch.tensor(float(number))}, {"n": number})
+        assert journal.restore(model)[1] == {"n": number}
+    assert [path.name for path in tmp_path.glob("snapshot-*")] == ["snapshot-000000005"]
+
+
 def test_it_goes_on_where_it_was(pair, tmp_path: Path) -> None:  # noqa: F811
     teacher, student = pair
     settings = {"rate": 2e-2, "every": 3, "replay": 4}  # so high that some is undone

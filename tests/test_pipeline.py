@@ -125,10 +125,13 @@ def test_compress_with_routers(model, tokenizer) -> None:
     result = hpr.compress(model, "60%", data=data, routers=2, heal="4steps", **more)
     assert routers_of(term for entry in result.plan.entries.values() for term in entry.terms)
     assert result.metrics["routes"]["experts"] == 2
+    assert all(set(own) == {"first", "second"} for own in result.metrics["routes"]["shares"].values())
     assert all("entropy" in row for row in result.metrics["healing"]["history"])
     assert "routes" not in hpr.compress(model, "60%", data=TEXTS, **more).metrics
     with pytest.raises(hpr.HprError, match="routers 1: at least 2 experts"):
         hpr.compress(model, "60%", data=TEXTS, routers=1, **more)
+    with pytest.raises(hpr.HprError, match="ask for one of the two"):
+        hpr.compress(model, "60%", data=TEXTS, routers=2, reuse=True, **more)
 
 
 def test_compress_a_module_without_writing(model, tokenizer) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 
+import hpr
 from hpr.bank import bank_of
 from hpr.evaluation.routes import routes
-from hpr.mixing import mean_routes
+from hpr.mixing import collapse, mean_routes, routed
 from hpr.reporting import render_report
 from hpr.reporting.routes import routes as section
-from test_mixing import built, decided, ids
+from test_mixing import built, decided, ids, roomy
 from test_reporting import METRICS, PLAN
 
 
@@ -50,6 +52,36 @@ def test_shares_are_mean_routes(kind: str) -> None:
             torch.testing.assert_close(torch.tensor(found["shares"][router][name]).double(), alpha / 4)
     assert len(found["nearest"]) == 3
     assert all(len(experts) == 4 and all(len(texts) == 3 for texts in experts) for experts in found["nearest"].values())
+
+
+def test_padding_does_not_count() -> None:
+    """A row whose end is padding takes the routes of the row without it."""
+    student = decided(built("gpt2")[2], 3.0)
+    rows = ids(1, seed=3)
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[0, 7:] = 0
+    whole = routes(student, {"x": [{"input_ids": rows, "attention_mask": mask}]})["shares"]
+    short = routes(student, {"x": [{"input_ids": rows[:, :7]}]})["shares"]
+    full = routes(student, {"x": [{"input_ids": rows}]})["shares"]
+    first = next(iter(whole))  # what reads embeddings, which no mask changes
+    assert whole[first]["x"] == pytest.approx(short[first]["x"], abs=1e-6)
+    assert whole[first]["x"] != pytest.approx(full[first]["x"], abs=1e-4)
+
+
+def test_positions_may_be_flat() -> None:
+    """OPT reads (batch · positions) rows in its feed-forward."""
+    torch.manual_seed(0)
+    config = tf.OPTConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4)
+    config.word_embed_proj_dim = 32
+    model = tf.OPTForCausalLM(config).eval()
+    data = [{"input_ids": ids(4, seed=seed)} for seed in range(3)]
+    profile = hpr.profile(model, data)
+    plan = hpr.plan(model, profile, "70%")
+    student = decided(hpr.share(model, roomy(routed(plan, model)), profile), 3.0)
+    found = routes(student, {"x": data[:1]}, Names())
+    assert any("fc1" in router for router in found["shares"])
+    assert all(len(text) == 3 for experts in found["nearest"].values() for text in experts)
+    assert routes(collapse(student, data), {"x": data}) is None
 
 
 def test_the_nearest_example_uses_its_expert_most() -> None:

@@ -19,7 +19,7 @@ from hpr.drafts import Draft
 from hpr.errors import HprError
 from hpr.evaluation import evaluate
 from hpr.evaluation.metrics import Comparison, Estimate, divergence
-from hpr.evaluation.routes import routes
+from hpr.evaluation.routes import routes_taken
 from hpr.interventions import intervene
 from hpr.mixing import best_routed
 from hpr.models import as_opened, open_model
@@ -108,6 +108,8 @@ def compress(
     known_operators(operators)
     if routers < 0 or routers == 1:
         raise HprError(f"routers {routers}: at least 2 experts, between which a router chooses, or 0 for no routers")
+    if routers and reuse:
+        raise HprError(f"routers {routers} and reuse: plans in which layers reuse are not routed; ask for one of the two")
     if heal is not None:
         from hpr.healing.amounts import amount
 
@@ -135,9 +137,9 @@ def compress(
     best, student = 0, opened.model  # of the plans for this budget; the first is one of them
     with clock("rescore"):
         for one, score in students(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal, progress):
+            if tried[len(scores)][0] == budget and (not scores or score.divergence.mean < scores[best].divergence.mean):
+                best, student = len(scores), one
             scores.append(score)
-            if tried[len(scores) - 1][0] == budget and not score.divergence.mean > scores[best].divergence.mean:
-                best, student = len(scores) - 1, one
     plan = tried[best][1]
     refitted = False
     if refit is True or (refit == "auto" and texts.own and not plan.layers):
@@ -175,9 +177,7 @@ def compress(
     metrics["operator_gains"] = operator_gains(sketch, plan)
     if healing is not None:
         metrics["healing"] = healing.as_metrics()
-    taken = routes(student, {part.source: part.heldout for part in dealt.values()}, opened.tokenizer)
-    if taken is not None:
-        metrics["routes"] = taken
+    metrics |= routes_taken(student, dealt, opened.tokenizer)
     folder = None
     if output is not None:
         folder = write(student, output, plan, metrics, opened)

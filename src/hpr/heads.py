@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hpr.errors import HprError
 from hpr.profiling.objectives import Batch, examples_in, mask_of
@@ -29,15 +30,17 @@ class ManyHeads(nn.Module):
     def __init__(self, body: nn.Module, outputs: Mapping[str, int]):
         super().__init__()
         width = getattr(getattr(body, "config", None), "hidden_size", None)
-        if not outputs or min(outputs.values()) < 1 or not isinstance(width, int):
-            raise HprError(f"{type(body).__name__} of hidden size {width} with heads {dict(outputs)}: one output is the least")
+        if not isinstance(width, int):
+            raise HprError(f"this {type(body).__name__} has no config with a hidden_size: take a body of transformers")
+        if not outputs or min(outputs.values()) < 1:
+            raise HprError(f"outputs {dict(outputs)}: at least one task, each with at least one output")
         like = next(body.parameters())
         self.body = body
         self.names = list(outputs)
         self.heads = nn.ModuleList([nn.Linear(width, count).to(like) for count in outputs.values()])
         self.train(body.training)
 
-    def forward(self, task: Tensor, labels: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+    def forward(self, task: Tensor, labels: Tensor | None = None, **inputs: Any) -> SequenceClassifierOutput:
         """``logits`` (batch, outputs), and with ``labels`` (batch,) the ``loss`` in nats, or the squared error of scores.
 
         ``task`` (batch,) is the same number throughout, from ``batches``.
@@ -47,11 +50,12 @@ class ManyHeads(nn.Module):
         kept = mask_of(inputs, hidden).unsqueeze(-1)
         pooled = (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
         logits = self.heads[int(task[0])](pooled)
-        if labels is None:
-            return {"logits": logits}
-        if logits.shape[-1] == 1:
-            return {"loss": F.mse_loss(logits.squeeze(-1).float(), labels.float()), "logits": logits}
-        return {"loss": F.cross_entropy(logits.float(), labels), "logits": logits}
+        loss = None
+        if labels is not None and logits.shape[-1] == 1:
+            loss = F.mse_loss(logits.squeeze(-1).float(), labels.float())
+        elif labels is not None:
+            loss = F.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def batches(self, name: str, batches: Sequence[Batch]) -> list[Batch]:
         """The batches of a task, marked as such. Raises ``HprError`` for a task that has no head."""

@@ -74,11 +74,13 @@ def as_opened(model: nn.Module, tokenizer: Any | None = None, objective: str | N
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:  # of several processes each has its own
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds no numbers")
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says each of these
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # torch says each of these
         raise HprError(f"device {name!r} does not serve ({_brief(error)}): take cpu, or cuda where there is a GPU") from error
 
 

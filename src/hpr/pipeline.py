@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -27,9 +26,6 @@ from hpr.profiling.trials import find_symmetries
 from hpr.records import versions
 from hpr.refitting import refit_stacks
 from hpr.sharing import share
-
-if TYPE_CHECKING:  # the Trainer is imported where something is healed
-    pass
 
 REUSE_MARGIN = 1.2  # of the best predicted damage without reuse: up to that, plans with reuse are worth measuring
 

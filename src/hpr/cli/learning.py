@@ -47,7 +47,7 @@ def heal(
     from hpr.healing import Recipe
     from hpr.healing import heal as healed
     from hpr.healing.opened import HEALED
-    from hpr.splits import joined, split_sources
+    from hpr.splits import split_sources
 
     target = output or folder
     student, original = _opened(folder, teacher, target, device)
@@ -66,7 +66,7 @@ def heal(
             watch=lambda row: err.print(tables.check_line(row)),
         )
     done = {"healing": found.as_metrics()}
-    metrics = _written(folder, target, student, original, joined(list(splits.values())), done)
+    metrics = _written(folder, target, student, original, splits, done)
     show(metrics, as_json, lines(tables.healing_line(metrics["healing"]), f"written: {target}"))
 
 
@@ -131,7 +131,7 @@ def online(
     guarded = healer.settle()
     found = {"batches": healer.step, "refused": refused, "undone": undone, "drift": drifts, "guard": guarded}
     found |= {"guard_at_start": healer.start, "labels": labels}
-    metrics = _written(folder, output, student, original, known, {"online": found})
+    metrics = _written(folder, output, student, original, {"guard": known}, {"online": found})
     text = f"{healer.step} batches, {refused} refused, {undone} times undone: guard {healer.start:.4g} → {guarded:.4g}"
     show(metrics, as_json, lines(text, f"written: {output}"))
 
@@ -151,18 +151,20 @@ def _opened(folder: Path, teacher: str | None, target: Path, device: str | None)
 
 
 def _written(
-    folder: Path, target: Path, student: OpenModel, original: OpenModel, known: Splits, done: Mapping[str, Any]
+    folder: Path, target: Path, student: OpenModel, original: OpenModel, dealt: Mapping[str, Splits], done: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Measure a student on what was held out, write it with all that is known of it, and say what that is."""
     from hpr import evaluation, records
     from hpr.cli.describing import with_figures
+    from hpr.evaluation.routes import routes_taken
     from hpr.planning.plan import Plan
     from hpr.profiling.objectives import objective_for
+    from hpr.splits import joined
 
-    goal = objective_for(original.model, original.objective)
+    goal, known = objective_for(original.model, original.objective), joined(list(dealt.values()))
     with err.status("evaluating"):
         figures = evaluation.evaluate(student.model, original.model, known.heldout, goal, data=f"{known.source}, held out")
-    metrics = {**with_figures(folder, original, figures), **done}
+    metrics = {**with_figures(folder, original, figures), **done, **routes_taken(student.model, dealt, original.tokenizer)}
     records.write(student.model, target, Plan.load(folder / "plan.json"), metrics, original)
     return metrics | {"output": str(target)}
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hpr.bank import bank_of, terms_of
 from hpr.planning.terms import routers_of
-from hpr.profiling.objectives import Batch, beside, call, evaluating
+from hpr.profiling.objectives import Batch, beside, call, evaluating, examples_in
 from hpr.routing import recorded
+from hpr.splits import Splits
 
 SHOWN = 3  # examples of a route, and routers of which examples are shown
 LONGEST = 160  # characters of an example
@@ -37,10 +38,16 @@ def routes(student: nn.Module, kinds: Mapping[str, Sequence[Batch]], tokenizer: 
             for batch in batches:
                 with recorded(bank.routing) as found:
                     call(student, beside(batch, student))
+                several: dict[str, list[Tensor]] = {}
+                examples = examples_in(batch)
                 for (_, router), calls in found.items():
-                    rows = torch.stack([_by_example(alpha, counted) for alpha, counted in calls]).mean(0)
-                    taken.setdefault(router, {}).setdefault(kind, []).append(rows)
+                    apart = [one for one in calls if one[0][..., 0].numel() % examples == 0]  # not what is of no one example
+                    several.setdefault(router, []).extend(_by_example(*one, examples) for one in apart)
+                for router, parts in ((router, parts) for router, parts in several.items() if parts):
+                    taken.setdefault(router, {}).setdefault(kind, []).append(torch.stack(parts).mean(0))
                 texts += _decoded(batch, tokenizer)
+    if not taken:  # routers that no input changes
+        return None
     shares = {router: {kind: torch.cat(rows) for kind, rows in by_kind.items()} for router, by_kind in taken.items()}
     every = {router: torch.cat(list(by_kind.values())) for router, by_kind in shares.items()}
     telling = sorted(every, key=lambda router: -_told(list(shares[router].values())))[:SHOWN]
@@ -55,11 +62,18 @@ def routes(student: nn.Module, kinds: Mapping[str, Sequence[Batch]], tokenizer: 
     }
 
 
-def _by_example(alpha: Tensor, counted: Tensor | None) -> Tensor:
-    """(batch, …, experts) as (batch, experts), float64, adding up to 1."""
+def routes_taken(student: nn.Module, dealt: Mapping[str, Splits], tokenizer: Any) -> dict[str, Any]:
+    """``routes`` of what sources held out, under that name for ``metrics.json``; nothing for a static model."""
+    kinds = {name if len(dealt) > 1 else part.source: part.heldout for name, part in dealt.items()}
+    found = routes(student, kinds, tokenizer)
+    return {} if found is None else {"routes": found}
+
+
+def _by_example(alpha: Tensor, counted: Tensor | None, examples: int) -> Tensor:
+    """(batch, …, experts), or (batch · positions, experts), as (batch, experts), float64, adding up to 1."""
     rows = alpha.double().cpu() / alpha.shape[-1]
     if counted is None:
-        return rows.flatten(1, -2).mean(1) if rows.dim() > 2 else rows
+        return rows.reshape(examples, -1, rows.shape[-1]).mean(1)
     kept = counted.double().cpu().unsqueeze(-1)
     return (rows * kept).flatten(1, -2).sum(1) / kept.flatten(1).sum(1, keepdim=True).clamp(min=1)
 

@@ -49,9 +49,9 @@ class Journal:
         save_model(model, str(half / _WEIGHTS))
         save_file(storable(tensors), half / _TENSORS)
         (half / _NUMBERS).write_text(json.dumps(dict(numbers)) + "\n", encoding="utf-8")
-        name = f"snapshot-{step:09d}"
-        while (self.folder / name).exists():  # something was changed between two batches
-            name += "+"
+        name, last = f"snapshot-{step:09d}", next(reversed(self._snapshots()), None)
+        if last is not None and last.name.startswith(name):  # something was changed between two batches
+            name = f"{last.name}+"
         half.rename(self.folder / name)
         for old in self._snapshots()[:-1]:
             shutil.rmtree(old)

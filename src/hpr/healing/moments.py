@@ -67,14 +67,28 @@ class Moments:
 
 
 def blended(known: SiteStatistics, new: SiteStatistics, part: float) -> SiteStatistics:
-    """Moments of which ``part`` is new; where a site was not seen, what was known stays."""
+    """Moments of which ``part`` is new; where a site was not seen, what was known stays.
+
+    Each side is the mean of both, weighed by what they are worth together (rows · tr left · tr right), which itself is mixed,
+    so that sites keep their weights against each other. What lies between two means of inputs is left out of centred moments.
+    """
     if not new.live or not known.live:
         return new if new.live else known
+    weights = (1 - part, part)
+    both = (known, new)
+    rows = sum(weight * one.rows for weight, one in zip(weights, both, strict=True))
+    masses = [weight * one.rows * _trace(one.left) * _trace(one.right) for weight, one in zip(weights, both, strict=True)]
+    right_trace = sum(weight * one.rows * _trace(one.right) for weight, one in zip(weights, both, strict=True)) / rows
+    traces = {"left": sum(masses) / (rows * right_trace), "right": right_trace}
+    sides = {}
+    for side, trace in traces.items():
+        one, other = (mass / sum(masses) / _trace(getattr(site, side)) for mass, site in zip(masses, both, strict=True))
+        sides[side] = trace * (one * getattr(known, side) + other * getattr(new, side))
+    mean = None
+    if known.mean is not None and new.mean is not None:
+        mean = (weights[0] * known.rows * known.mean + weights[1] * new.rows * new.mean) / rows
+    return SiteStatistics(sides["left"], sides["right"], rows, mean)
 
-    def mixed(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-        return None if one is None or other is None else (1 - part) * one + part * other
 
-    left, right = mixed(known.left, new.left), mixed(known.right, new.right)
-    assert left is not None
-    assert right is not None
-    return SiteStatistics(left, right, (1 - part) * known.rows + part * new.rows, mixed(known.mean, new.mean))
+def _trace(moment: Tensor) -> float:
+    return float(moment.sum() if moment.dim() == 1 else moment.trace())

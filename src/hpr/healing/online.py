@@ -26,6 +26,7 @@ _CLIP = 1.0
 _WARM = 20  # steps until the rate is reached: the first ones of AdamW know no more than signs
 _LESS, _MORE = 0.5, 1.1  # what a check that is lost, or won, makes of the trust in steps
 _NUMBERS = ("step", "seen", "taken", "trust", "best", "start")  # kept on disk as they are
+_TOKENS = ("causal-lm", "masked-lm", "seq2seq")  # objectives whose labels are tokens
 _WRONG_INPUT = (HprError, RuntimeError, ValueError, IndexError, TypeError, KeyError)
 
 
@@ -55,7 +56,7 @@ class OnlineHealer:
     from beside each new one. A batch that is not finite, or that the model cannot read, is refused and changes nothing.
     ``rate``: of AdamW, relative to the scale of each parameter; steps become half as large where they hurt the guard, and
     larger again, up to that rate, where they do not. ``moments``: what ``refit`` fits to; batches that were kept are let into
-    them at every check.
+    them at every check, and a ``folder`` then holds the moments as well (about as much as ``hpr.profile`` writes).
 
     ``folder``: where the state is kept; the same call goes on from there after a crash at any point, with the very weights.
     Raises ``HprError`` for an empty guard, for labels that are not there, and for a folder with the state of another learner.
@@ -140,10 +141,16 @@ class OnlineHealer:
             raise HprError("no moments to refit to: give OnlineHealer(..., moments=Moments(teacher, plan, profile))")
         if self.recent:
             self._check()
-        before = self.measure()
-        self.student.load_state_dict(self.moments.fitted().state_dict())
-        guard = self.measure()
-        if rolled_back := not guard < before:
+        before, weights, own = self.measure(), self.moments.fitted().state_dict(), self.student.state_dict()
+        if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
+            raise HprError("the plan of the moments is not that of this student: give Moments the plan that it was shared by")
+        self.student.load_state_dict(weights)
+        try:
+            guard = self.measure()
+        except HprError:  # outputs that are not finite
+            guard = None
+        rolled_back = guard is None or not guard < before
+        if guard is None or rolled_back:
             self._go_back()
         else:
             self.best = min(self.best, guard)
@@ -171,7 +178,7 @@ class OnlineHealer:
         """The loss of a batch before a step along it, and why there was none."""
         if any(value.is_floating_point() and not torch.isfinite(value).all() for value in named_values(batch).values()):
             return None, "the batch is not finite"
-        if (wrong := _out_of_range(self.student, batch)) is not None:
+        if (wrong := _out_of_range(self.student, batch, self.loss.objective.name)) is not None:
             return None, wrong
         with evaluating(self.student):
             try:
@@ -272,16 +279,22 @@ class OnlineHealer:
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + self.step) * 1_000_003 + kind) % 2**63)
 
 
-def _out_of_range(model: nn.Module, batch: Batch) -> str | None:
-    """The first id or label of a batch that the model has nothing for: on a GPU, reading it would end the process."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    tokens = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    labels = named_values(batch).get("labels")
-    classes = tokens if labels is None or labels.dim() > 1 else int(model.config.num_labels or tokens)
-    for name, limit in (("input_ids", tokens), ("decoder_input_ids", tokens), ("labels", classes)):
+def _out_of_range(model: nn.Module, batch: Batch, objective: str) -> str | None:
+    """The first id or class of a batch that the model has nothing for: on a GPU, reading it would end the process.
+
+    Looked at are ids of tokens, and labels where they are tokens or classes of whole examples; nothing else is known enough.
+    """
+    try:
+        table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:  # a model of sound
+        table = None
+    tokens = getattr(table, "num_embeddings", None)
+    classes = getattr(getattr(model, "config", None), "num_labels", None) if objective == "classification" else None
+    limits = {"input_ids": tokens, "decoder_input_ids": tokens}
+    limits["labels"] = tokens if objective in _TOKENS else classes if classes is not None and classes > 1 else None
+    for name, limit in limits.items():
         value = named_values(batch).get(name)
-        if value is None or value.is_floating_point():
+        if limit is None or value is None or value.is_floating_point():
             continue
         known = (value >= 0) & (value < limit) | (value == IGNORED if name == "labels" else False)
         if not known.all():
