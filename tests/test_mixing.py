@@ -11,7 +11,7 @@ from torch import nn
 
 import hpr
 from hpr.anatomy import describe
-from hpr.bank import bank_of
+from hpr.bank import FactorBank, SharedLinear, bank_of
 from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
 from hpr.healing import Recipe, Weights, train
@@ -20,7 +20,7 @@ from hpr.healing.trainer import groups
 from hpr.mixing import best_routed, collapse, mean_routes, routed, seeing_all
 from hpr.planner import draft
 from hpr.planning.plan import Plan, keep_all
-from hpr.planning.terms import Route, Term, entry_from_dict, validate_entry
+from hpr.planning.terms import FactorShape, Route, Term, entry_from_dict, validate_entry
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.routing import weighed
 
@@ -255,6 +255,35 @@ def test_the_entropy_asked_for() -> None:
     assert owed["each", 1] == pytest.approx(0, abs=1e-6)
     masked = torch.tensor([1, 1, 0, 0])
     assert float(undecided({("s", "r"): [(each, masked)]}, 1)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_whole_matrices_are_merged_for_a_sequence_where_that_is_cheaper(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shapes = {"a": FactorShape(6, 5), "b": FactorShape(6, 5), "r": FactorShape(2, 6)}
+    bank = FactorBank(shapes)
+    terms = tuple(Term(name, route=Route("r", 2, "sequence", place)) for place, name in enumerate("ab"))
+    site = SharedLinear(bank, terms, nn.Linear(5, 6, bias=bias), "x").double()
+    bank.double()
+    with torch.no_grad():
+        for name in shapes:
+            bank[name].weight.normal_()
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    mask = torch.ones(3, 7)
+    mask[1, 4:] = 0
+    bank.routing.masks.append(mask)
+    mean = torch.stack([row[kept.bool()].mean(0) for row, kept in zip(x, mask, strict=True)])
+    alpha = 2 * (mean @ bank["r"].weight[:, :-1].T + bank["r"].weight[:, -1]).softmax(-1)
+    whole = alpha[:, 0, None, None] * bank["a"].weight + alpha[:, 1, None, None] * bank["b"].weight
+    expected = torch.einsum("bti,boi->bto", x, whole) + (site.bias if bias else 0)
+    assert site.merges(7)
+    assert not site.merges(2)
+    torch.testing.assert_close(site(x), expected)
+    gradients = torch.autograd.grad(site(x).sum(), list(bank.parameters()))
+    monkeypatch.setattr(SharedLinear, "merges", lambda self, positions: False)
+    torch.testing.assert_close(site(x), expected)
+    for one, other in zip(gradients, torch.autograd.grad(site(x).sum(), list(bank.parameters())), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_weights_of_components_and_of_whole_terms() -> None:
