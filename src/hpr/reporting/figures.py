@@ -165,10 +165,12 @@ def quality_scatter(
     return _svg(WIDTH, top + tall + 38, label, parts)
 
 
-def curve(points: Sequence[tuple[float, float]], axis: str, marked: float | None, label: str) -> Markup:
-    """A line through (step, value) points; the one at the step ``marked`` is set off."""
+def curve(
+    points: Sequence[tuple[float, float]], axis: str, marked: float | None, label: str, among: Sequence[float] = ()
+) -> Markup:
+    """A line through (step, value) points; the one at the step ``marked`` is set off. The axis holds values ``among`` too."""
     x_ticks, x_low, x_high = _linear([x for x, _ in points])
-    y_ticks, y_low, y_high = _linear([y for _, y in points])
+    y_ticks, y_low, y_high = _linear([*(y for _, y in points), *among])
     left, top, wide, tall = 58.0, 8.0, WIDTH - 68.0, 150.0
 
     def at_x(value: float) -> float:

@@ -37,6 +37,6 @@ def routes(metrics: Mapping[str, Any]) -> Section | None:
     points = [(step, value) for step, value in pairs if step is not None and value is not None]
     if len(points) > 1:
         reading = readings.curve_reading(points)
-        svg = figures.curve(points, "share of even routes", None, f"Entropy of routes by step. {reading}")
+        svg = figures.curve(points, "share of even routes", None, f"Entropy of routes by step. {reading}", (0.0, 1.0))
         section["entropy"] = {"svg": svg, "reading": reading}
     return section
