@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hpr.anatomy import Site
-from hpr.bank import FactorBank, SharedEmbedding, SharedLinear, SharedSite
+from hpr.bank import FactorBank
 from hpr.errors import HprError
 from hpr.planning.terms import FactorShape, Term
+from hpr.sites import SharedEmbedding, SharedLinear, SharedSite
 
 OUT, IN, RANK = 9, 7, 3
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from conftest import low_rank, plan_everything, plan_of
 from hpr import folders, hub
 from hpr.anatomy import describe, module_at
-from hpr.bank import MEND, SharedSite, bank_of, is_specification
+from hpr.bank import MEND, bank_of
 from hpr.errors import HprError
 from hpr.sharing import share, unshare
+from hpr.sites import SharedSite, is_specification
 
 Build = Callable[..., nn.Module]
 pytestmark = pytest.mark.usefixtures("random_fit")

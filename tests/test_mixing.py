@@ -11,7 +11,7 @@ from torch import nn
 
 import hpr
 from hpr.anatomy import describe
-from hpr.bank import FactorBank, SharedLinear, bank_of
+from hpr.bank import FactorBank, bank_of
 from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
 from hpr.healing import Recipe, Weights, train
@@ -23,6 +23,7 @@ from hpr.planning.plan import Plan, keep_all
 from hpr.planning.terms import FactorShape, Route, Term, entry_from_dict, validate_entry
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.routing import weighed
+from hpr.sites import SharedLinear
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 60}
 BUILDS = {

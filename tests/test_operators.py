@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from conftest import low_rank, plan_of
 from hpr import operators
 from hpr.anatomy import Site, describe
-from hpr.bank import FactorBank, SharedLinear
+from hpr.bank import FactorBank
 from hpr.errors import HprError
 from hpr.operators import OPERATORS, basis, hierarchy, lowrank, segments, tie
 from hpr.operators.identity import divide, store
 from hpr.operators.metric import Measured, Side
 from hpr.planning.terms import KEEP, Entry, Term
 from hpr.profiling.profile import Profile, SiteStatistics
+from hpr.sites import SharedLinear
 
 SHAPES = [(7, 7), (10, 5), (5, 11)]  # square, tall, wide
 SHARED = [name for name, operator in OPERATORS.items() if operator.shared]

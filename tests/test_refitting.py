@@ -10,12 +10,12 @@ from torch import Tensor, nn
 import hpr
 from hpr import refitting
 from hpr.anatomy import Site, Stack, describe, module_at
-from hpr.bank import SharedLinear
 from hpr.evaluation.metrics import divergence
 from hpr.operators import OPERATORS
 from hpr.planner import draft
 from hpr.planning.plan import keep_all
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.sites import SharedLinear
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40, "vocab_size": 60, "max_position_embeddings": 16}
 MODELS = {

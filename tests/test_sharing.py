@@ -12,12 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from conftest import low_rank, plan_everything, plan_of, random_factors
 from hpr import operators
 from hpr.anatomy import describe, module_at, weight_of
-from hpr.bank import SharedEmbedding, SharedLinear, SharedSite, bank_of, is_specification
+from hpr.bank import bank_of
 from hpr.errors import HprError
 from hpr.planning.plan import keep_all
 from hpr.planning.terms import FactorShape, Term
 from hpr.replaceable import unshareable
 from hpr.sharing import attach, share, unshare
+from hpr.sites import SharedEmbedding, SharedLinear, SharedSite, is_specification
 
 Build = Callable[..., nn.Module]
 HEADS = {

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hpr.anatomy import Site, slice_at
-from hpr.bank import FactorBank, dense, shell_of
+from hpr.bank import FactorBank
 from hpr.errors import HprError
 from hpr.planning.terms import FactorShape, Term
+from hpr.sites import dense, shell_of
 from hpr.slices import Slice, sliced_parameters
 
 Terms = dict[str, tuple[Term, ...]]

@@ -26,29 +26,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hpr.anatomy import has_module, slice_at
-from hpr.bank import (
-    BANK,
-    FORMAT,
-    METHOD,
-    FactorBank,
-    SharedSite,
-    bank_of,
-    factors_of,
-    is_specification,
-    specification,
-)
+from hpr.bank import BANK, FORMAT, METHOD, FactorBank, bank_of, factors_of
 from hpr.errors import HprError
 from hpr.experts import SharedExperts
 from hpr.folders import CONFIG, copy_sentence_files, read_config, replace
 from hpr.planning.terms import FactorShape, entry_from_dict
 from hpr.sharing import attach
+from hpr.sites import SharedSite, is_specification, specification
 
 WEIGHTS = "model.safetensors"
 _ALIGNMENT = 64  # bytes, as torch allocates on a processor
 
 
 class HprConfig(QuantizationConfigMixin):
-    """What ``config.json`` holds of a shared model (see ``hpr.bank.specification``)."""
+    """What ``config.json`` holds of a shared model (see ``hpr.sites.specification``)."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hpr.anatomy import Anatomy, describe, module_at
-from hpr.bank import Factor, SharedLinear, bank_of, module_name, specification
+from hpr.bank import Factor, bank_of, module_name
 from hpr.drafts import Draft
 from hpr.errors import HprError
 from hpr.planning.budget import Budget
@@ -27,6 +27,7 @@ from hpr.planning.terms import FactorShape, Route, routers_of
 from hpr.profiling.features import entering
 from hpr.profiling.objectives import Batch, beside, call, emitted, evaluating
 from hpr.routing import forget_masks, recorded
+from hpr.sites import SharedLinear, specification
 from hpr.vanishing import example_batch
 
 View = Literal["token", "sequence"]  # what a router sees of the input

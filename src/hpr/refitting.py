@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hpr.anatomy import Anatomy, Site, Stack, module_at
-from hpr.bank import FactorBank, SharedLinear, bank_of
+from hpr.bank import FactorBank, bank_of
 from hpr.errors import HprError
 from hpr.operators import FITS, groups, product
 from hpr.operators.basis import best_private
@@ -28,6 +28,7 @@ from hpr.planning.plan import Plan
 from hpr.profiling.curvature import Progress, silent
 from hpr.profiling.features import real_positions
 from hpr.profiling.objectives import Batch, call, mask_of
+from hpr.sites import SharedLinear
 
 RIDGE = 1e-3  # pulls the regression towards the original weight, as a share of the inputs' mean variance
 

@@ -20,17 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hpr import operators
 from hpr.alignment import align
 from hpr.anatomy import Anatomy, Site, base_of, describe, module_at, slice_at, weight_at, weight_of
-from hpr.bank import (
-    BANK,
-    FactorBank,
-    SharedEmbedding,
-    SharedLinear,
-    SharedSite,
-    bank_of,
-    factors_of,
-    is_specification,
-    specification,
-)
+from hpr.bank import BANK, FactorBank, bank_of, factors_of
 from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
 from hpr.experts import SharedExperts, shared_experts, site_of, with_kept
@@ -39,6 +29,7 @@ from hpr.planning.terms import KEEP, FactorShape, Term, routers_of
 from hpr.replaceable import check_replaceable, check_site, unshareable
 from hpr.reuse import check, install, paths_of
 from hpr.routing import forget_masks, note_masks
+from hpr.sites import SharedEmbedding, SharedLinear, SharedSite, is_specification, specification
 from hpr.slices import Slice
 from hpr.ties import Tie, declared_ties, drop_ties, resolved, restore_ties
 from hpr.vanished import SomeRows, Vanished, check_vanished, only_rows, vanished_paths

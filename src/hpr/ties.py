@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from hpr.bank import SharedSite
+from hpr.sites import SharedSite
 
 Tie = tuple[nn.Module, nn.Module, str]  # two modules, and the name of the parameter that they have in common
 Declared = list[tuple[PreTrainedModel, dict[str, str]]]

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hpr.anatomy import Anatomy, weight_of
-from hpr.bank import FactorBank, SharedLinear, SharedSite, shell_of
+from hpr.bank import FactorBank
 from hpr.errors import HprError
 from hpr.planning.layers import DROPPED, REUSED
 from hpr.planning.plan import Plan
 from hpr.planning.terms import Term
 from hpr.reuse import attention_at
+from hpr.sites import SharedLinear, SharedSite, shell_of
 
 
 class Vanished(SharedSite):

@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from hpr.anatomy import Anatomy, Site, module_at, slice_at
-from hpr.bank import SharedEmbedding, SharedSite, bank_of, factors_of, terms_of
+from hpr.bank import bank_of, factors_of, terms_of
 from hpr.errors import HprError
 from hpr.planning.terms import Term
 from hpr.profiling.objectives import Batch, beside, call, evaluating
+from hpr.sites import SharedEmbedding, SharedSite
 
 OTHER = "biases, norms and other"
 _DTYPES = {  # in the order in which safetensors lays tensors out: the last first

@@ -18,9 +18,9 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from hpr.anatomy import Anatomy, has_module, module_at
-from hpr.bank import SharedSite
 from hpr.errors import HprError
 from hpr.experts import SharedExperts
+from hpr.sites import SharedSite
 
 BLOCKS, RAMP, WHOLE = "block by block", "ramp", "end to end"
 
