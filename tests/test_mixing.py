@@ -20,7 +20,7 @@ from hpr.healing.trainer import groups
 from hpr.mixing import best_routed, collapse, mean_routes, routed, seeing_all
 from hpr.planner import draft
 from hpr.planning.plan import Plan, keep_all
-from hpr.planning.terms import FactorShape, Route, Term, entry_from_dict, validate_entry
+from hpr.planning.terms import FactorShape, Route, Term, entry_from_dict, routers_of, validate_entry
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.routing import weighed
 from hpr.sites import SharedLinear
@@ -211,6 +211,27 @@ def test_the_best_routed_plan_keeps_within_its_budget() -> None:
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).entries == plan.entries
     with pytest.raises(HprError, match="no site of this plan has a term of rank 999 or more"):
         routed(plan, model, 999)
+
+
+def test_routers_go_where_they_pay() -> None:
+    torch.manual_seed(0)
+    model = BUILDS["bert"]().eval()
+    profile = hpr.profile(model, [inputs("bert", seed=seed) for seed in range(4)])
+    sketch = draft(model, profile)
+    limit, names = sketch.budget("70%"), [site.name for site in sketch.anatomy.select("encoder.*") if site.kind == "linear"]
+    static = sketch.best(limit)
+    priced = {
+        name: 4 * static.diagnostics["solver"]["multiplier"] * (sketch.anatomy[name].in_features + 1) / entry.damage
+        for name in names
+        if (entry := static.entries[name]).damage > 0 and any((term.rank or 0) >= 4 for term in entry.terms)
+    }
+    first = next(iter(priced))
+    gains = {name: 0.99 * price for name, price in priced.items()}
+    assert best_routed(sketch, limit, model, gains=gains).entries == static.entries
+    plan = best_routed(sketch, limit, model, gains={**gains, first: 1.01 * priced[first]})
+    routed_sites = {name for name, entry in plan.entries.items() if routers_of(entry.terms)}
+    assert routed_sites == {first}
+    assert plan.parameters(sketch.anatomy) <= limit.parameters
 
 
 def test_healing_teaches_routers() -> None:

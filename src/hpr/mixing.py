@@ -50,9 +50,26 @@ def routed(
     return _with_routes(plan, _routes(model, describe(model), experts, per, only), experts)
 
 
-def best_routed(draft: Draft, budget: Budget, model: nn.Module, experts: int = 4, only: str | None = None) -> Plan:
-    """The best static plan that leaves room for its routers within a budget, with them."""
+def best_routed(
+    draft: Draft,
+    budget: Budget,
+    model: nn.Module,
+    experts: int = 4,
+    only: str | None = None,
+    gains: Mapping[str, float] | None = None,
+) -> Plan:
+    """The best static plan that leaves room for its routers within a budget, with them.
+
+    ``gains``: what a router would save at a site, as a share of its damage (``disagreement.expected_gains``); with them only
+    those sites are routed where that is more than the router's parameters are worth elsewhere, which may be none.
+    """
     room, routes = budget.parameters, _routes(model, draft.anatomy, experts, "auto", only)
+    if gains is not None:
+        static = draft.best(budget)
+        chosen = worth_routing(static, draft.anatomy, gains, experts)
+        routes = {name: route for name, route in routes.items() if name in chosen}
+        if not routes:
+            return static
     for _ in range(_TRIES):
         plan = _with_routes(draft.best(replace(budget, parameters=room)), routes, experts)
         excess = plan.parameters(draft.anatomy) - budget.parameters
@@ -60,6 +77,13 @@ def best_routed(draft: Draft, budget: Budget, model: nn.Module, experts: int = 4
             return replace(plan, budget=budget)
         room -= excess
     raise HprError(f"routers with {experts} experts do not fit {budget.text}: take fewer experts, or raise the budget")
+
+
+def worth_routing(plan: Plan, anatomy: Anatomy, gains: Mapping[str, float], experts: int) -> set[str]:
+    """Sites where a router saves more nats than its parameters would, at the price that they have in the plan."""
+    price = (plan.diagnostics["solver"] or {}).get("multiplier") or 0.0
+    cost = {name: price * experts * (anatomy[name].in_features + 1) for name in gains}
+    return {name for name, gain in gains.items() if gain * plan.entries[name].damage > cost[name]}
 
 
 def _routes(
