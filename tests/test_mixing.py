@@ -15,7 +15,7 @@ from hpr.bank import FactorBank, bank_of
 from hpr.errors import HprError
 from hpr.evaluation.sizes import parameters
 from hpr.healing import Recipe, Weights, train
-from hpr.healing.losses import GlobalLoss, undecided
+from hpr.healing.losses import GlobalLoss, entropies, undecided
 from hpr.healing.trainer import groups
 from hpr.mixing import best_routed, collapse, mean_routes, routed, seeing_all
 from hpr.planner import draft
@@ -267,7 +267,7 @@ def test_the_entropy_asked_for() -> None:
     one[:, 0] = 4
     each = 4 * torch.eye(4)
     owed = {
-        (name, progress): float(undecided({("s", "r"): [(alpha, None)]}, progress))
+        (name, progress): float(undecided(entropies({("s", "r"): [(alpha, None)]}), progress))
         for name, alpha in (("even", even), ("one", one), ("each", each))
         for progress in (0, 1)
     }
@@ -276,7 +276,7 @@ def test_the_entropy_asked_for() -> None:
     assert owed["one", 0] == owed["one", 1] == pytest.approx(1)
     assert owed["each", 1] == pytest.approx(0, abs=1e-6)
     masked = torch.tensor([1, 1, 0, 0])
-    assert float(undecided({("s", "r"): [(each, masked)]}, 1)) == pytest.approx(0.5)
+    assert float(undecided(entropies({("s", "r"): [(each, masked)]}), 1)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -79,8 +79,9 @@ class GlobalLoss:
             learnt = call(student, batch)
         parts = {}
         if taken:
-            parts["routing"] = self.weights.routing * undecided(taken, self.progress)
-            self.entropy = float(torch.stack([single.detach() for single, _ in entropies(taken)]).mean())
+            spread = entropies(taken)
+            parts["routing"] = self.weights.routing * undecided(spread, self.progress)
+            self.entropy = float(torch.stack([single.detach() for single, _ in spread]).mean())
         if taught is not None and self.weights.outputs:
             parts["outputs"] = self.weights.outputs * self.outputs(taught, learnt, batch)
         if taught is not None and self.weights.relations:
@@ -141,14 +142,14 @@ class GlobalLoss:
         return temperature**2 * (distance * weight).sum() / weight.sum().clamp(min=1)
 
 
-def undecided(taken: Taken, progress: float) -> Tensor:
-    """What routers still owe, from 0 to about 2, mean over routers: entropies are shares of that of even routes.
+def undecided(spread: Sequence[tuple[Tensor, Tensor]], progress: float) -> Tensor:
+    """What routers still owe by their ``entropies``, from 0 to about 2, mean over routers.
 
     The mean route should be even (load balance, Shazeer et al. 2017). A single one may be as even as it likes at first; what is
     allowed falls to ``DECIDED`` over the run.
     """
     allowed = 1 - progress * (1 - DECIDED)
-    owed = [(single - allowed).clamp(min=0).square() + 1 - mean for single, mean in entropies(taken)]
+    owed = [(single - allowed).clamp(min=0).square() + 1 - mean for single, mean in spread]
     return torch.stack(owed).mean()
 
 

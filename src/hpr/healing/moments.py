@@ -13,7 +13,7 @@ from hpr.errors import HprError
 from hpr.planning.plan import Plan
 from hpr.profiling.curvature import measure_curvature
 from hpr.profiling.objectives import Batch, beside, objective_for
-from hpr.profiling.profile import Profile, SiteStatistics
+from hpr.profiling.profile import Profile, SiteStatistics, pooled, trace
 from hpr.sharing import share
 
 _PARTS = ("left", "right", "mean")
@@ -74,21 +74,12 @@ def blended(known: SiteStatistics, new: SiteStatistics, part: float) -> SiteStat
     """
     if not new.live or not known.live:
         return new if new.live else known
-    weights = (1 - part, part)
-    both = (known, new)
+    weights, both = (1 - part, part), (known, new)
     rows = sum(weight * one.rows for weight, one in zip(weights, both, strict=True))
-    masses = [weight * one.rows * _trace(one.left) * _trace(one.right) for weight, one in zip(weights, both, strict=True)]
-    right_trace = sum(weight * one.rows * _trace(one.right) for weight, one in zip(weights, both, strict=True)) / rows
-    traces = {"left": sum(masses) / (rows * right_trace), "right": right_trace}
-    sides = {}
-    for side, trace in traces.items():
-        one, other = (mass / sum(masses) / _trace(getattr(site, side)) for mass, site in zip(masses, both, strict=True))
-        sides[side] = trace * (one * getattr(known, side) + other * getattr(new, side))
+    masses = [weight * one.mass for weight, one in zip(weights, both, strict=True)]
+    left, right = pooled(both, masses)
+    right_trace = sum(weight * one.rows * trace(one.right) for weight, one in zip(weights, both, strict=True)) / rows
     mean = None
     if known.mean is not None and new.mean is not None:
         mean = (weights[0] * known.rows * known.mean + weights[1] * new.rows * new.mean) / rows
-    return SiteStatistics(sides["left"], sides["right"], rows, mean)
-
-
-def _trace(moment: Tensor) -> float:
-    return float(moment.sum() if moment.dim() == 1 else moment.trace())
+    return SiteStatistics(left * (sum(masses) / (rows * right_trace)), right * right_trace, rows, mean)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hpr.anatomy import Anatomy, Site, module_at, slice_at
 from hpr.errors import HprError
 from hpr.profiling.objectives import Batch, Objective, call, evaluating, examples_in
-from hpr.profiling.profile import SiteStatistics
+from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
 from hpr.profiling.reading import Record, WeightsRead, experts_one_by_one, with_graph
 
 DIAGONAL_ABOVE = 8192
@@ -157,18 +157,18 @@ class _Moments:
     def _own(self, examples: int) -> SiteStatistics:
         self._flush()
         sums = {name: _mirrored(part.cpu()) for name, part in self.sums.items()}
-        if not self.rows or not sums or not float(_trace(sums["left"])):
+        if not self.rows or not sums or not float(trace(sums["left"])):
             return self._dead()
         if not all(torch.isfinite(part).all() for part in sums.values()):
             raise HprError(f"{self.site.name}: its activations or gradients are not finite on the calibration data")
         rows = self.rows / examples
         if "counts" in sums:
             return SiteStatistics(sums["counts"] / self.rows, sums["left"] / self.rows, rows)
-        trace = float(sums["changes"]) / examples  # of the Fisher matrix, exact
-        if not (trace > 0 and _trace(sums["right"]) > 0):  # inputs that never vary: the bias takes up any change
+        fisher = float(sums["changes"]) / examples  # of the Fisher matrix, exact
+        if not (fisher > 0 and trace(sums["right"]) > 0):  # inputs that never vary: the bias takes up any change
             return self._dead()
-        left = _unit(sums["left"]) * (trace / rows)
-        return SiteStatistics(left, _unit(sums["right"]), rows, sums["mean"] / self.rows if self.centre is not None else None)
+        left = unit(sums["left"]) * (fisher / rows)
+        return SiteStatistics(left, unit(sums["right"]), rows, sums["mean"] / self.rows if self.centre is not None else None)
 
     def _dead(self) -> SiteStatistics:
         left, right = torch.zeros(self.site.out_features), torch.zeros(self.site.in_features)
@@ -181,21 +181,9 @@ def _combined(table: SiteStatistics, head: SiteStatistics) -> SiteStatistics:
         head = replace(head, left=head.left.diagonal().clone())
     if not (table.live and head.live):
         return head if head.live else table
-    masses = [part.rows * _trace(part.left) * _trace(part.right) for part in (table, head)]
-    shares = [mass / sum(masses) for mass in masses]
-    left, right = (
-        torch.stack([share * _unit(getattr(part, side)) for share, part in zip(shares, (table, head), strict=True)]).sum(0)
-        for side in ("left", "right")
-    )
+    masses = [part.mass for part in (table, head)]
+    left, right = pooled((table, head), masses)
     return SiteStatistics(left, right, sum(masses))
-
-
-def _unit(moment: Tensor) -> Tensor:
-    return moment / _trace(moment)
-
-
-def _trace(moment: Tensor) -> float:
-    return float(moment.sum() if moment.dim() == 1 else moment.trace())
 
 
 @contextmanager

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -43,6 +44,31 @@ class SiteStatistics:
     def live(self) -> bool:
         """Whether the objective depends on this site at all; a dead one (an unused pooler) is kept."""
         return self.rows > 0
+
+    @property
+    def mass(self) -> float:
+        """What changes of the weight cost here, all in all: rows · tr left · tr right."""
+        return self.rows * trace(self.left) * trace(self.right)
+
+
+def trace(moment: Tensor) -> float:
+    """Of a full moment or of a diagonal."""
+    return float(moment.sum() if moment.dim() == 1 else moment.trace())
+
+
+def unit(moment: Tensor) -> Tensor:
+    """The same at trace 1."""
+    return moment / trace(moment)
+
+
+def pooled(sites: Sequence[SiteStatistics], masses: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean left and right moment of several statistics of one matrix, weighed by masses; both at trace 1."""
+    shares = [mass / sum(masses) for mass in masses]
+    left, right = (
+        torch.stack([share * unit(getattr(site, side)) for share, site in zip(shares, sites, strict=True)]).sum(0)
+        for side in ("left", "right")
+    )
+    return left, right
 
 
 @dataclass(frozen=True)
