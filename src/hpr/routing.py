@@ -8,10 +8,12 @@ site was called with.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,6 +62,11 @@ def weighed(weights: Tensor, route: Route, rank: int | None) -> Tensor:
         return weights[..., route.expert : route.expert + 1]
     assert rank is not None
     return weights.repeat(*[1] * (weights.dim() - 1), -(-rank // route.experts))[..., :rank]
+
+
+def spread(shares: Tensor) -> Tensor:
+    """Entropy of shares of experts (…, experts) that add up to 1, as a share of that of even ones: (…)."""
+    return torch.special.entr(shares).sum(-1) / math.log(shares.shape[-1])
 
 
 @contextmanager

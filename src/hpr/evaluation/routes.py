@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from hpr.bank import bank_of, terms_of
 from hpr.planning.terms import routers_of
 from hpr.profiling.objectives import Batch, beside, call, evaluating, examples_in
-from hpr.routing import recorded
+from hpr.routing import recorded, spread
 from hpr.splits import Splits
 
 SHOWN = 3  # examples of a route, and routers of which examples are shown
@@ -55,8 +54,8 @@ def routes(student: nn.Module, kinds: Mapping[str, Sequence[Batch]], tokenizer: 
         "experts": max(rows.shape[1] for rows in every.values()),
         "shares": {name: {kind: rows.mean(0).tolist() for kind, rows in own.items()} for name, own in shares.items()},
         "entropy": {
-            "single": _mean([float(_entropy(rows).mean()) for rows in every.values()]),
-            "mean": _mean([float(_entropy(rows.mean(0, keepdim=True))) for rows in every.values()]),
+            "single": _mean([float(spread(rows).mean()) for rows in every.values()]),
+            "mean": _mean([float(spread(rows.mean(0))) for rows in every.values()]),
         },
         "nearest": {router: _nearest(every[router], texts) for router in telling} if texts else {},
     }
@@ -82,10 +81,6 @@ def _told(kinds: Sequence[Tensor]) -> float:
     """How far kinds lie apart; with one kind, how far its examples do."""
     rows = torch.stack([rows.mean(0) for rows in kinds]) if len(kinds) > 1 else kinds[0]
     return float((rows - rows.mean(0)).square().sum(1).mean())
-
-
-def _entropy(rows: Tensor) -> Tensor:
-    return torch.special.entr(rows).sum(-1) / math.log(max(rows.shape[-1], 2))
 
 
 def _mean(values: Sequence[float]) -> float:

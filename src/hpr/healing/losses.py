@@ -6,7 +6,6 @@ own square, a categorical one's T² · KL per prediction, hidden states like Gau
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from hpr.evaluation.metrics import Estimate, divergence
 from hpr.healing.cache import Cache, Taught
 from hpr.healing.stages import Forcing
 from hpr.profiling.objectives import IGNORED, Batch, Objective, beside, call, emitted, evaluating, examples_in, mask_of
-from hpr.routing import Taken, recorded
+from hpr.routing import Taken, recorded, spread
 
 DECIDED = 0.5  # of the entropy of even routes: what a router may keep at the end of a run
 
@@ -79,9 +78,9 @@ class GlobalLoss:
             learnt = call(student, batch)
         parts = {}
         if taken:
-            spread = entropies(taken)
-            parts["routing"] = self.weights.routing * undecided(spread, self.progress)
-            self.entropy = float(torch.stack([single.detach() for single, _ in spread]).mean())
+            by_router = entropies(taken)
+            parts["routing"] = self.weights.routing * undecided(by_router, self.progress)
+            self.entropy = float(torch.stack([single.detach() for single, _ in by_router]).mean())
         if taught is not None and self.weights.outputs:
             parts["outputs"] = self.weights.outputs * self.outputs(taught, learnt, batch)
         if taught is not None and self.weights.relations:
@@ -142,14 +141,14 @@ class GlobalLoss:
         return temperature**2 * (distance * weight).sum() / weight.sum().clamp(min=1)
 
 
-def undecided(spread: Sequence[tuple[Tensor, Tensor]], progress: float) -> Tensor:
+def undecided(found: Sequence[tuple[Tensor, Tensor]], progress: float) -> Tensor:
     """What routers still owe by their ``entropies``, from 0 to about 2, mean over routers.
 
     The mean route should be even (load balance, Shazeer et al. 2017). A single one may be as even as it likes at first; what is
     allowed falls to ``DECIDED`` over the run.
     """
     allowed = 1 - progress * (1 - DECIDED)
-    owed = [(single - allowed).clamp(min=0).square() + 1 - mean for single, mean in spread]
+    owed = [(single - allowed).clamp(min=0).square() + 1 - mean for single, mean in found]
     return torch.stack(owed).mean()
 
 
@@ -159,9 +158,8 @@ def entropies(taken: Taken) -> list[tuple[Tensor, Tensor]]:
     for calls in taken.values():
         for alpha, counted in calls:
             rows = alpha.flatten(0, -2) if counted is None else alpha[counted.bool()]
-            share = rows.float() / rows.shape[-1]
-            most = math.log(rows.shape[-1])
-            found.append((torch.special.entr(share).sum(-1).mean() / most, torch.special.entr(share.mean(0)).sum() / most))
+            shares = rows.float() / rows.shape[-1]
+            found.append((spread(shares).mean(), spread(shares.mean(0))))
     return found
 
 
