@@ -17,11 +17,11 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hpr
-from hpr.anatomy import describe
-from hpr.bank import bank_of
-from hpr.planning.plan import keep_all
-from hpr.profiling.objectives import call
-from hpr.replaceable import unshareable
+from hpr.anatomy.describe import describe
+from hpr.anatomy.swappable import unshareable
+from hpr.nn.bank import bank_of
+from hpr.plans.plan import keep_all
+from hpr.runtime.hooks import call
 
 Batch = dict[str, Tensor]
 

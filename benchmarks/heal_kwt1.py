@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 import hpr
-import kwt1
-from hpr.evaluation.metrics import accuracy, compare, divergence
-from hpr.healing import Weights, augmentation, train
-from hpr.planner import draft
+from common import kwt1
+from common.paths import shared
+from common.tables import count, say
+from hpr.evaluation.divergence import accuracy, compare, divergence
+from hpr.healing.augmentation import augmentation
+from hpr.healing.loss import Weights
+from hpr.healing.train import train
+from hpr.planning.planner import draft
 from kwt1_closed_form import GOAL, ONLY, clips
-from paths import shared
-from rows import count, say
 
 
 def main() -> None:

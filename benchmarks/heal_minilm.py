@@ -18,17 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hpr
-from hpr.data import labelled_tsv, sts_pairs
-from hpr.evaluation.metrics import compare
+from common.paths import shared
+from common.tables import say
+from common.texts import mixture
+from hpr.checkpoints.open import open_model
+from hpr.data.files import labelled_tsv, sts_pairs
+from hpr.data.splits import open_splits
+from hpr.evaluation.divergence import compare
 from hpr.evaluation.tasks import Embed, embedder, sts_correlation
-from hpr.healing import Weights, augmentation
-from hpr.healing.opened import HEALED
-from hpr.models import open_model
+from hpr.healing.augmentation import augmentation
+from hpr.healing.heal import HEALED
+from hpr.healing.loss import Weights
 from hpr.profiling.objectives import OBJECTIVES
-from hpr.splits import open_splits
-from paths import shared
-from rows import say
-from texts import mixture
 
 GOAL = OBJECTIVES["embedding"]
 TEXTS = {"docstrings": lambda: None, "mixture": mixture}

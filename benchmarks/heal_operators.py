@@ -15,22 +15,23 @@ import torch
 from torch import nn
 
 import hpr
-import peers
+from common import peers
+from common.paths import shared
+from common.tables import markdown, say
 from heal_minilm import TEXTS
-from hpr.anatomy import describe
-from hpr.data import first_batches, sts_pairs
-from hpr.evaluation.metrics import compare, divergence
+from hpr.anatomy.describe import describe
+from hpr.checkpoints.open import open_model
+from hpr.data.batches import first_batches
+from hpr.data.files import sts_pairs
+from hpr.data.splits import Splits, open_splits
+from hpr.evaluation.divergence import compare, divergence
 from hpr.evaluation.tasks import embedder, sts_correlation
-from hpr.healing import Weights
-from hpr.healing.opened import HEALED
-from hpr.models import open_model
-from hpr.pipeline import rescore
-from hpr.planner import draft
+from hpr.healing.heal import HEALED
+from hpr.healing.loss import Weights
+from hpr.pipeline.rescore import rescore
+from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.profiling.profile import Profile
-from hpr.splits import Splits, open_splits
-from paths import shared
-from rows import markdown, say
 
 GOAL = OBJECTIVES["embedding"]
 ONLY = "encoder.*"

@@ -12,15 +12,15 @@ import sys
 import torch
 
 import hpr
-from comparison import ground, ours
-from hpr.data import read_texts
-from hpr.evaluation.metrics import compare
-from hpr.healing import Weights
-from hpr.models import open_model
+from common.comparison import ground, ours
+from common.paths import shared
+from common.tables import say
+from hpr.checkpoints.open import open_model
+from hpr.data.files import read_texts
+from hpr.data.splits import open_splits
+from hpr.evaluation.divergence import compare
+from hpr.healing.loss import Weights
 from hpr.profiling.objectives import OBJECTIVES
-from hpr.splits import open_splits
-from paths import shared
-from rows import say
 from stories import ONLY, bits_per_character, continuation
 
 

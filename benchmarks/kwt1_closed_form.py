@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 import hpr
-import kwt1
-import peers
-from hpr.evaluation.metrics import accuracy, compare, divergence
-from hpr.planner import draft
+from common import kwt1, peers
+from common.paths import shared
+from common.tables import count
+from hpr.evaluation.divergence import accuracy, compare, divergence
+from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
-from paths import shared
-from rows import count
 
 GOAL = OBJECTIVES["classification"]
 ONLY = "encoder.*"

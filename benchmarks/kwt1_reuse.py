@@ -13,17 +13,18 @@ from dataclasses import replace
 import torch
 
 import hpr
-import kwt1
-from hpr.evaluation.metrics import accuracy, compare
-from hpr.evaluation.sizes import forward_flops, parameters
-from hpr.interventions import intervene, reuses
-from hpr.pipeline import REUSE_MARGIN, reusing_plans
-from hpr.planner import draft
-from hpr.planning.plan import keep_all
+from common import kwt1
+from common.paths import shared
+from hpr.evaluation.cost import forward_flops
+from hpr.evaluation.divergence import accuracy, compare
+from hpr.layer_reuse.ablation import intervene, reuses
+from hpr.layer_reuse.reuse import with_layers
+from hpr.nn.bank import parameters
+from hpr.pipeline.rescore import REUSE_MARGIN, reusing_plans
+from hpr.planning.planner import draft
+from hpr.plans.plan import keep_all
 from hpr.profiling.objectives import OBJECTIVES
-from hpr.vanishing import with_layers
 from kwt1_closed_form import clips
-from paths import shared
 
 GOAL = OBJECTIVES["classification"]
 PRICE = 3e-6  # nats a parameter: lets the rows of reuse alone go on to six layers

@@ -18,23 +18,24 @@ import torch
 from scipy.stats import spearmanr
 
 import hpr
-import peers
-from hpr.data import sts_pairs, text_batches
-from hpr.drafts import Draft
-from hpr.evaluation.metrics import compare
+from common import peers
+from common.paths import shared
+from common.tables import count, say
+from hpr.checkpoints.open import open_model
+from hpr.data.batches import text_batches
+from hpr.data.files import sts_pairs
+from hpr.data.splits import open_splits
+from hpr.evaluation.divergence import compare
 from hpr.evaluation.tasks import embedder, sts_correlation
-from hpr.models import open_model
-from hpr.operators import OPERATORS
-from hpr.pipeline import rescore
-from hpr.planner import draft
-from hpr.planning import solver
-from hpr.planning.composite import restrict
-from hpr.planning.plan import Plan
-from hpr.profiling.curvature import peak_memory
+from hpr.operators.registry import OPERATORS
+from hpr.pipeline.rescore import rescore
+from hpr.planning.draft import Draft
+from hpr.planning.planner import draft
+from hpr.plans.plan import Plan
 from hpr.profiling.objectives import OBJECTIVES
-from hpr.splits import open_splits
-from paths import shared
-from rows import count, say
+from hpr.runtime.environment import peak_memory
+from hpr.solver import lagrangian
+from hpr.solver.composite import restrict
 
 GOAL = OBJECTIVES["embedding"]
 EXAMPLES = 4096
@@ -152,13 +153,13 @@ def damage(run: Run) -> None:
     every = draft(run.model, run.profile, operators=[*OPERATORS, "segments"], align=False).tracks
     for budget in ("80%", "65%", "50%", "40%", "30%"):
         limit = run.sketch.budget(budget)
-        found = [*solver.plan_candidates(every, run.sketch.limit(limit))]
-        found += solver.k_best(every, run.sketch.limit(limit), 3)
+        found = [*lagrangian.plan_candidates(every, run.sketch.limit(limit))]
+        found += lagrangian.k_best(every, run.sketch.limit(limit), 3)
         for name in OPERATORS:  # tables are always segmented: no operator alone could meet the smaller budgets
             for beside in (set(), {"low rank"}):
                 with suppress(hpr.HprError):
                     tracks = restrict(every, {name, "segments", *beside})
-                    found.append(solver.solve(tracks, run.sketch.limit(limit)))
+                    found.append(lagrangian.solve(tracks, run.sketch.limit(limit)))
         unique = {solution.structure: solution for solution in found}
         plans = [run.sketch.plan(solution, limit) for solution in unique.values()]
         scores = rescore(run.model, run.profile, plans, run.texts.rescoring, GOAL)

@@ -16,20 +16,23 @@ import torch
 from torch import nn
 
 import hpr
-from hpr.data import first_batches, sts_pairs
+from common.paths import shared
+from common.tables import markdown, say
+from common.texts import mixture
+from hpr.checkpoints.open import open_model
+from hpr.data.batches import first_batches
+from hpr.data.files import sts_pairs
+from hpr.data.splits import open_splits
+from hpr.evaluation.cost import forward_flops
+from hpr.evaluation.divergence import compare
 from hpr.evaluation.latency import latency
-from hpr.evaluation.metrics import compare
-from hpr.evaluation.sizes import forward_flops, parameters
 from hpr.evaluation.tasks import embedder, sts_correlation
-from hpr.healing.opened import HEALED
-from hpr.mixing import best_routed, collapse
-from hpr.models import open_model
-from hpr.planner import draft
+from hpr.healing.heal import HEALED
+from hpr.nn.bank import parameters
+from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
-from hpr.splits import open_splits
-from paths import shared
-from rows import markdown, say
-from texts import mixture
+from hpr.routing.collapse import collapse
+from hpr.routing.plan import best_routed
 
 GOAL = OBJECTIVES["embedding"]
 

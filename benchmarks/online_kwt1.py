@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hpr
-import kwt1
-from hpr.evaluation.metrics import accuracy
-from hpr.healing import Moments
-from hpr.planner import draft
+from common import kwt1
+from common.paths import shared
+from common.tables import say
+from hpr.evaluation.divergence import accuracy
+from hpr.healing.online.moments import Moments
+from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from kwt1_closed_form import ONLY, clips
-from paths import shared
-from rows import say
 
 BATCH = 15
 

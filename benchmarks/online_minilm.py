@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 import hpr
-from hpr.data import text_batches
-from hpr.evaluation.metrics import compare
-from hpr.models import open_model
-from hpr.profiling.objectives import OBJECTIVES, beside, call
-from hpr.splits import open_data
-from rows import say
-from texts import unlabelled
+from common.tables import say
+from common.texts import unlabelled
+from hpr.checkpoints.open import open_model
+from hpr.data.batches import text_batches
+from hpr.data.splits import open_data
+from hpr.evaluation.divergence import compare
+from hpr.profiling.objectives import OBJECTIVES
+from hpr.runtime.hooks import beside, call
 
 GOAL = OBJECTIVES["embedding"]
 FIRST, SECOND = "docstrings", "reviews"

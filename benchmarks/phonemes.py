@@ -18,14 +18,16 @@ import torch
 from torch import nn
 from transformers import BartForConditionalGeneration
 
-from comparison import Made, ground, spanning, students
-from hpr.data import read_texts, text_batches
-from hpr.evaluation.metrics import compare
-from hpr.models import OpenModel
+from common.comparison import Made, ground, spanning, students
+from common.paths import shared
+from common.tables import markdown, say
+from hpr.data.batches import text_batches
+from hpr.data.files import read_texts
+from hpr.data.loaded_model import OpenModel
+from hpr.data.splits import open_splits
+from hpr.data.targets import own_answers
+from hpr.evaluation.divergence import compare
 from hpr.profiling.objectives import OBJECTIVES
-from hpr.splits import open_splits, own_answers
-from paths import shared
-from rows import markdown, say
 
 ONLY = "encoder.0.*,decoder.0.*"
 GOAL = OBJECTIVES["seq2seq"]

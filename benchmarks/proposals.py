@@ -18,16 +18,16 @@ import torch
 from scipy.stats import spearmanr
 
 import hpr
-import kwt1
-from hpr import groupings
-from hpr.interventions import intervene
-from hpr.planner import draft
-from hpr.planning.layers import DROPPED, WEIGHTS
+from common import kwt1
+from common.paths import shared
+from common.tables import markdown, say
+from hpr.layer_reuse.ablation import intervene
+from hpr.planning import groupings
+from hpr.planning.planner import draft
+from hpr.plans.layer_states import DROPPED, WEIGHTS
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.profiling.profile import Profile
 from kwt1_closed_form import ONLY, clips
-from paths import shared
-from rows import markdown, say
 
 BUDGETS = ("60%", "50%", "40%", "30%")
 

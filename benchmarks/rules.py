@@ -11,13 +11,14 @@ import sys
 import torch
 
 import hpr
+from common.tables import markdown, say
+from hpr.checkpoints.open import open_model
+from hpr.data.splits import open_data
+from hpr.evaluation.cost import forward_flops
+from hpr.evaluation.divergence import compare
 from hpr.evaluation.latency import latency
-from hpr.evaluation.metrics import compare
-from hpr.evaluation.sizes import forward_flops, parameters
-from hpr.models import open_model
+from hpr.nn.bank import parameters
 from hpr.profiling.objectives import OBJECTIVES
-from hpr.splits import open_data
-from rows import markdown, say
 
 OWN = [False]
 RULES = {

@@ -24,13 +24,13 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hpr
+from common.tables import count, markdown, say
 from families import answer
-from hpr.anatomy import describe
-from hpr.evaluation.sizes import parameters
-from hpr.planner import draft
-from hpr.planning.budget import parse_budget
-from hpr.profiling.curvature import peak_memory
-from rows import count, markdown, say
+from hpr.anatomy.describe import describe
+from hpr.nn.bank import parameters
+from hpr.planning.planner import draft
+from hpr.plans.budget import parse_budget
+from hpr.runtime.environment import peak_memory
 
 Batch = dict[str, Tensor]
 TOKENS = 128

@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from comparison import Made, dropped, ground, students
-from hpr.data import read_texts
-from hpr.models import OpenModel, open_model
+from common.comparison import Made, dropped, ground, students
+from common.paths import shared
+from common.tables import markdown, say
+from hpr.checkpoints.open import open_model
+from hpr.data.files import read_texts
+from hpr.data.loaded_model import OpenModel
+from hpr.data.splits import open_splits
 from hpr.profiling.objectives import OBJECTIVES
-from hpr.splits import open_splits
-from paths import shared
-from rows import markdown, say
 
 MODELS = ("babyllama-tok105", "stories260k")
 ONLY = "layers.*"

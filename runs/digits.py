@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
 import hpr
-from hpr.evaluation.sizes import parameters
+from hpr.nn.bank import parameters
 
 RATE, HOP, WINDOW, BANDS, FRAMES = 8000, 80, 200, 40, 100  # a second in frames of 10 ms
 LAYERS = {"apart": 8, "shared": 8, "shallow": 1}

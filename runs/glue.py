@@ -16,10 +16,10 @@ import torch
 import transformers as tf
 
 import hpr
-from hpr.data import labelled_tsv, read_texts
-from hpr.evaluation.sizes import parameters
-from hpr.healing.trainer import groups
-from hpr.models import open_model
+from hpr.checkpoints.open import open_model
+from hpr.data.files import labelled_tsv, read_texts
+from hpr.healing.optimizer import groups
+from hpr.nn.bank import parameters
 
 LONGEST = 128  # tokens
 Rows = tuple[list[tuple[str, ...]], list[int]]

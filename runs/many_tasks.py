@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerBase
 import hpr
 from glue import TASKS as CLASSES
 from glue import rows_of
-from hpr.columns import input_batches
-from hpr.data import sts_pairs
-from hpr.evaluation.sizes import parameters
-from hpr.healing import Weights
-from hpr.models import open_model
-from hpr.profiling.objectives import Batch, beside, evaluating
+from hpr.checkpoints.open import open_model
+from hpr.data.batches import input_batches
+from hpr.data.files import sts_pairs
+from hpr.healing.loss import Weights
+from hpr.nn.bank import parameters
+from hpr.runtime.batch import Batch
+from hpr.runtime.hooks import beside, evaluating
 
 OUTPUTS = {"sst2": 2, "mrpc": 2, "sts-b": 1}
 Parts = dict[str, list[Batch]]

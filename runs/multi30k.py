@@ -22,8 +22,8 @@ from sacrebleu.significance import PairedTest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import hpr
-from hpr.evaluation.sizes import parameters
-from hpr.models import open_model
+from hpr.checkpoints.open import open_model
+from hpr.nn.bank import parameters
 
 VOCABULARY = 3000
 LONGEST = 64  # tokens of a sentence

@@ -17,9 +17,9 @@ import torch
 import transformers as tf
 from accelerate.utils import send_to_device
 
-from hpr.data import read_texts
-from hpr.evaluation.sizes import parameters
-from hpr.models import open_model
+from hpr.checkpoints.open import open_model
+from hpr.data.files import read_texts
+from hpr.nn.bank import parameters
 
 LENGTH = 128  # tokens of a row
 HELD_OUT = 64  # rows

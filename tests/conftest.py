@@ -13,11 +13,12 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from hpr import operators
-from hpr.anatomy import Anatomy, describe
-from hpr.planning.budget import Budget
-from hpr.planning.plan import Plan
-from hpr.planning.terms import KEEP, Entry, Term
+from hpr.anatomy.describe import describe
+from hpr.anatomy.model import Anatomy
+from hpr.operators import fitting
+from hpr.plans.budget import Budget
+from hpr.plans.plan import Plan
+from hpr.plans.terms import KEEP, Entry, Term
 
 torch.set_num_threads(1)
 
@@ -58,7 +59,7 @@ def ids() -> Tensor:
     return torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
-def low_rank(name: str, rank: int = 3, **more: object) -> tuple[Term, ...]:
+def low_rank_terms(name: str, rank: int = 3, **more: object) -> tuple[Term, ...]:
     return (Term(f"{name}:u", f"{name}:v", rank, **more),)  # type: ignore[arg-type]
 
 
@@ -82,7 +83,7 @@ def plan_everything(model: nn.Module, rank: int = 3) -> Plan:
     return plan_of(anatomy, changed)
 
 
-def random_factors(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: object = None) -> operators.Fitted:
+def random_factors(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: object = None) -> fitting.Fitted:
     """Stands in for ``hpr.operators.fit``."""
     draw = torch.Generator().manual_seed(2)
     values: dict[str, Tensor] = {}
@@ -91,12 +92,12 @@ def random_factors(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: obje
         if shape.identity:
             values[f"{name}.order"] = torch.randperm(max(shape.rows, shape.columns), generator=draw)
     changes = {name: torch.full((anatomy[name].out_features,), 0.1) for name, entry in plan.entries.items() if entry.terms}
-    return operators.Fitted(values, changes)
+    return fitting.Fitted(values, changes)
 
 
 @pytest.fixture
 def random_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "fit", random_factors)
+    monkeypatch.setattr(fitting, "fit", random_factors)
 
 
 @pytest.fixture

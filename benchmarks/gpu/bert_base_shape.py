@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 
 import hpr
 from hpr.evaluation.latency import latency
-from hpr.planner import draft
+from hpr.planning.planner import draft
 
 
 def batches(count: int, device: str) -> list[dict[str, torch.Tensor]]:

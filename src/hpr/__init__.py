@@ -1,24 +1,34 @@
 """HPR: Hierarchical Parameter Reuse. Make a pretrained Transformer smaller by letting its layers share parameters."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hpr import presets
-from hpr.anatomy import Anatomy, describe
-from hpr.compression import Compression, compress
+from hpr.anatomy.describe import describe
+from hpr.anatomy.model import Anatomy
+from hpr.checkpoints.load import load
+from hpr.checkpoints.quantizer import register
+from hpr.checkpoints.save import save
 from hpr.errors import HprError
-from hpr.evaluation import evaluate
-from hpr.heads import ManyHeads
-from hpr.hierarchical import HierarchicalBert, HierarchicalModel
-from hpr.hub import load, register, save
-from hpr.mixing import collapse
-from hpr.pipeline import profile, refit, rescore
-from hpr.planner import plan
-from hpr.planning.plan import Plan
+from hpr.evaluation.evaluate import evaluate
+from hpr.nn.multitask import ManyHeads
+from hpr.pipeline.compress import Compression, compress
+from hpr.pipeline.hierarchical import HierarchicalBert, HierarchicalModel
+from hpr.pipeline.rescore import rescore
+from hpr.planning import presets
+from hpr.planning.planner import plan
+from hpr.plans.plan import Plan
 from hpr.profiling.profile import Profile
-from hpr.sharing import share, unshare
+from hpr.profiling.run import profile
+from hpr.routing.collapse import collapse
+from hpr.sharing.refit import refit
+from hpr.sharing.share import share
+from hpr.sharing.unshare import unshare
 
 if TYPE_CHECKING:
-    from hpr.healing import Healing, OnlineHealer, Recipe, heal
+    from hpr.healing.heal import heal
+    from hpr.healing.online.healer import OnlineHealer
+    from hpr.healing.recipe import Recipe
+    from hpr.healing.train import Healing
 
 __version__ = "0.1.0"
 
@@ -52,10 +62,16 @@ __all__ = [
 ]
 
 
+_LAZY = {
+    "Healing": "hpr.healing.train",
+    "OnlineHealer": "hpr.healing.online.healer",
+    "Recipe": "hpr.healing.recipe",
+    "heal": "hpr.healing.heal",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Healing brings transformers' Trainer along: it is imported when it is first asked for."""
-    if name in ("Healing", "OnlineHealer", "Recipe", "heal"):
-        from hpr import healing
-
-        return getattr(healing, name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'hpr' has no attribute {name!r}")

@@ -60,7 +60,8 @@ def _with_share(text: str) -> tuple[str, float]:
 
 def operator_names(text: str | None) -> list[str] | None:
     """``tie+scale, low-rank`` as the names that the planner knows; what is unknown is left for it to refuse."""
-    from hpr.operators import OPERATORS, segments
+    from hpr.operators import vocab_segments
+    from hpr.operators.registry import OPERATORS
 
     if text is None:
         return None
@@ -68,5 +69,5 @@ def operator_names(text: str | None) -> list[str] | None:
     def squeezed(name: str) -> str:
         return "".join(name.lower().replace("-", " ").split())
 
-    known = {squeezed(name): name for name in (*OPERATORS, segments.NAME)}
+    known = {squeezed(name): name for name in (*OPERATORS, vocab_segments.NAME)}
     return [known.get(squeezed(part), part.strip()) for part in text.split(",")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpr.cli import learning, verbs
+from hpr.cli import commands, learning_commands
 from hpr.cli.console import TERMINATED, Verbs
 
 app = typer.Typer(
@@ -48,20 +48,20 @@ def add(verb: Callable[..., None], *examples: str, name: str | None = None) -> N
     app.command(name, epilog="\n".join(["[bold]Example[/bold]", *(f"  hpr {one}" for one in examples)]))(verb)
 
 
-add(verbs.inspect, "inspect", "inspect path/to/model --json")
-add(verbs.profile, "profile path/to/model --data texts.txt -o profile.safetensors")
-add(verbs.plan, "plan path/to/model --profile profile.safetensors --budget 50% --only 'encoder.*' -o plan.json")
-add(verbs.share, "share path/to/model --plan plan.json --profile profile.safetensors -o out")
-add(learning.heal, "heal out --teacher path/to/model --data texts.txt --for 10min")
+add(commands.inspect, "inspect", "inspect path/to/model --json")
+add(commands.profile, "profile path/to/model --data texts.txt -o profile.safetensors")
+add(commands.plan, "plan path/to/model --profile profile.safetensors --budget 50% --only 'encoder.*' -o plan.json")
+add(commands.share, "share path/to/model --plan plan.json --profile profile.safetensors -o out")
+add(learning_commands.heal, "heal out --teacher path/to/model --data texts.txt --for 10min")
 add(
-    learning.online,
+    learning_commands.online,
     "online out --teacher path/to/model --guard texts.txt --data stream.jsonl --state out-state -o out-later",
     "online out --guard rated.jsonl --labels --state out-state -o out-later < stream.jsonl",
 )
-add(verbs.evaluate, "eval out --teacher path/to/model --data held_out.txt", name="eval")
-add(verbs.report, "report out")
+add(commands.evaluate, "eval out --teacher path/to/model --data held_out.txt", name="eval")
+add(commands.report, "report out")
 add(
-    verbs.compress,
+    commands.compress,
     "compress --budget 50% -o out",
     "compress path/to/model --budget 45MB --data texts.txt --heal 10min -o out",
     "compress path/to/model --data reviews.tsv=2 --data news.txt -o out",

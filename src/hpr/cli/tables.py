@@ -10,8 +10,8 @@ from rich import box
 from rich.columns import Columns
 from rich.table import Table
 
-from hpr.reporting.grid import Cell, read_plan
-from hpr.reporting.words import byte_count, exact, figure, present, records, seconds, share, size_rows, table
+from hpr.reporting.formatting import byte_count, exact, figure, present, records, seconds, share, size_rows, table
+from hpr.reporting.plan_map import Cell, read_plan
 
 
 def parts_table(anatomy: Mapping[str, Any]) -> Table:

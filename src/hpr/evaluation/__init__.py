@@ -1,5 +1,5 @@
 """What a compressed model is worth and what it costs, beside the original."""
 
-from hpr.evaluation.summary import evaluate
+from __future__ import annotations
 
 __all__ = ["evaluate"]

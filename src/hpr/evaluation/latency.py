@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpr.errors import HprError
-from hpr.evaluation.sizes import resident_bytes
-from hpr.profiling.objectives import Batch, beside, call, evaluating
+from hpr.evaluation.cost import resident_bytes
+from hpr.runtime.batch import Batch
+from hpr.runtime.hooks import beside, call, evaluating
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from hpr.data import text_batches
+from hpr.data.batches import text_batches
 from hpr.errors import HprError
-from hpr.evaluation.metrics import accuracy, embeddings
-from hpr.profiling.objectives import OBJECTIVES, Batch, Objective
+from hpr.evaluation.divergence import accuracy, embeddings
+from hpr.profiling.objectives import OBJECTIVES, Objective
+from hpr.runtime.batch import Batch
 
 Embed = Callable[[Sequence[str]], Tensor]
 EMBEDDING = OBJECTIVES["embedding"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hpr.profiling.objectives import Batch
+from hpr.runtime.batch import Batch
 
 Augmentation = Callable[[Batch, torch.Generator], Batch]
 REPLACED = 0.15  # share of the tokens of an example, in the mean

@@ -10,9 +10,10 @@ import torch
 from transformers import TrainingArguments
 
 from hpr.errors import HprError
-from hpr.healing.losses import Weights
+from hpr.healing.history import GUARD
+from hpr.healing.loss import Weights
+from hpr.healing.optimizer import ROUTER_RATE
 from hpr.healing.stages import Stages
-from hpr.healing.trainer import GUARD, ROUTER_RATE
 
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")  # the second until transformers 5.22
 CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__dataclass_fields__)

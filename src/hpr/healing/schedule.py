@@ -8,10 +8,10 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import Dataset
 
+from hpr.data.sources import fractions, named
 from hpr.errors import HprError
 from hpr.healing.augmentation import Augmentation
-from hpr.profiling.objectives import Batch, examples_in
-from hpr.sources import fractions, named
+from hpr.runtime.batch import Batch, examples_in
 
 
 class Schedule(Dataset):

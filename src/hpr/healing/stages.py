@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from hpr.anatomy import Anatomy, has_module, module_at
+from hpr.anatomy.lookup import has_module, module_at
+from hpr.anatomy.model import Anatomy
 from hpr.errors import HprError
-from hpr.experts import SharedExperts
-from hpr.sites import SharedSite
+from hpr.nn.experts import SharedExperts
+from hpr.nn.site import SharedSite
 
 BLOCKS, RAMP, WHOLE = "block by block", "ramp", "end to end"
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,21 +15,15 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from hpr.bank import BANK, bank_of, factors_of, module_name, terms_of
 from hpr.errors import HprError
-from hpr.healing.losses import GlobalLoss
-from hpr.healing.sharding import whole, whole_weights
+from hpr.healing.distributed import whole_weights
+from hpr.healing.history import ENTROPY, GUARD, Watch, history
+from hpr.healing.loss import GlobalLoss
 from hpr.healing.stages import Course, Stages
-from hpr.hub import WEIGHTS
-from hpr.planning.terms import routers_of
-from hpr.profiling.curvature import Progress
-from hpr.profiling.objectives import Batch
+from hpr.runtime.batch import Batch
+from hpr.runtime.files import WEIGHTS
+from hpr.runtime.progress import Progress
 
-Watch = Callable[[Mapping[str, float]], None]  # step, loss and guard at each check
-GUARD = "eval_guard"  # what ``GlobalLoss.guard`` gives, as the Trainer's log names it
-ROUTER_RATE = 1.0
-ENTROPY = "eval_entropy"  # of routes on the batch before, likewise
-SMALLEST = 1e-3  # root mean square: biases that are nearly 0 move all the same
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _PARTS = (_STATE, "optimizer.pt", "scheduler.pt", WEIGHTS)
 
@@ -152,51 +145,6 @@ class _Shown(TrainerCallback):
             self._watch(history(state.log_history)[-1])
 
 
-def history(log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """One row a check of what the Trainer logged: step, the mean loss since the check before, and guard in nats per example.
-
-    Where weights depend on the input also the ``entropy`` of routes, as a share of that of even ones.
-    """
-    rows: dict[int, dict[str, float]] = {}
-    for entry in log:
-        for key, name in (("loss", "loss"), (GUARD, "guard"), (ENTROPY, "entropy")):
-            if key in entry:
-                rows.setdefault(int(entry["step"]), {"step": int(entry["step"])})[name] = entry[key]
-    return [rows[step] for step in sorted(rows)]
-
-
-def groups(
-    student: nn.Module, rate: float, shared_rate: float, delta_decay: float, router_rate: float = ROUTER_RATE
-) -> list[dict[str, Any]]:
-    """Parameters of an optimiser, each once, in a group of its own: factors that several sites share count once.
-
-    A step of AdamW moves every number by about its rate, whatever the scale of its factor, so a rate is relative
-    to the root mean square of its parameter (as in Adafactor, Shazeer & Stern 2018). Shared factors get
-    ``shared_rate`` times it and no weight decay; private low-rank factors beside a shared one are pulled back to what is
-    shared by ``delta_decay``; all else decays not at all. Routers start at 0: their scale is that at which a Linear is drawn,
-    and they get ``router_rate`` times the rate (30 times did harm, see ``experiments.md``).
-    """
-    shared, deltas, routers = _roles(student)
-    found = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            factor = name.rsplit(f"{BANK}.factors.", 1)[-1].removesuffix(".weight") if f"{BANK}.factors." in name else None
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise HprError(
-                    f"{name} is {str(parameter.dtype).removeprefix('torch.')}: most steps would be lost in rounding. Heal "
-                    f"student.float(), with Recipe(bf16=True) for products in bfloat16"
-                )
-            if factor in routers:
-                scale = router_rate * parameter.shape[-1] ** -0.5
-            else:
-                scale = max(float(whole(parameter.detach()).float().square().mean().sqrt()), SMALLEST)
-            lr = rate * scale * (shared_rate if factor in shared else 1.0)
-            found.append({"params": [parameter], "lr": lr, "weight_decay": delta_decay if factor in deltas else 0.0})
-    if not found:
-        raise HprError(f"no parameter of this {type(student).__name__} takes a gradient: nothing can be healed")
-    return found
-
-
 def load_weights(student: nn.Module, checkpoint: Path) -> None:
     """Put the weights of a checkpoint into a student."""
     load_model(student, str(checkpoint / WEIGHTS))
@@ -216,23 +164,6 @@ def last_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return whole[max(whole)] if whole else None
-
-
-def _roles(student: nn.Module) -> tuple[set[str], set[str], set[str]]:
-    """Keys of factors that several sites read, of private ones whose site also reads a shared one, and of routers."""
-    if bank_of(student) is None:
-        return set(), set(), set()
-    sites = terms_of(student)
-    readers = Counter(factor for terms in sites.values() for factor in factors_of(terms))
-    shared = {factor for factor, count in readers.items() if count > 1}
-    deltas: set[str] = set()
-    for terms in sites.values():
-        private = [term for term in terms if shared.isdisjoint(term.factors)]
-        if len(private) < len(terms):
-            deltas.update(factors_of(private))
-    routers = {router for terms in sites.values() for router in routers_of(terms)}
-    keys = [{module_name(name) for name in names} for names in (shared, deltas - routers, routers)]
-    return keys[0], keys[1], keys[2]
 
 
 def _only(items: list[Batch]) -> Batch:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from hpr.anatomy import Site
+from hpr.anatomy.model import Site
 from hpr.operators.metric import Measured
-from hpr.planning.candidates import Candidate
-from hpr.planning.terms import KEEP, Term
+from hpr.plans.terms import KEEP, Term
+from hpr.solver.candidates import Candidate
 
 
 def candidate(group: Sequence[Measured]) -> Candidate:

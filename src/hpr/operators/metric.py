@@ -13,7 +13,8 @@ import torch
 from scipy.ndimage import uniform_filter1d
 from torch import Tensor, nn
 
-from hpr.anatomy import Anatomy, Site, weight_at
+from hpr.anatomy.lookup import weight_at
+from hpr.anatomy.model import Anatomy, Site
 from hpr.profiling.profile import Profile, SiteStatistics
 
 DAMPING = 1e-3

@@ -6,54 +6,22 @@ ALBERT and Takase & Kiyono tie from scratch; a pretrained group is tied to the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpr.anatomy import Site
+from hpr.anatomy.model import Site
+from hpr.operators.linear_solvers import QUICK, THOROUGH, _solve, solve_shared
 from hpr.operators.metric import Measured, Side
-from hpr.planning.candidates import Candidate
-from hpr.planning.terms import Term
+from hpr.operators.naming import group_name
+from hpr.plans.terms import Term
+from hpr.solver.candidates import Candidate
 
 TIE = "tie"
 SCALE = "tie + scale"
-QUICK, THOROUGH = 2, 25  # conjugate-gradient steps for a curve, and for a fit
-
-
-def group_name(sites: Sequence[Site]) -> str:
-    """``encoder.0-2.mlp.up`` for a run of one slot, ``encoder.0-1+4.mlp.up`` for several; other site names are joined.
-
-    Several slots stand beside each other: ``encoder.0-1.fc1+decoder.2-2.fc1``. The experts of one layer are named by their
-    numbers instead: ``decoder.0.mlp.experts.down_proj.0-7``.
-    """
-    first = sites[0]
-    alike = all((site.stack, site.slot) == (first.stack, first.slot) for site in sites)
-    if alike and first.expert is not None and len({site.layer for site in sites}) == 1:
-        return f"{first.name.rpartition('.')[0]}.{_runs([site.expert for site in sites if site.expert is not None])}"
-    layers = [site.layer for site in sites if site.layer is not None]
-    experts = {site.expert for site in sites}
-    if len(layers) < len(sites) or len(experts) > 1:
-        return "+".join(site.name for site in sites)
-    if not alike:
-        parts = dict.fromkeys((site.stack, site.slot) for site in sites)
-        return "+".join(group_name([site for site in sites if (site.stack, site.slot) == part]) for part in parts)
-    slot = first.slot if first.expert is None else f"{first.slot}.{first.expert}"
-    return f"{first.stack}.{_runs(layers)}.{slot}"
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """``0-2+5``: numbers in order, neighbours as runs. One alone is 3-3, so that no factor has the name of a site."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    alone = len(runs) == 1
-    return "+".join(f"{run[0]}-{run[-1]}" if alone or len(run) > 1 else str(run[0]) for run in runs)
 
 
 def alike(group: Sequence[Measured]) -> bool:
@@ -155,71 +123,6 @@ def tie_and_scale(group: Sequence[Measured], shared: Tensor, rounds: int = 3) ->
         right_sides = [r[:, None] * one.pull * c for one, r, c in zip(group, rows, columns, strict=True)]
         shared = _solve(scaled, [one.left for one in scaled], right_sides, shared)
     return shared, rows, columns
-
-
-def solve_shared(
-    group: Sequence[Measured], lefts: Sequence[Side], targets: Sequence[Tensor], start: Tensor, steps: int = THOROUGH
-) -> Tensor:
-    """X with Σ N L_s X A_s = Σ N T_s A_s, for left sides L_s (k, k) and targets T_s (k, in); A_s are the members' inputs'."""
-    right_sides = [one.right.times(target.T).T for one, target in zip(group, targets, strict=True)]
-    return _solve(group, lefts, right_sides, start, steps)
-
-
-def _solve(
-    group: Sequence[Measured], lefts: Sequence[Side], right_sides: Sequence[Tensor], start: Tensor, steps: int = THOROUGH
-) -> Tensor:
-    """Conjugate gradients, preconditioned by (mean left)⁻¹ · (mean right)⁻¹; exact at once where all sides agree."""
-    total = sum(one.rows for one in group)
-    shares = [one.rows / total for one in group]
-    mean_left = _mean(lefts, shares)
-    mean_right = _mean([one.right for one in group], shares)
-    goal = sum(share * side for share, side in zip(shares, right_sides, strict=True))
-    assert isinstance(goal, Tensor)
-
-    def apply(x: Tensor) -> Tensor:
-        parts = [share * one.right.times(left.times(x).T).T for share, one, left in zip(shares, group, lefts, strict=True)]
-        return torch.stack(parts).sum(0)
-
-    def precondition(x: Tensor) -> Tensor:
-        return mean_right.solve(mean_left.solve(x).T).T
-
-    return conjugate_gradients(apply, goal, start, precondition, steps)
-
-
-def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor],
-    goal: Tensor,
-    start: Tensor,
-    precondition: Callable[[Tensor], Tensor],
-    steps: int,
-    tolerance: float = 1e-5,
-) -> Tensor:
-    """Solve apply(X) = goal for a symmetric positive definite linear map on matrices."""
-    x = start
-    residual = goal - apply(x)
-    direction = z = precondition(residual)
-    rho = (residual * z).sum()
-    scale = (goal * precondition(goal)).sum()
-    for number in range(steps):
-        if rho <= tolerance**2 * scale:
-            break
-        image = apply(direction)
-        step = rho / (direction * image).sum()
-        x = x + step * direction
-        if number == steps - 1:
-            break
-        residual = residual - step * image
-        z = precondition(residual)
-        rho, before = (residual * z).sum(), rho
-        direction = z + rho / before * direction
-    return x
-
-
-def _mean(sides: Sequence[Side], shares: Sequence[float]) -> Side:
-    moments = [side.moment for side in sides]
-    if any(side.diagonal for side in sides):
-        moments = [m if m.dim() == 1 else m.diagonal() for m in moments]
-    return Side(torch.stack([share * m for share, m in zip(shares, moments, strict=True)]).sum(0), damping=1e-6)
 
 
 def _scaled(side: Side, diagonal: Tensor) -> Side:

@@ -1,0 +1,1 @@
+"""PROFILE: objectives, curvature and layer features become a Profile."""

@@ -6,7 +6,6 @@ gradient is not zero; padding, and positions the objective never reads, drop out
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,20 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpr.anatomy import Anatomy, Site, module_at, slice_at
+from hpr.anatomy.lookup import module_at, slice_at
+from hpr.anatomy.model import Anatomy, Site
 from hpr.errors import HprError
-from hpr.profiling.objectives import Batch, Objective, call, evaluating, examples_in
+from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
-from hpr.profiling.reading import Record, WeightsRead, experts_one_by_one, with_graph
+from hpr.profiling.weight_reads import Record, WeightsRead, experts_one_by_one, with_graph
+from hpr.runtime.batch import Batch, examples_in
+from hpr.runtime.hooks import _frozen, call
+from hpr.runtime.progress import Progress, silent
 
 DIAGONAL_ABOVE = 8192
 _SIZES = ("gradients", "inputs", "changes")  # traces that bring the parts of a sum to one scale
 _FLUSH = 8  # batches added up in float32 before they go into float64
-Progress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """The progress callback that shows nothing."""
 
 
 def memory_needed(anatomy: Anatomy) -> int:
@@ -81,11 +79,6 @@ def measure_curvature(
 def first_few(batches: Sequence[Batch]) -> Sequence[Batch]:
     """The sixteenth of the batches that is looked at before all are."""
     return batches[: max(1, len(batches) // 16)]
-
-
-def peak_memory() -> int:
-    """The process's peak resident memory so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _entries(side: int) -> int:
@@ -184,19 +177,6 @@ def _combined(table: SiteStatistics, head: SiteStatistics) -> SiteStatistics:
     masses = [part.mass for part in (table, head)]
     left, right = pooled((table, head), masses)
     return SiteStatistics(left, right, sum(masses))
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients, everything restored afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        with torch.enable_grad(), evaluating(model):
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 @contextmanager

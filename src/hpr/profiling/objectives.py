@@ -11,23 +11,20 @@ longer small. Then the loss is that of the outputs at a higher temperature (``so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from hpr.anatomy import module_at
 from hpr.errors import HprError
+from hpr.runtime.batch import IGNORED, Batch, mask_of
+from hpr.runtime.hooks import call, evaluating
 
-Batch = Any  # a mapping of keyword inputs, or one tensor for a plain module
 Draw = Callable[[Tensor, torch.Generator], Tensor]
-IGNORED = -100  # a label that transformers leaves out of the loss
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 UNCERTAIN = 0.3  # of what even outputs have, in the mean of 1 − Σ p²: from there on gradients say enough
 
@@ -69,53 +66,6 @@ class Objective:
         return (distance * weight).flatten(1).sum(1) if distance.dim() > 1 else distance * weight
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on a batch: keyword inputs for a mapping, one argument otherwise."""
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
-
-
-def beside(batch: Batch, model: nn.Module) -> Batch:
-    """The batch on the model's device."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return send_to_device(batch, device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own flag restored afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-
-
-@contextmanager
-def emitted(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Path → the hidden states that the layer there emits in the passes made inside, those of the last pass."""
-    found: dict[str, Tensor] = {}
-
-    def note(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
-
-    handles = [module_at(model, path).register_forward_hook(note(path)) for path in paths]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def examples_in(batch: Batch) -> int:
-    """Number of examples in a batch."""
-    return len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
-
-
 def softened(objective: Objective, model: nn.Module, batches: Sequence[Batch]) -> Objective:
     """The objective at the lowest of ``TEMPERATURES`` at which the model's outputs on these batches are uncertain enough.
 
@@ -135,14 +85,6 @@ def softened(objective: Objective, model: nn.Module, batches: Sequence[Batch]) -
             count += float(weight.sum()) * (1 - 1 / predictions.shape[-1])
     enough = (differing >= UNCERTAIN * count).tolist()
     return replace(objective, temperature=TEMPERATURES[enough.index(True) if any(enough) else -1])
-
-
-def mask_of(batch: Batch, positions: Tensor) -> Tensor:
-    """(batch, positions) float mask of real tokens; ones, one a prediction, where the batch has none of that shape."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is None or positions.dim() != 3 or mask.shape != positions.shape[:2]:
-        return torch.ones(positions.shape[:-1], device=positions.device)
-    return mask.float()
 
 
 def _hidden(outputs: Any) -> Tensor:
@@ -199,7 +141,6 @@ OBJECTIVES: dict[str, Objective] = {
     "seq2seq": Objective("seq2seq", _read_decoder, categorical=True),
     "hidden": Objective("hidden", _read_hidden, categorical=False),
 }
-
 _BY_MAPPING = (
     ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "seq2seq"),
     ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "seq2seq"),

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpr.anatomy import Anatomy
+from hpr.anatomy.model import Anatomy
+from hpr.anatomy.symmetry import Symmetry
 from hpr.errors import HprError
-from hpr.symmetries import Symmetry
 
 FORMAT = 1
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hpr.reporting import readings, sections, words
-from hpr.reporting.grid import read_plan
+from hpr.reporting import captions, formatting, sections
+from hpr.reporting.plan_map import read_plan
 from hpr.reporting.report import model_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -20,8 +20,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def render_card(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """The README.md of an output folder: figures with what they count, how to load, how it was made, and its limits."""
     name = model_name(plan, metrics)
-    plan_map = read_plan(plan, words.table(metrics, "layers", "names"))
-    sizes = words.size_rows(plan, metrics)
+    plan_map = read_plan(plan, formatting.table(metrics, "layers", "names"))
+    sizes = formatting.size_rows(plan, metrics)
     return (
         _environment()
         .get_template("card.md.jinja")
@@ -30,7 +30,7 @@ def render_card(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
             metrics=metrics,
             name=name,
             base_model=name if _HUB_NAME.fullmatch(name) else None,
-            model_class=words.dig(metrics, "model", "class") or words.dig(plan, "model", "class"),
+            model_class=formatting.dig(metrics, "model", "class") or formatting.dig(plan, "model", "class"),
             plan_map=plan_map,
             sizes=sizes,
             size={row["key"]: row for row in sizes},
@@ -65,7 +65,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(plain=_plain, code=_code, yaml=lambda value: json.dumps(str(value), ensure_ascii=True))
     environment.globals.update(
-        {name: getattr(words, name) for name in ("count", "exact", "figure", "moment", "present", "dig", "table")}
+        {name: getattr(formatting, name) for name in ("count", "exact", "figure", "moment", "present", "dig", "table")}
     )
-    environment.globals["plan_reading"] = readings.plan_reading
+    environment.globals["plan_reading"] = captions.plan_reading
     return environment

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hpr.reporting import readings, routes, sections, words
-from hpr.reporting.grid import read_plan
+from hpr.reporting import captions, formatting, routes, sections
+from hpr.reporting.plan_map import read_plan
 
 
 def render_report(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -19,8 +19,8 @@ def render_report(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     ``plan`` is what ``Plan.to_dict`` gives, ``metrics`` what ``metrics.json`` holds. Whatever either lacks is named as
     absent; nothing is guessed.
     """
-    plan_map = read_plan(plan, words.table(metrics, "layers", "names"))
-    sizes = words.size_rows(plan, metrics)
+    plan_map = read_plan(plan, formatting.table(metrics, "layers", "names"))
+    sizes = formatting.size_rows(plan, metrics)
     return (
         _environment()
         .get_template("report.html.jinja")
@@ -47,7 +47,11 @@ def render_report(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
 
 def model_name(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """The model's name, else its class."""
-    names = (words.dig(metrics, "model", "name"), words.dig(metrics, "model", "class"), words.dig(plan, "model", "class"))
+    names = (
+        formatting.dig(metrics, "model", "name"),
+        formatting.dig(metrics, "model", "class"),
+        formatting.dig(plan, "model", "class"),
+    )
     return str(next((name for name in names if name), "A model without a recorded name"))
 
 
@@ -72,10 +76,10 @@ def _environment() -> Environment:
     environment.filters["breakable"] = _breakable
     environment.globals.update(
         {
-            name: getattr(words, name)
+            name: getattr(formatting, name)
             for name in ("count", "exact", "figure", "moment", "number", "present", "dig", "table", "share")
         },
-        plan_reading=readings.plan_reading,
+        plan_reading=captions.plan_reading,
         stack_note=sections.stack_note,
     )
     return environment

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpr.reporting import figures, readings
-from hpr.reporting.words import dig, number, numbers, present, records, table
+from hpr.reporting import captions
+from hpr.reporting import svg as figures
+from hpr.reporting.formatting import dig, number, numbers, present, records, table
 
 Section = dict[str, Any]
 
@@ -32,11 +33,11 @@ def routes(metrics: Mapping[str, Any]) -> Section | None:
         for router, lists in table(found, "nearest").items()
     ]
     section: Section = {"kinds": kinds, "rows": rows, "nearest": nearest, "entropy": None}
-    section["reading"] = readings.routes_reading(number(dig(found, "entropy", "single")), number(dig(found, "entropy", "mean")))
+    section["reading"] = captions.routes_reading(number(dig(found, "entropy", "single")), number(dig(found, "entropy", "mean")))
     pairs = [(number(row.get("step")), number(row.get("entropy"))) for row in records(table(metrics, "healing"), "history")]
     points = [(step, value) for step, value in pairs if step is not None and value is not None]
     if len(points) > 1:
-        reading = readings.curve_reading(points)
+        reading = captions.curve_reading(points)
         svg = figures.curve(points, "share of even routes", None, f"Entropy of routes by step. {reading}", (0.0, 1.0))
         section["entropy"] = {"svg": svg, "reading": reading}
     return section

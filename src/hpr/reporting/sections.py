@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from hpr.reporting import figures, grid, readings
-from hpr.reporting.grid import PlanMap, StackMap
-from hpr.reporting.words import (
+from hpr.reporting import captions
+from hpr.reporting import plan_map as grid
+from hpr.reporting import svg as figures
+from hpr.reporting.formatting import (
     ABSENT,
     count,
     dig,
@@ -24,6 +25,7 @@ from hpr.reporting.words import (
     table,
     verdict,
 )
+from hpr.reporting.plan_map import PlanMap, StackMap
 
 Section = dict[str, Any]
 _PLAN_KEYS = ("label", "budget", "parameters", "predicted", "measured", "chosen", "quality")
@@ -83,7 +85,7 @@ def layers(metrics: Mapping[str, Any]) -> list[Section]:
         influence, context = (numbers(dig(found, key, name)) for key in ("block_influence", "context_dependence"))
         section: Section = {"name": name, "similarity": None, "bars": []}
         if square:
-            reading = readings.similarity_reading(matrix)
+            reading = captions.similarity_reading(matrix)
             section["similarity"] = {
                 "svg": figures.heatmap(matrix, f"Similarity between the layers of {name}. {reading}"),
                 "reading": reading,
@@ -97,7 +99,7 @@ def layers(metrics: Mapping[str, Any]) -> list[Section]:
                 "how far a token's output moves when the tokens around it are replaced",
             ),
         ):
-            reading = readings.bar_reading(values, meaning)
+            reading = captions.bar_reading(values, meaning)
             svg = (
                 figures.layer_bars(values, axis, f"{title} of the layers of {name}. {reading}")
                 if any(v is not None for v in values)
@@ -157,13 +159,13 @@ def plans(metrics: Mapping[str, Any]) -> Section:
     pairs = [(number(row.get("predicted")), number(row.get("measured"))) for row in rows]
     positive = [(x, y) for x, y in pairs if x is not None and y is not None and x > 0 and y > 0]
     if positive:
-        reading = readings.damage_reading(positive, len(rows))
+        reading = captions.damage_reading(positive, len(rows))
         svg = figures.damage_scatter(rows, f"Predicted against measured damage of {len(positive)} plans. {reading}")
         result["damage"] = {"svg": svg, "reading": reading}
     scored = [row for row in rows if number(row.get("quality")) is not None and number(row.get("parameters")) is not None]
     if scored:
-        name, original = readings.quality_axis(scored, metrics)
-        reading = readings.quality_reading(scored, name)
+        name, original = captions.quality_axis(scored, metrics)
+        reading = captions.quality_reading(scored, name)
         svg = figures.quality_scatter(
             rows,
             name,
@@ -206,7 +208,7 @@ def healing(metrics: Mapping[str, Any]) -> Section | None:
     rows, best = records(found, "history"), number(found.get("best_step"))
     before = number(found.get("before"))
     start = [(0.0, before)] if before is not None else []
-    section: Section = {"reading": readings.healing_reading(found), "curves": [], "stages": []}
+    section: Section = {"reading": captions.healing_reading(found), "curves": [], "stages": []}
     for key, title, axis, first in (
         ("guard", "Divergence on the guard", "nats per example", start),
         ("loss", "Loss", "mean between checks", []),
@@ -214,7 +216,7 @@ def healing(metrics: Mapping[str, Any]) -> Section | None:
         pairs = [(number(row.get("step")), number(row.get(key))) for row in rows]
         points = [*first, *((step, value) for step, value in pairs if step is not None and value is not None)]
         if len(points) > 1:
-            reading = readings.curve_reading(points)
+            reading = captions.curve_reading(points)
             svg = figures.curve(points, axis, best if key == "guard" else None, f"{title} by step. {reading}")
             section["curves"].append({"title": title, "svg": svg, "reading": reading})
     stages = records(found, "stages")

@@ -1,0 +1,59 @@
+"""Find a site in a model: its module and its weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hpr.anatomy.fused_experts import Slice, slice_below
+from hpr.anatomy.model import Site
+from hpr.errors import HprError
+
+
+def base_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The base model below a task head and its prefix (``bert.``); the model itself with '' where there is none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    return (base, f"{prefix}.") if isinstance(base, nn.Module) else (model, "")
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a site's path: below the base model first, else below the whole model. Raises ``HprError``."""
+    base, _ = base_of(model)
+    for root in (base, model):
+        try:
+            return root.get_submodule(path)
+        except AttributeError:
+            continue
+    raise HprError(f"{type(model).__name__} has no module {path!r}: the plan or checkpoint is of another model")
+
+
+def has_module(model: nn.Module, path: str) -> bool:
+    """Whether ``module_at`` finds one there."""
+    try:
+        module_at(model, path)
+    except HprError:
+        return False
+    return True
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """A site's weight as (out, in), whatever the module's own layout; a view, never a copy."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def weight_at(model: nn.Module, site: Site) -> torch.Tensor:
+    """A site's weight as (out, in), a view of the parameter. Raises ``HprError`` where the model has no such site."""
+    if site.expert is None:
+        return weight_of(module_at(model, site.path))
+    found = slice_at(model, site.path)
+    if found is None:
+        raise HprError(f"{type(model).__name__} has no experts at {site.path!r}: the plan or checkpoint is of another model")
+    return found.weight
+
+
+def slice_at(model: nn.Module, path: str) -> Slice | None:
+    """The expert at a site's path, below the base model first; None where the path is not one of an expert."""
+    return slice_below(base_of(model)[0], path) or slice_below(model, path)

@@ -1,0 +1,120 @@
+"""The description of a model: its stacks, layers and sites.
+
+A *site* is one weight matrix W of shape (out, in), named ``stack.layer.slot`` (``encoder.3.intermediate.dense``)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from hpr.errors import HprError
+
+Kind = Literal["linear", "embedding"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight matrix of the model.
+
+    ``path`` is the module's path below the base model, or below the whole model for what hangs outside the base (a task
+    head); ``module_at`` resolves both. ``aliases`` are the paths of further modules that read the same parameter (tied
+    weights, counted once). ``stack`` and ``layer`` are None outside the stacks. ``expert`` is the number of a slice of a
+    three-dimensional parameter, whose path then ends in the parameter's name and that number; None for modules.
+    """
+
+    name: str
+    path: str
+    kind: Kind
+    out_features: int
+    in_features: int
+    has_bias: bool
+    stack: str | None = None
+    layer: int | None = None
+    slot: str = ""
+    aliases: tuple[str, ...] = ()
+    expert: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Weight parameters, bias not counted (biases stay private)."""
+        return self.out_features * self.in_features
+
+    @property
+    def position(self) -> int | None:
+        """Where it stands in its row of neighbours: the expert among those of a layer, else the layer in its stack."""
+        return self.layer if self.expert is None else self.expert
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A sequence of repeated blocks: ``path`` of the container below the base model, and its number of layers."""
+
+    name: str
+    path: str
+    layers: int
+
+    def block(self, layer: int | str) -> str:
+        """Path of a layer's block below the base model."""
+        return f"{self.path}.{layer}" if self.path else str(layer)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the blocks of all layers, the lowest first."""
+        return tuple(self.block(layer) for layer in range(self.layers))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Stacks, sites and parameter counts of a model. ``other_parameters``: biases, norms and all that is no site."""
+
+    model_class: str
+    stacks: tuple[Stack, ...]
+    sites: tuple[Site, ...]
+    total_parameters: int
+    fingerprint: str
+
+    @property
+    def site_parameters(self) -> int:
+        return sum(site.parameters for site in self.sites)
+
+    @property
+    def other_parameters(self) -> int:
+        return self.total_parameters - self.site_parameters
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the blocks of all stacks, below the base model."""
+        return tuple(path for stack in self.stacks for path in stack.blocks)
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise HprError(f"no site named {name!r} in {self.model_class}; its sites are listed by `hpr inspect`")
+
+    def select(self, pattern: str | None) -> tuple[Site, ...]:
+        """Sites whose name matches a shell pattern (``encoder.*``); several patterns are separated by commas."""
+        if pattern is None:
+            return self.sites
+        patterns = [part.strip() for part in pattern.split(",")]
+        chosen = tuple(site for site in self.sites if any(fnmatchcase(site.name, part) for part in patterns))
+        if not chosen:
+            examples = ", ".join(site.name for site in self.sites[:3])
+            raise HprError(f"only={pattern!r} matches no site of {self.model_class}; site names look like {examples}")
+        return chosen
+
+    def slots(self) -> dict[tuple[str, str], tuple[Site, ...]]:
+        """(stack, slot) → its sites in layer order, split where shapes differ; sites outside the stacks stand alone.
+
+        The experts of all layers are one slot, those of a layer one after the other.
+        """
+        found: dict[tuple[str, str, int, int], list[Site]] = defaultdict(list)
+        for site in self.sites:
+            found[site.stack or "", site.slot, site.out_features, site.in_features].append(site)
+        rows: dict[tuple[str, str], tuple[Site, ...]] = {}
+        for (stack, slot, out_features, in_features), sites in found.items():
+            key = (stack, slot) if (stack, slot) not in rows else (stack, f"{slot} {out_features}x{in_features}")
+            rows[key] = tuple(sites)
+        return rows

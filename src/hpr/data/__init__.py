@@ -1,0 +1,1 @@
+"""DATA: from files, data sets and arrays to batches, dealt out to their uses."""

@@ -1,0 +1,44 @@
+"""Several sources of data by name, each with its share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from hpr.data.batches import Batches
+from hpr.errors import HprError
+from hpr.runtime.batch import examples_in
+
+
+def named(data: Any) -> dict[str, Any]:
+    """Sources by name: several as they come, one as ``data``."""
+    if isinstance(data, Mapping) and not data:
+        raise HprError("data is a mapping without a source: name at least one")
+    return dict(data) if isinstance(data, Mapping) else {"data": data}
+
+
+def fractions(names: Collection[str], shares: Mapping[str, float] | None) -> dict[str, float]:
+    """What each source is of the whole; all alike without ``shares``. Raises ``HprError`` for shares that are none."""
+    shares = dict(shares or dict.fromkeys(names, 1.0))
+    if set(shares) != set(names) or not all(0 < share < math.inf for share in shares.values()):
+        raise HprError(f"shares {shares} must be above 0, one for each of {', '.join(names)}")
+    return {name: shares[name] / sum(shares.values()) for name in names}
+
+
+def interleaved(parts: Sequence[Batches]) -> Batches:
+    """The batches of several sources in one list, each source spread over all of it.
+
+    ``order`` counts through the sources one after the other.
+    """
+    before = accumulate((len(part.order) for part in parts[:-1]), initial=0)
+    placed = []
+    for number, (part, offset) in enumerate(zip(parts, before, strict=True)):
+        start = 0
+        for place, batch in enumerate(part):
+            stop = start + examples_in(batch)
+            placed.append(((place + 0.5) / len(part), number, batch, [offset + row for row in part.order[start:stop]]))
+            start = stop
+    placed.sort(key=lambda entry: entry[:2])
+    return Batches([batch for _, _, batch, _ in placed], [row for *_, rows in placed for row in rows])

@@ -1,0 +1,175 @@
+"""From what a user has (texts, tables, arrays, data sets) to batches for a model, dealt out to the uses of data."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpr.data.batches import Batches, array_batches, input_batches, text_batches
+from hpr.data.datasets import read_columns
+from hpr.data.docstrings import Split, docstrings
+from hpr.data.files import read_array, read_labels, read_texts
+from hpr.data.loaded_model import OpenModel
+from hpr.data.sources import fractions, interleaved, named
+from hpr.data.targets import _positions, own_answers
+from hpr.errors import HprError
+
+RESCORED = 256  # examples that plans are re-scored on
+EVALUATED = 1024  # held-out examples for the final figures
+_ARRAYS = (".npy", ".npz")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The examples of a source: texts, an array, or mappings of model inputs; ``labels`` (one each) where they are wanted."""
+
+    values: list[Any] | np.ndarray
+    name: str
+    labels: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, places: Sequence[int]) -> Rows:
+        """Some of them."""
+        values = self.values[list(places)] if isinstance(self.values, np.ndarray) else [self.values[i] for i in places]
+        return Rows(values, self.name, None if self.labels is None else [self.labels[i] for i in places])
+
+
+def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Rows:
+    """Examples of a text file, an ``.npy`` or ``.npz`` file, a list of texts, an array, ``datasets.Dataset``; or docstrings.
+
+    Raises ``HprError`` for what is none of these, for empty or damaged files, and where labels are wanted and there are none.
+    """
+    if data is None:
+        rows = Rows(docstrings(split), "docstrings of Python's standard library")
+    elif hasattr(data, "column_names"):
+        rows = Rows(*read_columns(data, labels))
+    elif isinstance(data, np.ndarray) or (isinstance(data, str | os.PathLike) and Path(data).suffix.lower() in _ARRAYS):
+        rows = Rows(read_array(data), "the array given" if isinstance(data, np.ndarray) else Path(data).name)
+    elif isinstance(data, str | os.PathLike):
+        rows = Rows(read_texts(data), Path(data).name, read_labels(data) if labels else None)
+    else:
+        rows = Rows(list(data), "the texts given")
+    if labels and rows.labels is None:
+        raise HprError(f"labels count in the loss, but {rows.name} has none: set their weight to 0, or bring a column 'label'")
+    if rows.labels is not None and len(rows.labels) != len(rows):
+        raise HprError(f"{rows.name} has {len(rows)} examples and {len(rows.labels)} labels: remove rows without either")
+    return rows
+
+
+def open_data(
+    data: Any,
+    opened: OpenModel,
+    split: Split = "calibration",
+    examples: int = 4096,
+    batch_size: int = 64,
+    max_length: int = 256,
+    shares: Mapping[str, float] | None = None,
+) -> tuple[Batches, str]:
+    """Batches for a model, and what to call them.
+
+    ``data`` is anything that ``rows_of`` reads, the standard library's docstrings if None; or several of these by name, with
+    ``shares`` of the examples. The first ``examples`` are taken; ``split`` matters for docstrings only. A causal language
+    model reads texts longer than ``max_length`` in several examples; a sequence-to-sequence model gets what it writes itself
+    as target (see ``own_answers``). Raises ``HprError`` for texts without a tokenizer, and for empty, damaged or non-finite
+    data.
+    """
+    if examples < 1:
+        raise HprError(f"examples is {examples}: at least one is needed")
+    if isinstance(data, Mapping):
+        sources, parts = named(data), fractions(data, shares)
+        found = [
+            open_data(source, opened, split, math.ceil(examples * parts[name]), batch_size, max_length)
+            for name, source in sources.items()
+        ]
+        return interleaved([batches for batches, _ in found]), ", ".join(label for _, label in found)
+    rows = rows_of(data, split)
+    label = f"{rows.name} ({split} part)" if data is None else rows.name
+    return _batches(rows, opened, examples, batch_size, max_length), label
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Batches for the three uses of data, disjoint: profiled, re-scored on, and held out for the figures.
+
+    ``own``: the user brought the data, so a refit to it is a refit to what the model will see.
+    """
+
+    calibration: Batches
+    rescoring: Batches
+    heldout: Batches
+    source: str
+    own: bool
+
+
+def open_splits(data: Any, opened: OpenModel, examples: int = 4096, labels: bool = False, share: float = 1.0) -> Splits:
+    """Data for a whole compression: at most ``examples`` to profile, 256 to re-score on and 1,024 held out; or a ``share`` of
+    these.
+
+    The user's data is dealt out by turns of eight, so that a sorted file is split fairly; docstrings have a held-out part of
+    their own. Raises ``HprError`` for fewer than eight examples, and as ``open_data`` does.
+    """
+    if examples < 2:
+        raise HprError(f"examples is {examples}: at least 2 are needed")
+    own, rows = data is not None, rows_of(data, labels=labels)
+    if len(rows) < 8:
+        raise HprError(f"{len(rows)} examples are too few to profile, re-score and evaluate on: bring at least 8")
+    turns = [index % 8 for index in range(len(rows))]
+    parts = [[i for i, turn in enumerate(turns) if turn in wanted] for wanted in ((0, 2, 4, 5, 6, 7), (1,), (3,))]
+    if not own:
+        parts[0] = [i for i, turn in enumerate(turns) if turn != 1]
+    dealt = [rows.take(part) for part in parts]
+    if not own:
+        dealt[2] = rows_of(None, "heldout")
+    limits = [math.ceil(share * min(most, examples)) for most in (examples, RESCORED, EVALUATED)]
+    first, second, third = (_batches(part, opened, limit) for part, limit in zip(dealt, limits, strict=True))
+    return Splits(first, second, third, rows.name, own)
+
+
+def split_sources(
+    data: Any, opened: OpenModel, examples: int = 4096, labels: bool = False, shares: Mapping[str, float] | None = None
+) -> dict[str, Splits]:
+    """The splits of every source by name (``data`` where there is only one); the limits are parted by ``shares``."""
+    sources = named(data)
+    parts = fractions(sources, shares)
+    return {name: open_splits(source, opened, examples, labels, parts[name]) for name, source in sources.items()}
+
+
+def joined(parts: Sequence[Splits]) -> Splits:
+    """The splits of several sources as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Splits(
+        interleaved([part.calibration for part in parts]),
+        interleaved([part.rescoring for part in parts]),
+        interleaved([part.heldout for part in parts]),
+        ", ".join(part.source for part in parts),
+        all(part.own for part in parts),
+    )
+
+
+def _batches(rows: Rows, opened: OpenModel, examples: int, batch_size: int = 64, max_length: int = 256) -> Batches:
+    """The first examples, as the model takes them."""
+    rows = rows.take(range(min(examples, len(rows))))
+    if isinstance(rows.values, np.ndarray):
+        batches = array_batches(rows.values, batch_size=batch_size, argument=getattr(opened.model, "main_input_name", None))
+    elif isinstance(rows.values[0], Mapping):
+        batches = input_batches(rows.values, batch_size)
+    else:
+        if opened.tokenizer is None:
+            raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
+        windows = examples if opened.objective == "causal-lm" else None
+        length = min(max_length, _positions(opened.model))
+        batches = text_batches(rows.values, opened.tokenizer, batch_size, length, windows, rows.labels)
+    if opened.objective == "seq2seq":
+        for batch in batches:
+            if "labels" not in batch:
+                batch["labels"] = own_answers(opened.model, batch)
+    return batches

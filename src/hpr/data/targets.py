@@ -1,0 +1,44 @@
+"""Targets for sequence-to-sequence models: what the model writes itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from hpr.errors import HprError
+from hpr.runtime.hooks import beside
+
+
+@torch.no_grad()
+def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32) -> Tensor:
+    """What a sequence-to-sequence model writes to a batch, greedily: labels (batch, positions), −100 after the end.
+
+    The targets it meets in use, so no others have to be brought. At most ``longer`` tokens more than the input has positions.
+    Raises ``HprError`` for a model that cannot generate.
+    """
+    if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
+        raise HprError(f"{type(model).__name__} cannot write its own targets: give batches with labels to hpr.profile")
+    given = beside({key: batch[key] for key in (model.main_input_name, "attention_mask") if key in batch}, model)
+    length = min(batch[model.main_input_name].shape[1] + longer, _positions(model) - 1)
+    settings: dict[str, Any] = {"max_new_tokens": length, "num_beams": 1, "do_sample": False, "return_dict_in_generate": False}
+    # past the generate of speech models, which cuts recordings and strips what the decoder reads first
+    written = GenerationMixin.generate(model, **given, **settings)  # type: ignore[arg-type]
+    assert isinstance(written, Tensor)
+    labels = written[:, 1:].to(batch[model.main_input_name].device)
+    end = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if end is None:
+        return labels
+    ends = torch.isin(labels, torch.as_tensor(end, device=labels.device))
+    return labels.masked_fill(ends.cumsum(1) - ends.long() > 0, -100)
+
+
+def _positions(model: nn.Module) -> int:
+    """The most tokens that a model takes at once, as far as its configuration says."""
+    config = getattr(model, "config", None)
+    known = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
+    return next((count for count in known if isinstance(count, int) and count > 1), sys.maxsize)

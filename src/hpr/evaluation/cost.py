@@ -1,0 +1,206 @@
+"""What a model costs to store and to run. Every number says what it counts.
+
+A student is measured along its teacher's sites, so that both are counted alike: a site may be kept, read shared factors,
+or be gone with its layer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
+
+from hpr.anatomy.lookup import module_at, slice_at
+from hpr.anatomy.model import Anatomy, Site
+from hpr.errors import HprError
+from hpr.nn.bank import bank_of, parameters, terms_of
+from hpr.nn.embedding import SharedEmbedding
+from hpr.nn.site import SharedSite
+from hpr.plans.terms import Term, factors_of
+from hpr.runtime.batch import Batch
+from hpr.runtime.hooks import beside, call, evaluating
+
+OTHER = "biases, norms and other"
+_DTYPES = {  # in the order in which safetensors lays tensors out: the last first
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+
+
+def sizes(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
+    """``parameters``, ``bytes`` on disk, ``resident_bytes`` and ``flops_per_token``; ``anatomy`` is the teacher's."""
+    return {
+        "parameters": parameters(model),
+        "bytes": disk_bytes(model),
+        "resident_bytes": resident_bytes(model),
+        "flops_per_token": flops_per_token(model, anatomy),
+    }
+
+
+def disk_bytes(model: nn.Module) -> int:
+    """The exact size in bytes of the safetensors file that ``save_pretrained`` (or ``hpr.save``) writes, not written.
+
+    Off by the names where transformers renames weights on saving, stores experts one by one, or splits files (from 50 GB).
+    """
+    state = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    groups: dict[Hashable, list[str]] = {}
+    for key, value in state.items():
+        groups.setdefault((_storage(value), value.storage_offset(), value.shape), []).append(key)
+    declared = set(getattr(model, "all_tied_weights_keys", None) or ())
+    metadata = {"format": "pt"} if isinstance(model, PreTrainedModel) else {}
+    for keys in groups.values():
+        kept = next((key for key in sorted(keys) if key not in declared), sorted(keys)[-1]) if declared else min(keys)
+        for key in set(keys) - {kept}:
+            del state[key]
+            if not isinstance(model, PreTrainedModel):
+                metadata[key] = kept
+    return _file_size(state, metadata)
+
+
+def file_bytes(folder: str | os.PathLike[str]) -> int:
+    """Bytes of all safetensors files in a folder. Raises ``HprError`` where there is none."""
+    files = list(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise HprError(f"{folder} holds no .safetensors file: give a folder that a model was saved to")
+    return sum(file.stat().st_size for file in files)
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes that parameters and buffers take in memory, each storage once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({_storage(tensor): _storage_bytes(tensor) for tensor in tensors}.values())
+
+
+def flops_per_token(model: nn.Module, anatomy: Anatomy) -> int:
+    """Floating-point operations (multiply-adds × 2) for one row through every site.
+
+    Attention scores are not counted (``forward_flops`` does), nor are norms and activations. Looking up a table's row is
+    free, multiplying it by a factor is not. All experts are counted, though the router sends a row to a few; their weights are
+    put together before they are used, so sharing changes nothing there.
+    """
+    total = 0
+    for site in anatomy.sites:
+        if site.expert is not None:
+            total += 2 * site.parameters
+            continue
+        modules = [module for path in (site.path, *site.aliases) if (module := _find(model, path)) is not None]
+        total += sum(_flops(module, site) for module in dict.fromkeys(modules))
+    return total
+
+
+def forward_flops(model: nn.Module, batch: Batch) -> int:
+    """Floating-point operations (multiply-adds × 2) of all matrix products of one forward pass, attention's included.
+
+    Counted as they run: padding and what a causal mask hides count too, what layers reuse does not.
+    """
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts the others by itself
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops}) as counter,
+    ):
+        call(model, beside(batch, model))
+    return counter.get_total_flops()
+
+
+def parts(teacher: nn.Module, student: nn.Module, anatomy: Anatomy) -> list[dict[str, Any]]:
+    """Parameters before and after by part: a slot of a stack (``encoder · attention.self.query``), a site outside, the rest.
+
+    A shared factor is split evenly among the sites that use it; either column adds up to the model's ``parameters``.
+    """
+    before, after = _by_part(teacher, anatomy), _by_part(student, anatomy)
+    return [{"name": name, "before": before[name], "after": after[name]} for name in before]
+
+
+def _by_part(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
+    terms = terms_of(model)
+    stored = {site.name: dict(_stored(model, site, terms)) for site in anatomy.sites}
+    users = Counter(key for units in stored.values() for key in units)
+    shares: dict[str, float] = {}
+    for site in anatomy.sites:
+        name = site.name if site.stack is None else f"{site.stack} · {site.slot}"
+        own = sum(count / users[key] for key, count in stored[site.name].items())
+        shares[name] = shares.get(name, 0.0) + own
+    rounded, running = {}, 0.0
+    for name, share in shares.items():  # differences of rounded running sums: whole numbers with the same total
+        rounded[name] = round(running + share) - round(running)
+        running += share
+    return rounded | {OTHER: parameters(model) - sum(rounded.values())}
+
+
+def _stored(model: nn.Module, site: Site, terms: Mapping[str, Sequence[Term]]) -> Iterator[tuple[Hashable, int]]:
+    """What one site reads: (identity, parameters) of each factor or weight."""
+    bank = bank_of(model)
+    if site.path in terms and bank is not None:
+        for factor in factors_of(terms[site.path]):
+            yield factor, bank[factor].shape.parameters
+    elif site.expert is not None and (expert := slice_at(model, site.path)) is not None:
+        yield (_storage(expert.weight), expert.number), expert.weight.numel()
+    elif (module := _find(model, site.path)) is not None:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        yield _storage(weight), weight.numel()
+
+
+def _flops(module: nn.Module, site: Site) -> int:
+    if isinstance(module, SharedEmbedding):
+        shapes = [module.bank[term.v].shape for term in module.terms if term.v is not None]
+        return 2 * sum(shape.rows * shape.columns for shape in shapes)
+    if isinstance(module, SharedSite):
+        return module.flops_per_row()
+    return 0 if isinstance(module, nn.Embedding) else 2 * site.parameters
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *others: Any, **named: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _find(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module_at(model, path)
+    except HprError:
+        return None  # dropped with its layer, or reused from the layer below
+
+
+def _storage(tensor: Tensor) -> Hashable:
+    """The same for tensors that share memory; on the meta device, and for empty ones, only a tensor is like itself."""
+    pointer = 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    return (str(tensor.device), pointer) if pointer else id(tensor)
+
+
+def _storage_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size() if tensor.is_meta else tensor.untyped_storage().nbytes()
+
+
+def _file_size(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Eight bytes of length, a JSON header padded to eight, then the data."""
+    places = list(_DTYPES)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for key in sorted(state, key=lambda name: (-places.index(state[name].dtype), name)):
+        end = offset + state[key].numel() * state[key].element_size()
+        header[key] = {"dtype": _DTYPES[state[key].dtype], "shape": list(state[key].shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode())
+    return 8 + -(-length // 8) * 8 + offset

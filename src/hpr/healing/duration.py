@@ -1,0 +1,50 @@
+"""How long to heal, as a user says it: ``500steps``, ``10min``, ``2h``."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+
+from accelerate import PartialState
+from torch import nn
+
+from hpr.errors import HprError
+from hpr.healing.distributed import agreed
+from hpr.healing.loss import GlobalLoss
+from hpr.runtime.batch import Batch
+from hpr.runtime.hooks import beside, evaluating
+
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|s|min|h)?")
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_TIMED = 3  # passes that are timed, after one that is not
+
+
+def amount(text: str) -> tuple[int | None, float | None]:
+    """Steps, or else seconds. Raises ``HprError`` for what is neither, and for less than one step."""
+    match = _AMOUNT.fullmatch(text.strip().lower())
+    if match is None or not float(match[1]) > 0:
+        raise HprError(f"{text!r} is no amount of healing: say '500steps', '90s', '10min' or '2h'")
+    number, unit = float(match[1]), match[2] or "steps"
+    if unit in _SECONDS:
+        return None, number * _SECONDS[unit]
+    if number != int(number):
+        raise HprError(f"{text!r}: steps are counted whole")
+    return int(number), None
+
+
+def steps_within(seconds: float, student: nn.Module, loss: GlobalLoss, batches: Sequence[Batch], accumulate: int = 1) -> int:
+    """How many steps fit, at least one, by the time that a few batches take forward and backward, spread over all.
+
+    The first of several processes says it for all of them.
+    """
+    places = [number * (len(batches) - 1) // _TIMED for number in range(_TIMED + 1)]
+    with evaluating(student):
+        for number, place in enumerate(places):
+            if number == 1:
+                start = time.perf_counter()
+            loss(student, beside(batches[place], student))[0].backward()
+            student.zero_grad(set_to_none=True)
+    found = max(1, int(seconds * _TIMED / (time.perf_counter() - start) / accumulate))
+    PartialState(cpu=next(student.parameters()).device.type == "cpu")
+    return agreed(found)

@@ -1,0 +1,103 @@
+"""JSON lines as they come in, to batches that an online learner takes, and the log of what it made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpr.data.batches import text_batches
+from hpr.data.files import as_label
+from hpr.data.loaded_model import OpenModel
+from hpr.data.targets import own_answers
+from hpr.errors import HprError
+from hpr.healing.online.healer import Update
+from hpr.runtime.batch import Batch
+from hpr.runtime.files import write_text
+
+LONGEST = 256  # tokens of a text
+_LOG = "updates.jsonl"
+
+
+class Chunk(NamedTuple):
+    """A batch of some lines, what is wrong with those that are left out of it, and the number of the last line."""
+
+    batch: Batch
+    faults: list[str]
+    line: int
+
+
+def chunks(lines: Iterable[str], opened: OpenModel, size: int = 16, labels: bool = False, after: int = 0) -> Iterator[Chunk]:
+    """A batch for every ``size`` lines that come after some number of them.
+
+    A line is an object with a ``text``, and a ``label`` where those are wanted. Where none of them serves the batch is
+    empty, which a learner refuses. Raises ``HprError`` for a model without a tokenizer.
+    """
+    if opened.tokenizer is None:
+        raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: use hpr.OnlineHealer with batches of inputs")
+    incoming = islice(lines, after, None)
+    while chunk := list(islice(incoming, size)):
+        texts, marks, faults = [], [], []
+        for number, line in enumerate(chunk, after + 1):
+            try:
+                text, mark = _read(line, number, labels)
+            except HprError as error:
+                faults.append(str(error))
+            else:
+                texts.append(text)
+                marks.append(mark)
+        after += len(chunk)
+        yield Chunk(_batch(texts, marks if labels else None, opened), faults, after)
+
+
+class Log:
+    """One JSON line an update, with the number of the last line that it took, in the folder of the state.
+
+    ``line``: the one that the state of a learner at some step has come to. What a crash kept from being logged is one update
+    at most, of ``size`` lines.
+    """
+
+    def __init__(self, folder: Path, step: int, size: int):
+        self.path = folder / _LOG
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        rows = [row for line in text.splitlines() if (row := _row(line)) is not None and row["step"] <= step]
+        write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
+        last = rows[-1] if rows else {"step": 0, "line": 0}
+        self.line = int(last["line"] + (step - last["step"]) * size)
+
+    def add(self, update: Update, line: int) -> None:
+        """Append what a batch did; what it did not do is left out."""
+        row = {name: value for name, value in vars(update).items() if value is not None and value is not False}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"line": line}) + "\n")
+
+
+def _read(line: str, number: int, labels: bool) -> tuple[str, float]:
+    try:
+        row: Any = json.loads(line)
+        text = row["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise HprError(f"line {number} is no JSON object with a field 'text'") from error
+    if not isinstance(text, str) or not text.strip():
+        raise HprError(f"line {number}: 'text' is {text!r:.40}, not a text")
+    return text, as_label(row.get("label"), number, "the stream") if labels else 0
+
+
+def _batch(texts: list[str], labels: list[float] | None, opened: OpenModel) -> Batch:
+    if not texts:
+        return {}
+    (batch,) = text_batches(texts, opened.tokenizer, len(texts), LONGEST, None, labels, ratio=math.inf)
+    if opened.objective == "seq2seq":
+        batch["labels"] = own_answers(opened.model, batch)
+    return batch
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        return row if {"step", "line"} <= row.keys() else None
+    except (ValueError, AttributeError):
+        return None  # half a line, of the moment of a crash

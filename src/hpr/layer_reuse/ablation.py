@@ -1,0 +1,80 @@
+"""What layers are worth, by intervention: the true divergence when one is dropped, or reuses what the layer below computes.
+
+Curvature cannot predict it, since nothing small is changed. Single interventions rank the layers (ShortGPT, Men et al. 2024,
+ranks them by block influence); runs of them, each with one layer more, are then measured together: they do not add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from hpr.anatomy.describe import describe
+from hpr.evaluation.divergence import divergence
+from hpr.layer_reuse.dead_weights import vanishing
+from hpr.layer_reuse.install import droppable, reusable, with_states
+from hpr.layer_reuse.reuse import Interventions, Reuse
+from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
+from hpr.profiling.objectives import Objective
+from hpr.runtime.batch import Batch
+from hpr.runtime.progress import Progress, silent
+
+MOST_LAYERS = 6  # that one plan drops or lets reuse, beyond the best few
+
+
+def intervene(
+    model: nn.Module, batches: Sequence[Batch], objective: Objective, progress: Progress = silent
+) -> dict[str, dict[str, float]]:
+    """Each layer by itself in every state that it can be in: layer name → state → nats per example.
+
+    Two forward passes an intervention. Layers that can be in no state are not named.
+    """
+    anatomy = describe(model)
+    reuse, drop = reusable(model, anatomy), droppable(model, anatomy)
+    wanted = [
+        (layer, state)
+        for layer in reuse
+        for state, reasons in ((WEIGHTS, reuse), (KEYS, reuse), (DROPPED, drop))
+        if reasons[layer] is None
+    ]
+    found: dict[str, dict[str, float]] = {}
+    for done, (layer, state) in enumerate(wanted, 1):
+        changed = with_states(model, {layer: state})
+        found.setdefault(layer, {})[state] = divergence(changed, model, batches, objective).mean
+        progress("interventions", done, len(wanted))
+    return found
+
+
+def reuses(
+    model: nn.Module,
+    interventions: Interventions,
+    batches: Sequence[Batch],
+    objective: Objective,
+    price: float,
+    progress: Progress = silent,
+) -> list[Reuse]:
+    """Few ways to let layers reuse, each with one layer more than the one before, measured together.
+
+    ``price``: what a parameter is worth elsewhere, in nats: the multiplier of a plan without reuse. A layer is worth changing
+    if what it saves, at that price, is more than what it costs; it comes in the state that gains most, and the layers come
+    in order of gain. The price falls as more is saved, so this only proposes.
+    """
+    anatomy = describe(model)
+    ranked = []
+    for layer, damages in interventions.items():
+        options = []
+        for state, damage in damages.items():
+            saved = Reuse({layer: state}, vanishing(model, {layer: state}, batches[0]), damage).parameters(anatomy)
+            if (gain := price * saved - damage) > 0:
+                options.append((gain, state))
+        if options:
+            ranked.append((*max(options), layer))
+    found: list[Reuse] = []
+    states: dict[str, str] = {}
+    for number, (_, state, layer) in enumerate(sorted(ranked, reverse=True)[:MOST_LAYERS], 1):
+        states = {**states, layer: state}
+        damage = divergence(with_states(model, states), model, batches, objective).mean
+        found.append(Reuse(dict(states), vanishing(model, states, batches[0]), damage))
+        progress("reuse", number, min(MOST_LAYERS, len(ranked)))
+    return found

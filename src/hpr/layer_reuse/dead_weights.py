@@ -1,0 +1,150 @@
+"""What no longer has an effect once layers are dropped or reuse what a layer below computes, and its place in a plan.
+
+Found by gradients, not by names: of whatever stands inside the attention modules of a layer that takes, that vanishes which
+gets a gradient in the original model and none in the changed one. So the query and key projections of reused attention weights
+go, their norms with them, and of a fused projection all rows but those of the values, in whichever order it has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import module_at, weight_of
+from hpr.anatomy.model import Anatomy
+from hpr.errors import HprError
+from hpr.layer_reuse.attention import Holder, role_of
+from hpr.layer_reuse.install import attention_at, paths_of, reading_the_same, with_states
+from hpr.layer_reuse.reuse import Runs, Vanishing
+from hpr.plans.layer_states import DROPPED, site_layer
+from hpr.runtime.batch import Batch, example_batch
+from hpr.runtime.hooks import beside, call
+
+TOLERANCE = 1e-3  # how far attention computed here may move an output, as a share of its largest value
+
+
+def vanishing(model: nn.Module, states: Mapping[str, str], batch: Batch | None = None) -> Vanishing:
+    """What vanishes from a model under some states of its layers (see ``reuse.with_states``).
+
+    The gradients are those of a random projection of the output for one ``batch``, by default ``example_batch(model)``. Raises
+    ``HprError`` for states that cannot be, and where attention as hpr computes it does not give what the model gives.
+    """
+    anatomy = describe(model)
+    probe = reading_the_same(with_states(model, states), torch.float32)
+    rows: dict[str, Runs] = {site.name: () for site in anatomy.sites if states.get(site_layer(site) or "") == DROPPED}
+    removed = _beside_dropped(model, anatomy, states)
+    taking = [path for path, state in paths_of(anatomy, states).items() if state != DROPPED]
+    inside = _weighted_modules(probe, taking)
+    if not inside:
+        return Vanishing(rows, removed)
+    batch = example_batch(model) if batch is None else beside(batch, model)
+    original = reading_the_same(model, torch.float32)
+    before, after = _effects(original, inside, batch), _effects(probe, inside, batch)
+    _check_attention(original, anatomy, states, batch)
+    sites = {site.path: site for site in anatomy.sites}
+    for path in inside:
+        gone = not any(effect.any() for effect in after[path].values())
+        if not any(effect.any() for effect in before[path].values()):
+            continue
+        site = sites.get(path)
+        if site is None:
+            if gone:
+                removed[path] = sum(parameter.numel() for parameter in module_at(model, path).parameters(recurse=False))
+        elif not site.aliases and gone:
+            rows[site.name] = ()
+            if site.has_bias:
+                removed[site.name] = site.out_features
+        elif not site.aliases and site.kind == "linear":
+            stays = ~before[path]["weight"] | after[path]["weight"]
+            if not stays.all():
+                rows[site.name] = tuple(_runs(stays))
+    return Vanishing(rows, removed)
+
+
+def _weighted_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Paths of the modules inside the attention modules of some blocks that have parameters of their own."""
+    found = []
+    for block in blocks:
+        for path, attention in attention_at(model, block).items():
+            for inner, module in attention.named_modules():
+                if inner and next(module.parameters(recurse=False), None) is not None:
+                    found.append(f"{path}.{inner}")
+    return found
+
+
+def _beside_dropped(model: nn.Module, anatomy: Anatomy, states: Mapping[str, str]) -> dict[str, int]:
+    """Layer → parameters of a dropped block besides the weights of its sites."""
+    removed = {}
+    for (name, state), path in zip(states.items(), paths_of(anatomy, states), strict=True):
+        if state == DROPPED:
+            total = sum(parameter.numel() for parameter in module_at(model, path).parameters())
+            removed[name] = total - sum(site.parameters for site in anatomy.sites if site_layer(site) == name)
+    return removed
+
+
+def _effects(model: nn.Module, paths: Sequence[str], batch: Batch) -> dict[str, dict[str, Tensor]]:
+    """Path → parameter → which of its rows get a gradient; the rows of a Conv1D are its outputs."""
+    model.eval().requires_grad_(True)
+    owners = [(path, name) for path in paths for name, _ in module_at(model, path).named_parameters(recurse=False)]
+    parameters = [getattr(module_at(model, path), name) for path, name in owners]
+    with torch.enable_grad():
+        output = _output(call(model, _as_float(batch)))
+        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        gradients = torch.autograd.grad((output * direction).sum(), parameters, allow_unused=True)
+    found: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
+    for (path, name), parameter, gradient in zip(owners, parameters, gradients, strict=True):
+        module = module_at(model, path)
+        touched = torch.zeros_like(parameter, dtype=torch.bool) if gradient is None else gradient != 0
+        if name == "weight" and weight_of(module).shape != parameter.shape:
+            touched = touched.T
+        found[path][name] = touched.reshape(len(touched), -1).any(1).cpu()
+    return found
+
+
+def _check_attention(original: nn.Module, anatomy: Anatomy, states: Mapping[str, str], batch: Batch) -> None:
+    """Raise where attention that gives its weights does not give what the model gives: it computes something of its own."""
+    through = reading_the_same(original)
+    for stack in anatomy.stacks:
+        if any(name.rpartition(".")[0] == stack.name for name in states):
+            for path in stack.blocks:
+                for name, module in attention_at(through, path).items():
+                    role_of(module, name).gives_weights = Holder()
+    with torch.no_grad():
+        expected, found = (_output(call(model.eval(), _as_float(batch))) for model in (original, through))
+    error = (expected - found).abs().max()
+    if not error <= TOLERANCE * expected.abs().max():
+        raise HprError(
+            f"attention of {anatomy.model_class} is more than softmax(Q Kᵀ) V with a mask (its output moved by "
+            f"{float(error):.3g}): plan without attention reuse for this model"
+        )
+
+
+def _output(outputs: Any) -> Tensor:
+    """The first tensor of floating-point numbers that a model gives."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    for value in outputs.values() if isinstance(outputs, Mapping) else outputs:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise HprError(f"the outputs, a {type(outputs).__name__}, hold no tensor of floating-point numbers: give another batch")
+
+
+def _as_float(batch: Batch) -> Batch:
+    if isinstance(batch, Mapping):
+        return {key: _as_float(value) for key, value in batch.items()}
+    return batch.float() if isinstance(batch, Tensor) and batch.is_floating_point() else batch
+
+
+def _runs(mask: Tensor) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each run of True."""
+    start = None
+    for place, stays in enumerate([*mask.tolist(), False]):
+        if stays and start is None:
+            start = place
+        elif not stays and start is not None:
+            yield start, place
+            start = None

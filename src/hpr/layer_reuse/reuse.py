@@ -1,0 +1,60 @@
+"""Which layers reuse or drop what, and its place in a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from hpr.anatomy.model import Anatomy
+from hpr.plans.layer_states import DROPPED, REUSED, site_layer
+from hpr.plans.plan import Plan
+from hpr.plans.terms import Entry, Term
+
+Interventions = Mapping[str, Mapping[str, float]]  # layer → state → nats per example
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """States of some layers, what vanishes with them, and their measured divergence together, in nats per example."""
+
+    states: dict[str, str]
+    vanishing: Vanishing
+    damage: float
+
+    def parameters(self, anatomy: Anatomy) -> int:
+        """How many parameters vanish."""
+        sites = sum(
+            anatomy[name].parameters - sum(stop - start for start, stop in runs) * anatomy[name].in_features
+            for name, runs in self.vanishing.rows.items()
+        )
+        return sites + sum(self.vanishing.removed.values())
+
+
+Runs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Vanishing:
+    """What has no effect once layers have their states.
+
+    ``rows``: site → runs [start, stop) of the rows that still have one; none where all of the weight is gone.
+    ``removed``: how many parameters besides the weights of sites go with a dropped layer (by its name), with a site (its bias,
+    by the site's name), or with another module (a norm, by its path).
+    """
+
+    rows: dict[str, Runs]
+    removed: dict[str, int]
+
+
+def with_layers(plan: Plan, anatomy: Anatomy, states: Mapping[str, str], found: Vanishing) -> Plan:
+    """The same plan with states of layers: the entries of what vanishes give way, all others stay.
+
+    A fused projection of which some rows stay gets one term a run, the very rows of the original.
+    """
+    entries = dict(plan.entries)
+    for name, runs in found.rows.items():
+        if states.get(site_layer(anatomy[name]) or "") == DROPPED:
+            entries[name] = Entry(DROPPED)
+        else:
+            entries[name] = Entry(REUSED, tuple(Term(f"{name}.{start}", rows=(start, stop)) for start, stop in runs))
+    return replace(plan, entries=entries, layers=dict(states), removed=dict(found.removed))

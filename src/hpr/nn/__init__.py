@@ -1,0 +1,1 @@
+"""The modules that stand in a compressed model: bank, linear, embedding, experts."""

@@ -1,0 +1,145 @@
+"""Where factors live.
+
+Each factor is one bias-free Linear in a ``FactorBank`` that hangs on the base model, so that a checkpoint's prefixes
+resolve from ``AutoModel`` and from head classes alike. A site holds the bank *unregistered* (inside a tuple) and looks its
+factors up by name at every call: references cached at build time go stale when parameters are replaced on load, by PEFT
+or by FSDP. Parameters are shared, never modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpr.anatomy.lookup import base_of
+from hpr.errors import HprError
+from hpr.nn.router import Routing
+from hpr.plans.terms import FactorShape, Term
+
+BANK = "hpr_bank"
+METHOD = "hpr"  # the name under which transformers finds hpr in a configuration
+FORMAT = 1
+MEND = "import hpr before loading this model"  # a buffer's name: loading without hpr lists it as an unexpected key
+
+
+class Factor(nn.Linear):
+    """One stored matrix F (rows, columns). With an identity block only the rest is stored, and the order of its side:
+
+    ``identity="rows"``: F = [I; weight][order]; ``identity="columns"``: F = [I, weight][:, order].
+    """
+
+    order: Tensor
+
+    def __init__(self, shape: FactorShape, dtype: torch.dtype | None = None):
+        rows, columns = shape.stored
+        super().__init__(columns, rows, bias=False, dtype=dtype)
+        self.shape = shape
+        if shape.identity:
+            self.register_buffer("order", torch.arange(max(shape.rows, shape.columns), dtype=torch.int32))
+
+    def reset_parameters(self) -> None:
+        """Factors are always loaded, never drawn."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """F·x over the last dimension, plus a bias (rows,) in the same pass: (…, columns) → (…, rows).
+
+        F is put together first: permuting a weight costs less than permuting the activations of many rows.
+        """
+        return F.linear(x, self.dense(), bias)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows of F by number: (…) → (…, columns)."""
+        if self.shape.identity != "rows":
+            return F.embedding(ids, self.dense())
+        rank = self.shape.columns
+        place = F.embedding(ids, self.order.unsqueeze(-1)).squeeze(-1).long()
+        unit = F.one_hot(place.clamp(max=rank - 1), rank).to(self.weight.dtype)
+        return torch.where((place < rank).unsqueeze(-1), unit, F.embedding((place - rank).clamp(min=0), self.weight))
+
+    def dense(self) -> Tensor:
+        """F itself, (rows, columns)."""
+        if not self.shape.identity:
+            return self.weight
+        side = 0 if self.shape.identity == "rows" else 1
+        identity = torch.eye(min(self.shape[:2]), dtype=self.weight.dtype, device=self.weight.device)
+        return torch.cat([identity, self.weight], dim=side).index_select(side, self.order)
+
+
+class FactorBank(nn.Module):
+    """Factors by name, each stored once. Raises ``HprError`` where two names give one key, or a name cannot be a key.
+
+    ``layers``: path of a block → its state, where it was dropped or reuses what one below computes (``planning.layers``).
+    ``routing``: what routers see and give in the pass under way.
+    """
+
+    def __init__(self, shapes: Mapping[str, FactorShape], dtype: torch.dtype | None = None):
+        super().__init__()
+        self.factors = nn.ModuleDict()
+        for name, shape in shapes.items():
+            key = module_name(name)
+            if hasattr(self.factors, key):
+                raise HprError(f"factor {name!r} has the key {key!r}, which is taken: give it another name")
+            self.factors[key] = Factor(shape, dtype)
+        self.register_buffer(MEND, torch.zeros(1, dtype=dtype))
+        self.layers: dict[str, str] = {}
+        self.routing = Routing()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_buffer(MEND).dtype
+
+    def __getitem__(self, name: str) -> Factor:
+        return self.factors[module_name(name)]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Copy fitted values in: ``name`` → the stored matrix, ``name.order`` → the order where there is an identity block.
+
+        Raises ``HprError`` where a value is missing, has another shape or is not finite.
+        """
+        fitted = {module_name(name): value for name, value in values.items()}
+        for key, factor in self.factors.items():
+            for part, target in factor.state_dict(keep_vars=True).items():
+                value = fitted.get(key if part == "weight" else module_name(f"{key}.{part}"))
+                if value is None or value.shape != target.shape or not torch.isfinite(value).all():
+                    found = "missing" if value is None else f"of shape {tuple(value.shape)}, or not finite"
+                    raise HprError(f"factor {key}.{part} is {found}; {tuple(target.shape)} is needed: fit the plan anew")
+                target.copy_(value)
+
+
+def module_name(factor: str) -> str:
+    """A factor's key in the bank: module names cannot hold dots.
+
+    In capitals, because transformers renames parts of keys (``v_proj`` to ``value``) on saving and loading, wherever they are.
+    """
+    return factor.replace(".", "-").upper()
+
+
+def bank_of(model: nn.Module) -> FactorBank | None:
+    """The bank of a shared model, None for any other."""
+    bank = getattr(base_of(model)[0], BANK, None)
+    return bank if isinstance(bank, FactorBank) else None
+
+
+def terms_in(module: nn.Module) -> dict[str, tuple[Term, ...]]:
+    """The sites that a module stands for, by path, with their terms: one, all its experts, or none for any other module."""
+    found: dict[str, tuple[Term, ...]] = getattr(module, "terms_by_path", {})
+    return found
+
+
+def terms_of(model: nn.Module) -> dict[str, tuple[Term, ...]]:
+    """Path of every shared site of a model → its terms, tied modules once."""
+    return {path: terms for module in model.modules() for path, terms in terms_in(module).items()}
+
+
+def parameters(model: nn.Module) -> int:
+    """Unique parameters, tied ones and shared factors once.
+
+    The order of a factor's identity block counts as one parameter a row, as in the plan, whose count this equals.
+    """
+    bank = bank_of(model)
+    orders = [] if bank is None else [buffer.numel() for name, buffer in bank.named_buffers() if name.endswith(".order")]
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(orders)

@@ -1,0 +1,129 @@
+"""Routers: what makes a term's weight depend on the input, and what they may see of it.
+
+α(x) = experts · softmax(R [x; 1]). Per token x is a position's own input, so nothing later is seen and nothing has to be
+cached. Per sequence it is the mean over the positions that count: the mask is the one that the nearest module around the
+site was called with.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpr.anatomy.lookup import module_at
+from hpr.errors import HprError
+from hpr.plans.terms import Route
+
+_MASK = "attention_mask"
+Taken = dict[tuple[str, str], list[tuple[Tensor, Tensor | None]]]  # see ``Routing.taken``
+
+
+class Routing:
+    """The masks of the calls under way, the innermost last; and, while ``taken`` is a dict, what routers gave.
+
+    ``taken``: (site's path, router) → per call α (…, experts) and which positions count (…), None where all do.
+    """
+
+    def __init__(self) -> None:
+        self.masks: list[Tensor | None] = []
+        self.taken: Taken | None = None
+
+    def __call__(self, route: Route, router: Tensor, x: Tensor, path: str) -> Tensor:
+        """α (…, experts) for an input x (…, in); with one for each sequence, (batch, 1, …, experts)."""
+        if route.per == "fixed":
+            return fixed(route, router)
+        mask = self.masks[-1] if self.masks and x.dim() > 2 else None
+        counted = mask if mask is not None and mask.shape == x.shape[:-1] else None
+        if route.per == "sequence" and x.dim() > 2:
+            x, counted = _mean(x, counted), None
+        weights = route.experts * F.linear(x, router[:, :-1], router[:, -1]).softmax(-1)
+        if self.taken is not None:
+            self.taken.setdefault((path, route.router), []).append((weights, counted))
+        return weights
+
+
+def fixed(route: Route, router: Tensor) -> Tensor:
+    """α (experts,) of a router that no input changes. Raises ``HprError`` for any other."""
+    if route.per != "fixed":
+        raise HprError(f"the router {route.router} depends on the input: take hpr.collapse of the model first")
+    return route.experts * router[:, 0].softmax(-1)
+
+
+def weighed(weights: Tensor, route: Route, rank: int | None) -> Tensor:
+    """α (…, experts) as what a term's rank components are multiplied by, (…, rank), or all of it, (…, 1)."""
+    if route.expert is not None:
+        return weights[..., route.expert : route.expert + 1]
+    assert rank is not None
+    return weights.repeat(*[1] * (weights.dim() - 1), -(-rank // route.experts))[..., :rank]
+
+
+def spread(shares: Tensor) -> Tensor:
+    """Entropy of shares of experts (…, experts) that add up to 1, as a share of that of even ones: (…)."""
+    return torch.special.entr(shares).sum(-1) / math.log(shares.shape[-1])
+
+
+@contextmanager
+def recorded(routing: Routing) -> Iterator[Taken]:
+    """What routers give in the passes made inside."""
+    before, routing.taken = routing.taken, {}
+    try:
+        yield routing.taken
+    finally:
+        routing.taken = before
+
+
+def note_masks(model: nn.Module, routing: Routing, paths: Iterable[str]) -> None:
+    """Let modules around some sites tell the routing which mask they were called with, in place."""
+    sites = {module_at(model, path) for path in paths}
+    for module in model.modules():
+        if not sites.isdisjoint(module.modules()) and _MASK in (names := list(inspect.signature(module.forward).parameters)):
+            module.register_forward_pre_hook(_Enter(routing, names.index(_MASK)), with_kwargs=True)
+            module.register_forward_hook(_Leave(routing), always_call=True)
+
+
+def forget_masks(model: nn.Module) -> None:
+    """Take away what ``note_masks`` put there, in place."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [number for number, hook in hooks.items() if isinstance(hook, _Enter | _Leave)]:
+                del hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+                module._forward_hooks_always_called.pop(number, None)
+
+
+class _Enter:
+    """A hook as an object, so that a copy of the model has one of its own."""
+
+    def __init__(self, routing: Routing, place: int):
+        self.routing, self.place = routing, place
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        around = self.routing.masks[-1] if self.routing.masks else None
+        given = args[self.place] if len(args) > self.place else kwargs.get(_MASK, around)
+        squared = isinstance(given, Tensor) and given.dim() > 2  # made from the one around, for attention alone
+        self.routing.masks.append(around if squared else given)
+
+
+class _Leave:
+    def __init__(self, routing: Routing):
+        self.routing = routing
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.routing.masks:
+            self.routing.masks.pop()
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(batch, …, in) → (batch, 1, …, in): the mean over positions that count."""
+    between = tuple(range(1, x.dim() - 1))
+    if mask is None:
+        return x.mean(between, keepdim=True)
+    kept = mask.to(x.dtype).unsqueeze(-1)
+    return (x * kept).sum(between, keepdim=True) / kept.sum(between, keepdim=True).clamp(min=1)

@@ -1,0 +1,122 @@
+"""Base + block + private: a weight is the sum of what it inherits from its stack, from its block of layers, and its own.
+
+All three are low rank, each of its own rank; the base is shared by every layer of the group, a block by neighbours. With an
+empty base this is a group of tied blocks, with empty upper levels plain low rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpr.anatomy.model import Site
+from hpr.operators.linear_solvers import QUICK
+from hpr.operators.low_rank import damages, private_term, rank_costs, truncate
+from hpr.operators.metric import Measured, Side
+from hpr.operators.naming import group_name
+from hpr.operators.tie import estimate, tie
+from hpr.plans.terms import Term
+from hpr.solver.candidates import Candidate
+
+NAME = "base + block + private"
+BLOCK = 2
+SHORTEST = 4
+
+
+def candidate(group: Sequence[Measured]) -> Candidate | None:
+    """A few ranks of base and block, every sixteenth of the private ones; None for groups too short to have blocks."""
+    rows, columns = group[0].weight.shape
+    full = min(rows, columns)
+    if len(group) < SHORTEST or full < 2:
+        return None
+    private = np.unique(np.linspace(1, full - 1, 16).astype(int))
+    choices, costs, found = [], [], []
+    for base_rank in sorted({max(1, full // 8), max(1, full // 3)}):
+        base = _truncated(group, estimate(tuple(group)), base_rank)
+        for block_rank in (max(1, full // 8),):
+            rests = [weight for _, weight in _after_blocks(group, base, block_rank)]
+            curves = np.sum([damages(one, rest) for one, rest in zip(group, rests, strict=True)], axis=0)
+            blocks = len(list(_blocks(group)))
+            shared = rank_costs((rows, columns), np.array([base_rank]))[0]
+            shared += blocks * rank_costs((rows, columns), np.array([block_rank]))[0]
+            choices += [(base_rank, block_rank, int(rank)) for rank in private]
+            costs.append(shared + len(group) * rank_costs((rows, columns), private))
+            found.append(curves[private])
+    names = tuple(one.site.name for one in group)
+    return Candidate(NAME, names, tuple(choices), np.concatenate(costs), np.concatenate(found))
+
+
+def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term, ...]]:
+    """Base, block and private term of every site."""
+    base_rank, block_rank, private_rank = ranks
+    result: dict[str, tuple[Term, ...]] = {}
+    for block in _blocks(sites):
+        for site in block:
+            result[site.name] = (
+                _shared_term(f"{group_name(sites)}.base", site, base_rank),
+                _shared_term(f"{group_name(block)}.block", site, block_rank),
+                private_term(site, private_rank, ".private"),
+            )
+    return result
+
+
+def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
+    """Top down: the base explains all members at once, each block its rest, each site what then remains."""
+    base_term, block_term, _ = terms[group[0].site.name]
+    assert base_term.rank is not None
+    assert block_term.rank is not None
+    base = _truncated(group, estimate(tuple(group)), base_term.rank)
+    values: dict[str, Tensor] = {}
+    _put(values, base_term, base)
+    for one, (pair, rest) in zip(group, _after_blocks(group, base, block_term.rank), strict=True):
+        _, own_block, private = terms[one.site.name]
+        assert private.rank is not None
+        _put(values, own_block, pair)
+        _put(values, private, truncate(one, private.rank, rest))
+    return values
+
+
+def _shared_term(name: str, site: Site, rank: int) -> Term:
+    return Term(f"{name}.u", f"{name}.v", rank, identity=private_term(site, rank).identity)
+
+
+def _put(values: dict[str, Tensor], term: Term, pair: tuple[Tensor, Tensor]) -> None:
+    assert term.v is not None
+    values |= {term.u: pair[0], term.v: pair[1]}
+
+
+def _blocks(members: Sequence) -> Iterator[Sequence]:
+    """Neighbours in twos; an odd one out joins the last block."""
+    starts = list(range(0, len(members) - 1, BLOCK))
+    for index, start in enumerate(starts):
+        yield members[start:] if index == len(starts) - 1 else members[start : start + BLOCK]
+
+
+def _inherited(group: Sequence[Measured], weights: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """The low-rank part that a group's weights have in common."""
+    return _truncated(group, tie(group, weights, steps=QUICK), rank)
+
+
+def _truncated(group: Sequence[Measured], shared: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A group's tied matrix, truncated in the mean metric."""
+    total = sum(one.rows for one in group)
+    sides = []
+    for name in ("left", "right"):
+        moments = [one.rows / total * getattr(one, name).moment for one in group]
+        sides.append(Side(torch.stack(moments).sum(0), damping=0.0))
+    return truncate(Measured(group[0].site, shared, sides[0], sides[1], total), rank)
+
+
+def _after_blocks(
+    group: Sequence[Measured], base: tuple[Tensor, Tensor], rank: int
+) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """For every member in order: its block's pair of factors, and what base and block leave of its weight."""
+    result = []
+    for block in _blocks(group):
+        rests = [one.weight - base[0] @ base[1] for one in block]
+        pair = _inherited(block, rests, rank)
+        result += [(pair, rest - pair[0] @ pair[1]) for rest in rests]
+    return result

@@ -1,0 +1,83 @@
+"""Tie + delta: one matrix for the group plus a private low-rank correction at each site.
+
+Relaxed Recursive Transformers (Bae et al. 2024) and DeltaLLM use this form; here the tied matrix and the corrections are
+both of least damage, each given the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from hpr.anatomy.model import Site
+from hpr.operators.linear_solvers import QUICK
+from hpr.operators.low_rank import damages, private_term, rank_choices, rank_costs, truncate
+from hpr.operators.metric import Measured
+from hpr.operators.naming import group_name
+from hpr.operators.tie import estimate, tie
+from hpr.plans.terms import Term
+from hpr.solver.candidates import Candidate
+
+NAME = "tie + delta"
+_ROUNDS = 3
+_ANCHORS = (0.2,)  # ranks, as shares of the full one, that tied matrices are settled for
+
+
+def candidate(group: Sequence[Measured]) -> Candidate | None:
+    """Every rank of the corrections; the least damage over tied matrices settled for a few ranks (a bound for the fit).
+
+    None for a single row or column.
+    """
+    if min(group[0].weight.shape) < 2:
+        return None
+    starts = _starts(group)
+    ranks = np.arange(1, min(starts[0].shape))
+    costs = starts[0].numel() + len(group) * rank_costs(starts[0].shape, ranks)
+    total = np.min([_curve(group, shared) for shared in starts], axis=0)
+    return Candidate(NAME, tuple(one.site.name for one in group), rank_choices(ranks), costs, total[ranks])
+
+
+def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term, ...]]:
+    """The shared matrix, then the private correction."""
+    shared = f"{group_name(sites)}.base"
+    return {site.name: (Term(shared), private_term(site, ranks[0], ".delta")) for site in sites}
+
+
+def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
+    """Alternate: corrections given the tied matrix, tied matrix given the corrections."""
+    ranks = [terms[one.site.name][1].rank or 0 for one in group]
+    shared = min(
+        _starts(group), key=lambda start: sum(_damage(one, start, rank) for one, rank in zip(group, ranks, strict=True))
+    )
+    for _ in range(_ROUNDS):
+        shared = _settled(group, shared, ranks)
+    deltas = [truncate(one, rank, one.weight - shared) for one, rank in zip(group, ranks, strict=True)]
+    values = {terms[group[0].site.name][0].u: shared}
+    for one, (u, v) in zip(group, deltas, strict=True):
+        term = terms[one.site.name][1]
+        assert term.v is not None
+        values |= {term.u: u, term.v: v}
+    return values
+
+
+def _curve(group: Sequence[Measured], shared: Tensor) -> np.ndarray:
+    return np.sum([damages(one, one.weight - shared) for one in group], axis=0)
+
+
+def _starts(group: Sequence[Measured]) -> list[Tensor]:
+    """Tied matrices: as it is, and settled for a few ranks."""
+    shared = estimate(tuple(group))
+    anchors = [max(1, int(share * min(shared.shape))) for share in _ANCHORS]
+    return [shared, *(_settled(group, shared, [rank] * len(group)) for rank in anchors)]
+
+
+def _damage(one: Measured, shared: Tensor, rank: int) -> float:
+    return float(damages(one, one.weight - shared)[rank])
+
+
+def _settled(group: Sequence[Measured], shared: Tensor, ranks: Sequence[int]) -> Tensor:
+    """The tied matrix, given corrections of some rank to what it was."""
+    deltas = [truncate(one, rank, one.weight - shared) for one, rank in zip(group, ranks, strict=True)]
+    return tie(group, [one.weight - u @ v for one, (u, v) in zip(group, deltas, strict=True)], start=shared, steps=QUICK)

@@ -1,0 +1,1 @@
+"""All steps in one: compress, rescore, the record of a run, HierarchicalModel."""

@@ -1,0 +1,166 @@
+"""What is written down of a run: metrics.json as JSON values, and the folder that holds everything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hpr.anatomy.describe import describe
+from hpr.anatomy.model import Anatomy
+from hpr.checkpoints import save
+from hpr.data.loaded_model import OpenModel
+from hpr.data.splits import Splits
+from hpr.errors import HprError
+from hpr.evaluation.divergence import Comparison
+from hpr.operators import vocab_segments
+from hpr.operators.registry import OPERATORS
+from hpr.planning.draft import Draft
+from hpr.plans.plan import Plan
+from hpr.plans.terms import KEEP
+from hpr.profiling.profile import Profile
+from hpr.reporting.card import render_card
+from hpr.reporting.report import render_report
+from hpr.runtime import files
+from hpr.runtime.environment import versions
+from hpr.runtime.files import write_text
+
+
+def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], opened: OpenModel) -> Path:
+    """Write a folder at once: model, tokenizer, plan.json, metrics.json, report.html, README.md."""
+    as_dict = plan.to_dict()
+
+    def texts(folder: Path) -> dict[str, str]:
+        metrics["hashes"] = {files.WEIGHTS: save.sha256(folder / files.WEIGHTS)}
+        return {
+            "plan.json": json.dumps(as_dict, indent=1) + "\n",
+            "metrics.json": json.dumps(metrics, indent=1) + "\n",
+            "report.html": render_report(as_dict, metrics),
+            "README.md": render_card(as_dict, metrics),
+        }
+
+    return save.save(student, output, opened.tokenizer, texts, opened.folder)
+
+
+def heading(opened: OpenModel, plan: Plan) -> dict[str, Any]:
+    """What metrics.json says of a model and its plan, however it came about."""
+    return {
+        "format": 1,
+        "model": {"name": opened.label, "class": plan.model_class, "fingerprint": plan.fingerprint},
+        "versions": versions(),
+        "budget": {"text": plan.budget.text, "parameters": plan.budget.parameters},
+        "boundaries": plan.diagnostics.get("boundaries", {}),
+        "solver": plan.diagnostics.get("solver"),
+    }
+
+
+def record(
+    opened: OpenModel, plan: Plan, found: Profile, texts: Splits, figures: dict[str, Any], timing: dict[str, float], seed: int
+) -> dict[str, Any]:
+    """What metrics.json keeps of a compression, the plans tried and what came after apart."""
+    return {
+        **heading(opened, plan),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        **figures,
+        "layers": {
+            "names": {name: len(features.block_influence) for name, features in found.layers.items()},
+            **{
+                key: {name: getattr(features, key) for name, features in found.layers.items()}
+                for key in ("similarity", "block_influence", "context_dependence")
+            },
+        },
+        "timing": timing,
+        "calibration": {
+            "source": texts.source,
+            "examples": found.about["examples"],
+            "tokens": found.about["tokens"],
+            "objective": found.about["objective"],
+        },
+    }
+
+
+def plan_rows(
+    tried: Sequence[tuple[str, Plan]], scores: Sequence[Comparison], best: int, anatomy: Anatomy
+) -> list[dict[str, Any]]:
+    """One row for each plan that was measured, with the budget it was made for; the ``best``-th was chosen."""
+    return [
+        {
+            "label": one.diagnostics.get("label") or "plan",
+            "budget": text,
+            "parameters": one.parameters(anatomy),
+            "predicted": one.damage,
+            "measured": score.divergence.mean,
+            "quality": score.agreement if score.cosine is None else score.cosine,
+            "chosen": index == best,
+            "aligned": bool(one.alignment),
+        }
+        for index, ((text, one), score) in enumerate(zip(tried, scores, strict=True))
+    ]
+
+
+def operator_gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
+    """What the best plan without each operator, and without alignment, would cost, for those that the plan uses."""
+    used = {entry.operator for entry in plan.entries.values()} & {*OPERATORS, vocab_segments.NAME} - {KEEP}
+    best = sketch.best(plan.budget).damage
+    gains = []
+    for operator in sorted(used):
+        try:
+            without = sketch.without(operator, plan.budget).damage
+        except HprError:
+            continue  # without it the budget cannot be met at all
+        gains.append({"operator": operator, "damage_without": without, "damage_with": best})
+    if plan.alignment:
+        gains.append({"operator": "alignment", "damage_without": sketch.plain.best(plan.budget).damage, "damage_with": best})
+    return gains
+
+
+def check_original(folder: Path, original: OpenModel) -> None:
+    """Raise where the plan in a folder was made for another model than this one."""
+    if not (folder / "plan.json").is_file():
+        return
+    plan, found = Plan.load(folder / "plan.json"), describe(original.model)
+    if plan.fingerprint != found.fingerprint:
+        raise HprError(
+            f"{folder} was made from a {plan.model_class} with fingerprint {plan.fingerprint}, {original.label} has "
+            f"{found.fingerprint}: name the original with --teacher"
+        )
+
+
+def note_metrics(folder: Path, original: OpenModel, figures: Mapping[str, Any]) -> None:
+    """Put new figures into the metrics.json beside a plan.json (see ``with_figures``)."""
+    if (folder / "plan.json").is_file():
+        write_text(folder / "metrics.json", json.dumps(with_figures(folder, original, figures), indent=1) + "\n")
+
+
+def with_figures(folder: Path, original: OpenModel, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a folder with new figures: a measure on other data is added, on the same replaced."""
+    plan = Plan.load(folder / "plan.json")
+    metrics = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else heading(original, plan)
+    measured = {(row["name"], row["data"]) for row in figures["quality"]}
+    older = [row for row in metrics.get("quality", []) if (row.get("name"), row.get("data")) not in measured]
+    return metrics | {**figures, "quality": [*older, *figures["quality"]]}
+
+
+def write_report(folder: Path) -> Path:
+    """Render report.html from plan.json and metrics.json alone."""
+    plan, metrics = _read(folder / "plan.json"), _read(folder / "metrics.json")
+    write_text(folder / "report.html", render_report(plan, metrics))
+    return folder / "report.html"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        mend = "`hpr compress` writes one" if path.name == "plan.json" else "`hpr eval` writes one"
+        raise HprError(f"no {path.name} in {path.parent}: {mend}") from error
+    except ValueError as error:
+        raise HprError(f"{path} is not JSON ({error}): undo the edit") from error
+    if not isinstance(found, dict):
+        raise HprError(f"{path} holds a {type(found).__name__}, not an object: undo the edit")
+    return found

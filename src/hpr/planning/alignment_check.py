@@ -1,0 +1,102 @@
+"""Whether aligning layers pays, from a look at a few of them.
+
+Curves are the slowest part of planning, so they are not measured twice to find that out. Each attention and each feed-forward
+is looked at in one pair of layers: the least damage that any operator gives there, before and after turning them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+
+import numpy as np
+
+from hpr.anatomy.model import Anatomy, Site
+from hpr.anatomy.symmetry import Aim, Symmetry, layers_of
+from hpr.operators import low_rank, shared_basis, tie
+from hpr.operators.alignment import goals, turn_all, units
+from hpr.operators.metric import Measured
+from hpr.operators.registry import OPERATORS
+from hpr.profiling.profile import Profile
+
+SHARES = (0.5, 0.25)  # of a pair's parameters
+MARGIN = 0.02
+Damages = dict[str, np.ndarray]
+_HELPED = {"match": {tie.TIE}, "principal": {shared_basis.INPUT, shared_basis.OUTPUT}}  # only these are looked at again
+_QUICK = (tie.TIE, shared_basis.INPUT, shared_basis.OUTPUT)  # others lie between these, and cost more to look at
+
+
+def worthwhile(
+    anatomy: Anatomy,
+    profile: Profile,
+    measured: Mapping[str, Measured],
+    chosen: Set[str],
+    operators: Set[str],
+    margin: float = MARGIN,
+) -> tuple[Aim, ...]:
+    """For every attention and feed-forward the best aims, where they lower its damage by more than a share of ``margin``.
+
+    ``chosen``: names of the sites that are planned; ``operators``: names of those that may be used. The pair is that in the
+    middle of its stack. Damage is the least at half and at a quarter of the pair's parameters, summed over its slots.
+    """
+    names = [name for name in _QUICK if name in operators]
+    names = names or [name for name, operator in OPERATORS.items() if operator.shared and name in operators]
+    found: list[Aim] = []
+    for unit in units(profile.symmetries):
+        pairs = _middle_pairs(anatomy, unit, chosen)
+        if not pairs:
+            continue
+        layers = [site.layer for site in pairs[0] if site.layer is not None]
+        groups = [[measured[site.name] for site in pair] for pair in pairs]
+        alone = [_alone(group, operators) for group in groups]
+        shared = [_least(group, names) for group in groups]
+        before = _total(shared, alone)
+        best = 1 - margin
+        aims: tuple[Aim, ...] = ()
+        for goal in goals(unit):
+            state = dict(measured)
+            turn_all(anatomy, state, dict(profile.sites), goal, layers)
+            helped = [name for name in names if name in _HELPED[goal[0].goal]] or names
+            turned = [_least([state[site.name] for site in pair], helped) for pair in pairs]
+            after = _total([old | new for old, new in zip(shared, turned, strict=True)], alone)
+            known = np.isfinite(before) & (before > 0)
+            ratio = float((after[known] / before[known]).mean()) if known.any() else 1.0
+            if ratio < best:
+                best, aims = ratio, goal
+        found += aims
+    return tuple(found)
+
+
+def _middle_pairs(anatomy: Anatomy, unit: Sequence[Symmetry], chosen: Set[str]) -> list[tuple[Site, Site]]:
+    """The sites of each slot of a unit in two neighbouring layers, as far as they are chosen."""
+    sites: dict[int, dict[str, Site]] = {}
+    for symmetry in unit:
+        for layer, slots in layers_of(anatomy, symmetry).items():
+            sites.setdefault(layer, {}).update({slot: site for slot, site in slots.items() if site.name in chosen})
+    couples = [(layer, layer + 1) for layer in sorted(sites) if sites[layer].keys() & sites.get(layer + 1, {}).keys()]
+    if not couples:
+        return []
+    lower, upper = couples[(len(couples) - 1) // 2]
+    return [(sites[lower][slot], sites[upper][slot]) for slot in sites[lower] if slot in sites[upper]]
+
+
+def _alone(group: Sequence[Measured], operators: Set[str]) -> np.ndarray:
+    """Damage at each share if nothing is shared; no turn changes it."""
+    if low_rank.NAME not in operators:
+        return np.full(len(SHARES), np.inf)
+    return np.sum([_least([one], [low_rank.NAME])[low_rank.NAME] for one in group], axis=0)
+
+
+def _least(group: Sequence[Measured], names: Sequence[str]) -> Damages:
+    """The least damage at each share of a group's parameters, operator by operator; inf where it cannot be as small."""
+    found = {}
+    for name in names:
+        curve = OPERATORS[name].candidate(group)
+        limits = [share * sum(one.site.parameters for one in group) for share in SHARES]
+        if curve is not None:
+            found[name] = np.array([curve.damages[curve.parameters <= limit].min(initial=np.inf) for limit in limits])
+    return found
+
+
+def _total(shared: Sequence[Damages], alone: Sequence[np.ndarray]) -> np.ndarray:
+    """The least of all, summed over slots."""
+    return np.sum([np.min([one, *several.values()], axis=0) for several, one in zip(shared, alone, strict=True)], axis=0)

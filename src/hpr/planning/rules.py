@@ -1,0 +1,234 @@
+"""Reuse by rule: which layers replicate hidden states and attention weights of the layer below, said by hand.
+
+The rules are those of the source of hierarchical parameter replication: one dictionary a stack, with one value per layer for
+``hidden_states`` and one for ``attention_weights``. No profile is needed, since nothing is fitted: a layer that shares computes
+with the very parameters of the layer below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import weight_at
+from hpr.anatomy.model import Anatomy, Site, Stack
+from hpr.anatomy.swappable import unshareable
+from hpr.errors import HprError
+from hpr.layer_reuse.dead_weights import vanishing
+from hpr.layer_reuse.reuse import with_layers
+from hpr.operators import naming, tie
+from hpr.operators.fitting import Fitted
+from hpr.plans.budget import Budget
+from hpr.plans.layer_states import DROPPED, REUSED, WEIGHTS, site_layer
+from hpr.plans.plan import Plan, keep_all
+from hpr.plans.terms import KEEP, Entry, Term, factors_of
+from hpr.profiling.objectives import objective_for
+from hpr.runtime.batch import Batch
+
+
+@dataclass(frozen=True)
+class ByRule:
+    """Rules in the place of a plan, for ``hpr.share``: like a preset they fit nothing."""
+
+    rules: Rules
+    batch: Batch | None = None
+    name: str = "replication rules"
+
+    def read(self, model: nn.Module) -> Replication:
+        """What the rules mean for a model."""
+        return replication(self.rules, model, describe(model))
+
+    def plan(self, model: nn.Module) -> Plan:
+        """A validated plan whose budget is exactly what it needs."""
+        anatomy, found = describe(model), self.read(model)
+        plan = keep_all(anatomy)
+        states = dict.fromkeys(found.copied, DROPPED) | dict.fromkeys(found.reused, WEIGHTS)
+        if states:
+            plan = with_layers(plan, anatomy, states, vanishing(model, states, self.batch))
+        bound = unshareable(model, anatomy)
+        entries = dict(plan.entries)
+        for members in _groups(anatomy, found):
+            if not bound.keys() & {site.name for site in members}:
+                entries |= _tied(members, plan)
+        plan = replace(plan, entries=entries, diagnostics={"label": self.name})
+        plan = replace(plan, budget=Budget(self.name, plan.parameters(anatomy)))
+        plan.validate(anatomy)
+        return plan
+
+    def fit(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> Fitted:
+        """Every factor with the weight of the lowest layer that uses it, or some of its rows."""
+        factors: dict[str, torch.Tensor] = {}
+        for site in sorted(anatomy.sites, key=lambda one: one.layer or 0):
+            for term in plan.entries[site.name].terms:
+                start, stop = term.rows or (0, site.out_features)
+                factors.setdefault(term.u, weight_at(model, site).detach()[start:stop])
+        assert set(factors) == {name for entry in plan.entries.values() for name in factors_of(entry.terms)}
+        return Fitted(factors, {})
+
+
+def _groups(anatomy: Anatomy, found: Replication) -> Iterable[list[Site]]:
+    """Sites that are to read the same weight: one of a layer that lends its parameters, then those of the layers above."""
+    by_layer: dict[str, dict[tuple[str, int | None], Site]] = {}
+    for site in anatomy.sites:
+        if site.kind == "linear" and (layer := site_layer(site)) is not None:
+            by_layer.setdefault(layer, {})[site.slot, site.expert] = site
+    borrowers: dict[str, list[str]] = {}
+    for layer, owner in found.computed_with.items():
+        borrowers.setdefault(owner, []).append(layer)
+    for owner, layers in borrowers.items():
+        for key, site in by_layer.get(owner, {}).items():
+            others = [by_layer[layer][key] for layer in layers if key in by_layer[layer]]
+            yield [
+                site,
+                *(one for one in others if (one.out_features, one.in_features) == (site.out_features, site.in_features)),
+            ]
+
+
+def _tied(members: list[Site], plan: Plan) -> dict[str, Entry]:
+    """Entries by which sites share all rows that several have; of a fused projection some have those of values alone."""
+    rows = {site.name: _rows(site, plan.entries[site.name]) for site in members}
+    cuts = sorted({cut for runs in rows.values() for run in runs for cut in run})
+    terms: dict[str, list[Term]] = {site.name: [] for site in members}
+    group = naming.group_name(members)
+    shared = False
+    for start, stop in pairwise(cuts):
+        users = [name for name, runs in rows.items() if any(first <= start and stop <= last for first, last in runs)]
+        shared |= len(users) > 1
+        for name in users:
+            whole = len(cuts) == 2
+            terms[name].append(Term(group if whole else f"{group}.{start}-{stop}", rows=None if whole else (start, stop)))
+    if not shared:
+        return {}
+    return {
+        name: Entry(REUSED if plan.entries[name].operator == REUSED else tie.TIE, tuple(own))
+        for name, own in terms.items()
+        if own
+    }
+
+
+def _rows(site: Site, entry: Entry) -> list[tuple[int, int]]:
+    """The runs of rows of a site that have an effect."""
+    if entry.operator == KEEP:
+        return [(0, site.out_features)]
+    return [term.rows or (0, site.out_features) for term in entry.terms]
+
+
+HIDDEN, ATTENTION = "hidden_states", "attention_weights"
+SHARE, COPY = "share", "copy"
+ROLES = ("encoder", "decoder")
+_VALUES: dict[str, tuple[Any, ...]] = {HIDDEN: (False, True, SHARE, COPY), ATTENTION: (False, True)}
+Rules = Mapping[str, Mapping[str, Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class Replication:
+    """What the rules mean for a model, by layer name (``encoder.3``).
+
+    ``computed_with``: layer → the layer whose parameters it uses. ``copied``: layers that are skipped, so that the hidden
+    states below pass on. ``reused``: layers that take the attention weights of the layer below. ``notes``: rules without
+    effect, and why.
+    """
+
+    computed_with: dict[str, str] = field(default_factory=dict)
+    copied: tuple[str, ...] = ()
+    reused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def stacks_by_role(model: nn.Module, anatomy: Anatomy) -> dict[str, Stack]:
+    """``encoder`` and ``decoder``, as far as the model has them, and every stack under its own name.
+
+    A stack whose path says which it is, is that; the only stack of a language model that generates is a decoder, any
+    other only stack an encoder.
+    """
+    named = {stack.name: stack for stack in anatomy.stacks}
+    roles = {role: stack for stack in anatomy.stacks for role in ROLES if role in stack.path.split(".")}
+    if len(anatomy.stacks) == 1 and not roles:
+        role = "decoder" if objective_for(model).name == "causal-lm" else "encoder"
+        roles[role] = anatomy.stacks[0]
+    return named | roles
+
+
+def replication(rules: Rules, model: nn.Module, anatomy: Anatomy) -> Replication:
+    """Read the rules for one model: one value per layer, shorter lists repeat, longer ones are an error.
+
+    ``hidden_states``: False, own parameters; True or ``"share"``, computed with the parameters of the layer below;
+    ``"copy"``, the hidden states themselves are copied and the layer is skipped. ``attention_weights``: False, own; True, those
+    of the layer below. Layer 0 has nothing below, so any value there means own. Rules for an encoder or a decoder that the
+    model lacks are noted as without effect. Raises ``HprError`` for stacks that no model has, unknown rules, lists that
+    are empty or longer than the stack, and values that mean nothing.
+    """
+    if not isinstance(rules, Mapping):
+        raise HprError(f"replication_rules is a {type(rules).__name__}: give a dictionary such as {{'encoder': {{...}}}}")
+    stacks = stacks_by_role(model, anatomy)
+    found = Replication()
+    taken: dict[str, str] = {}
+    for name, own in rules.items():
+        if name not in stacks and name not in ROLES:
+            there = ", ".join(repr(one) for one in dict.fromkeys((*ROLES, *stacks)))
+            raise HprError(f"replication_rules names a stack {name!r}; {anatomy.model_class} knows {there}: correct the name")
+        if not isinstance(own, Mapping):
+            form = f"{{{HIDDEN!r}: [...], {ATTENTION!r}: [...]}}"
+            raise HprError(f"the rules of {name!r} are a {type(own).__name__}: give {form}")
+        if unknown := [key for key in own if key not in _VALUES]:
+            raise HprError(f"{name!r} has a rule {unknown[0]!r}; there are {HIDDEN!r} and {ATTENTION!r}")
+        stack = stacks.get(name)
+        values = {rule: _values(name, rule, own.get(rule, (False,)), stack) for rule in _VALUES}
+        if stack is None:
+            found = _noted(found, f"{anatomy.model_class} has no {name}: its rules are without effect")
+            continue
+        if stack.path in taken:
+            raise HprError(f"{taken[stack.path]!r} and {name!r} are the same stack of {anatomy.model_class}: rule it once")
+        taken[stack.path] = name
+        found = _add(found, stack, values[HIDDEN], values[ATTENTION])
+    return found
+
+
+def _values(name: str, rule: str, given: Any, stack: Stack | None) -> list[Any]:
+    """One value per layer; as given where there is no stack to fill."""
+    allowed = _VALUES[rule]
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise HprError(f"{name!r}: {rule!r} is {given!r}: give a list with one value per layer")
+    if not given:
+        raise HprError(f"{name!r}: {rule!r} is empty: give at least one value, it repeats for the layers above")
+    for value in given:
+        if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
+            raise HprError(f"{name!r}: {value!r} means nothing for {rule!r}: give {', '.join(repr(one) for one in allowed)}")
+    if stack is None:
+        return list(given)
+    if len(given) > stack.layers:
+        raise HprError(f"{name!r}: {rule!r} has {len(given)} values, the stack has {stack.layers} layers: leave some out")
+    return [given[layer % len(given)] for layer in range(stack.layers)]
+
+
+def _add(found: Replication, stack: Stack, hidden: Sequence[Any], attention: Sequence[Any]) -> Replication:
+    computed_with, copied, reused, notes = dict(found.computed_with), list(found.copied), list(found.reused), list(found.notes)
+    owner = f"{stack.name}.0"
+    for layer in range(stack.layers):
+        name = f"{stack.name}.{layer}"
+        if layer == 0:
+            if hidden[0] is not False or attention[0] is not False:
+                notes.append(f"{name} has nothing below: it keeps its own parameters and attention weights")
+            continue
+        if hidden[layer] == COPY:
+            copied.append(name)
+            if attention[layer]:
+                notes.append(f"{name} is skipped, so its rule for {ATTENTION} is without effect")
+            continue
+        if hidden[layer] in (True, SHARE):
+            computed_with[name] = owner
+        else:
+            owner = name
+        if attention[layer]:
+            reused.append(name)
+    return Replication(computed_with, tuple(copied), tuple(reused), tuple(notes))
+
+
+def _noted(found: Replication, note: str) -> Replication:
+    return Replication(found.computed_with, found.copied, found.reused, (*found.notes, note))

@@ -1,0 +1,1 @@
+"""The plan as an artifact: plan.json, terms, budget, states of layers. No algorithm."""

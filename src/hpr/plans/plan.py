@@ -1,0 +1,190 @@
+"""The plan: one entry per site, a list of terms each, saved as JSON that a person can read, edit and diff."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpr.anatomy.model import Anatomy
+from hpr.anatomy.symmetry import Aim, layers_of
+from hpr.errors import HprError
+from hpr.plans.budget import Budget
+from hpr.plans.layer_states import check_entries, check_states
+from hpr.plans.terms import KEEP, Entry, FactorShape, entry_from_dict, entry_to_dict, spelled, validate_entry
+from hpr.runtime.files import write_text
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One entry per site of a model, under a budget. ``diagnostics`` holds what the solver has to say (JSON values).
+
+    ``layers``: layer name (``encoder.3``) → its state, where it does not compute all by itself (see ``planning.layers``);
+    ``removed``: how many parameters besides the weights of sites go with such layers (see ``vanishing.Vanishing``).
+
+    With an ``alignment`` the model's layers are turned before they share: the entries are of the turned weights. The turns
+    follow from the original weights, the profile and these aims.
+    """
+
+    model_class: str
+    fingerprint: str
+    budget: Budget
+    dense_parameters: int
+    other_parameters: int
+    entries: Mapping[str, Entry]
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    removed: Mapping[str, int] = field(default_factory=dict)
+    alignment: tuple[Aim, ...] = ()
+
+    @property
+    def damage(self) -> float:
+        """Predicted divergence from the original in nats per example: the sum over sites."""
+        return sum(entry.damage for entry in self.entries.values())
+
+    def factors(self, anatomy: Anatomy) -> dict[str, FactorShape]:
+        """Factor name → shape. Raises ``HprError`` where two users of a factor disagree on its shape."""
+        shapes: dict[str, FactorShape] = {}
+        for name, entry in self.entries.items():
+            for term in entry.terms:
+                for factor, shape in term.shapes(anatomy[name]).items():
+                    if shapes.setdefault(factor, shape) != shape:
+                        raise HprError(
+                            f"factor {factor!r} is {spelled(shapes[factor])} at one site and {spelled(shape)} at {name}: "
+                            f"sites that share a factor need the same rank and size; make them agree"
+                        )
+        return shapes
+
+    def parameters(self, anatomy: Anatomy) -> int:
+        """Unique parameters of the compressed model: private ones, kept weights and every factor once."""
+        kept = sum(anatomy[name].parameters for name, entry in self.entries.items() if entry.operator == KEEP)
+        other = self.other_parameters - sum(self.removed.values())
+        return other + kept + sum(shape.parameters for shape in self.factors(anatomy).values())
+
+    def groups(self) -> dict[tuple[str, ...], list[str]]:
+        """Sites that share at least one factor, as site names → the factors they share."""
+        owners: dict[str, list[str]] = {}
+        for name, entry in self.entries.items():
+            for term in entry.terms:
+                for factor in term.factors:
+                    if name not in owners.setdefault(factor, []):
+                        owners[factor].append(name)
+        shared: dict[tuple[str, ...], list[str]] = {}
+        for factor, sites in owners.items():
+            if len(sites) > 1:
+                shared.setdefault(tuple(sites), []).append(factor)
+        return shared
+
+    def validate(self, anatomy: Anatomy) -> None:
+        """Check everything before a model is touched. Raises ``HprError`` naming the value, the limit and the mend."""
+        if self.fingerprint != anatomy.fingerprint:
+            raise HprError(
+                f"the plan was made for a {self.model_class} with fingerprint {self.fingerprint}, this is a "
+                f"{anatomy.model_class} with {anatomy.fingerprint}: plan this model anew, or load the one planned for"
+            )
+        names = {site.name for site in anatomy.sites}
+        if missing := sorted(names - set(self.entries)):
+            raise HprError(f"the plan has no entry for {missing[0]} ({len(missing)} missing): add one, {KEEP!r} if in doubt")
+        if unknown := sorted(set(self.entries) - names):
+            raise HprError(f"the plan names {unknown[0]}, which this model does not have: remove it or correct the name")
+        check_states(self.layers, {stack.name: stack.layers for stack in anatomy.stacks})
+        operators = {name: (entry.operator, bool(entry.terms)) for name, entry in self.entries.items()}
+        check_entries(anatomy, self.layers, self.removed, operators)
+        for name, entry in self.entries.items():
+            validate_entry(anatomy[name], entry)
+        for aim in self.alignment:
+            _validate_aim(anatomy, aim)
+        used = self.parameters(anatomy)
+        if used > self.budget.parameters:
+            raise HprError(
+                f"the plan needs {used:,} parameters, its budget {self.budget.text} allows {self.budget.parameters:,}: "
+                f"lower some ranks or raise the budget"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": {
+                "class": self.model_class,
+                "fingerprint": self.fingerprint,
+                "dense_parameters": self.dense_parameters,
+                "other_parameters": self.other_parameters,
+            },
+            "budget": asdict(self.budget),
+            "predicted_damage": self.damage,
+            **({"layers": dict(self.layers), "removed": dict(self.removed)} if self.layers else {}),
+            **({"alignment": [aim.to_list() for aim in self.alignment]} if self.alignment else {}),
+            "sites": {name: entry_to_dict(entry) for name, entry in self.entries.items()},
+            "diagnostics": dict(self.diagnostics),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of ``to_dict``. Raises ``HprError`` naming the key that is missing or of the wrong kind."""
+        if data.get("format") != FORMAT:
+            raise HprError(f"plan format {data.get('format')!r} is not the {FORMAT} this version reads: plan anew")
+        try:
+            model = data["model"]
+            return cls(
+                model_class=model["class"],
+                fingerprint=model["fingerprint"],
+                budget=Budget(str(data["budget"]["text"]), int(data["budget"]["parameters"])),
+                dense_parameters=int(model["dense_parameters"]),
+                other_parameters=int(model["other_parameters"]),
+                entries={name: entry_from_dict(name, entry) for name, entry in data["sites"].items()},
+                diagnostics=data.get("diagnostics", {}),
+                layers=dict(data.get("layers", {})),
+                removed=dict(data.get("removed", {})),
+                alignment=tuple(Aim.from_list(values) for values in data.get("alignment", ())),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, HprError):
+                raise
+            raise HprError(
+                f"not a plan: {type(error).__name__} at {error}; compare with a plan written by `hpr plan`"
+            ) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON atomically."""
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise HprError(f"no plan at {path}: `hpr plan` writes one") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise HprError(f"{path} is not JSON ({error}): undo the edit or plan anew") from error
+
+
+def keep_all(anatomy: Anatomy) -> Plan:
+    """The identity plan: every site kept, so the student's outputs equal the teacher's bit for bit."""
+    return Plan(
+        model_class=anatomy.model_class,
+        fingerprint=anatomy.fingerprint,
+        budget=Budget("100%", anatomy.total_parameters),
+        dense_parameters=anatomy.total_parameters,
+        other_parameters=anatomy.other_parameters,
+        entries={site.name: Entry(KEEP) for site in anatomy.sites},
+    )
+
+
+def _validate_aim(anatomy: Anatomy, aim: Aim) -> None:
+    layers = layers_of(anatomy, aim.symmetry)
+    for stretch in aim.symmetry.stretches:
+        sizes = [
+            site.out_features if stretch.side == "rows" else site.in_features
+            for sites in layers.values()
+            for site in [sites[stretch.slot]]
+        ]
+        if not sizes or not 0 <= stretch.start < stretch.stop <= min(sizes):
+            raise HprError(
+                f"the plan's alignment turns {stretch.side} {stretch.start} to {stretch.stop} of {stretch.slot!r} in "
+                f"{aim.symmetry.stack!r}, which this model does not have: correct it, or plan anew"
+            )

@@ -1,0 +1,274 @@
+"""What a model does layer by layer, from forward passes alone: similarity, block influence, context dependence.
+
+- *Similarity*: linear centred kernel alignment (CKA; Kornblith et al., 2019) between the outputs of two layers, pooled over
+  real positions. 1 means that they hold the same information up to a rotation and a scale.
+- *Block influence*: 1 − cos between a block's input and its output (ShortGPT; Men et al., 2024).
+- *Context dependence*: how far a layer's output moves, as 1 − cos, at positions whose own token stays while half of the tokens
+  around it are replaced by those of another example. The replacement happens where hidden states enter a stack: for
+  embeddings that see one position at a time this *is* replacing the tokens, and it works as well for pictures, sound and
+  plain modules, which have no token ids.
+
+All three propose which layers might share; what sharing costs is measured by damage.
+
+Suffixes of names: B examples, T positions, D width, N pooled examples, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpr.anatomy.lookup import module_at
+from hpr.anatomy.model import Anatomy, Stack
+from hpr.errors import HprError
+from hpr.profiling.profile import LayerFeatures
+from hpr.runtime.batch import Batch, examples_in, first_examples, mask_of
+from hpr.runtime.hooks import call, entering, evaluating
+from hpr.runtime.progress import Progress, silent
+
+POOLED_EXAMPLES = 512
+CONTEXT_BATCHES = 8
+CONTEXT_EXAMPLES = 16  # of each of those batches: all layers' hidden states are held at once
+Visit = Callable[[int, Tensor, Tensor], None]  # layer, its input and its output, both (B, T, D)
+
+
+def measure_layers(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], seed: int = 0, progress: Progress = silent
+) -> dict[str, LayerFeatures]:
+    """Features of every stack whose blocks the model calls, by stack name. The model is left as it was.
+
+    At most 512 examples are read, from batches spread evenly over all (they may be sorted by length), and 16 examples of
+    at most 8 batches for context dependence; ``seed`` draws the positions to replace. Raises ``HprError`` for no
+    batches, for hidden states that are not finite (naming layer and batch), and for outputs that hold no hidden states.
+    """
+    if not batches:
+        raise HprError("no calibration batches: at least one is needed")
+    chosen = _spread(batches, POOLED_EXAMPLES)
+    watched = {stack.name: _Stack(stack, _blocks(model, stack)) for stack in anatomy.stacks}
+    generator = torch.Generator().manual_seed(seed)
+    context = chosen[:: -(-len(chosen) // CONTEXT_BATCHES)]
+    total = len(chosen) + len(context)
+    with torch.no_grad(), evaluating(model):
+        for done, index in enumerate(chosen, 1):
+            _pool(model, watched, batches[index], index)
+            progress("features", done, total)
+        for done, index in enumerate(context, len(chosen) + 1):
+            _replace(model, watched, first_examples(batches[index], CONTEXT_EXAMPLES), generator)
+            progress("features", done, total)
+    return {name: stack.features() for name, stack in watched.items() if all(stack.pooled)}
+
+
+def cka(first: Tensor, second: Tensor) -> float:
+    """Linear CKA of two representations (N, D₁) and (N, D₂) of the same N examples, from 0 to 1.
+
+    ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) with centred columns, Frobenius norms (Kornblith et al., 2019); 0 where one does not vary.
+    """
+    return _similarity([first, second])[0][1]
+
+
+def real_positions(batch: Batch, stack: Stack, hidden: Tensor) -> Tensor:
+    """(B, T) real positions, float64. A decoder beside an encoder has a mask of its own, or the labels say what is real."""
+    if isinstance(batch, Mapping) and "decoder" in stack.path:
+        if "decoder_attention_mask" in batch:
+            batch = {"attention_mask": batch["decoder_attention_mask"]}
+        elif "labels" in batch:
+            batch = {"attention_mask": batch["labels"] != -100}
+        elif any(key.startswith("decoder_") for key in batch):
+            batch = {}
+    return mask_of(batch, hidden).double()
+
+
+@dataclass
+class _Stack:
+    """What is gathered for one stack. ``pooled[layer]``: a list of (B, D), float64."""
+
+    stack: Stack
+    blocks: list[nn.Module]
+    pooled: list[list[Tensor]] = field(init=False)
+    influence: list[_Mean] = field(init=False)
+    context: list[_Mean] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pooled = [[] for _ in self.blocks]
+        self.influence, self.context = ([_Mean() for _ in self.blocks] for _ in range(2))
+
+    def features(self) -> LayerFeatures:
+        pooled = [torch.cat(parts)[:POOLED_EXAMPLES] for parts in self.pooled]
+        return LayerFeatures(
+            similarity=_similarity(pooled),
+            block_influence=[mean.value for mean in self.influence],
+            context_dependence=[mean.value for mean in self.context],
+        )
+
+
+@dataclass
+class _Mean:
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, values: Tensor, weights: Tensor) -> None:
+        self.total += float(torch.where(weights > 0, values, 0.0).sum())  # what stands at padding may be nan
+        self.weight += float(weights.sum())
+
+    @property
+    def value(self) -> float:
+        return max(self.total / self.weight, 0.0) if self.weight else 0.0  # rounding may leave −1e-17
+
+
+def _pool(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, index: int) -> None:
+    """One forward pass: pooled outputs and block influence."""
+
+    def visitor(stack: _Stack) -> Visit:
+        def visit(layer: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
+            mask = real_positions(batch, stack.stack, y_BTD)
+            real = mask.unsqueeze(-1)
+            pooled = torch.where(real > 0, y_BTD.double(), 0.0).sum(1) / real.sum(1).clamp(min=1.0)
+            if not torch.isfinite(pooled).all():
+                raise HprError(
+                    f"layer {layer} of {stack.stack.name} gives values that are not finite on calibration batch {index}: "
+                    f"remove non-finite inputs from it"
+                )
+            stack.pooled[layer].append(pooled.cpu())
+            same_width = x_BTD.shape == y_BTD.shape  # a block that changes the shape cannot be left out
+            stack.influence[layer].add(_distance(x_BTD, y_BTD) if same_width else torch.ones_like(mask), mask)
+
+        return visit
+
+    with _visiting(watched, examples_in(batch), visitor):
+        call(model, batch)
+
+
+def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, generator: torch.Generator) -> None:
+    """Two forward passes, the second with half of the positions replaced where hidden states enter each stack."""
+    original: dict[tuple[str, int], Tensor] = {}
+    stays: dict[str, Tensor] = {}
+    examples = examples_in(batch)
+
+    def remember(stack: _Stack) -> Visit:
+        return lambda layer, x, y: original.update({(stack.stack.name, layer): y})
+
+    def compare(stack: _Stack) -> Visit:
+        def visit(layer: int, x_BTD: Tensor, y_BTD: Tensor) -> None:
+            kept = stays.get(stack.stack.name)
+            if kept is not None and kept.shape == y_BTD.shape[:2]:  # a block that merges positions has left the entrance's
+                stack.context[layer].add(_distance(original[stack.stack.name, layer], y_BTD), kept)
+
+        return visit
+
+    def entrance(stack: _Stack) -> Callable:
+        def swap(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if stack.stack.name in stays:
+                return None  # a block that is run several times is entered once
+            raw = entering(args, kwargs)
+            x_BTD = _as_positions(raw, examples, stack.stack, 0)
+            swapped, kept = _swap(x_BTD, real_positions(batch, stack.stack, x_BTD), generator)
+            stays[stack.stack.name] = kept
+            swapped = swapped.reshape(raw.shape)
+            changed = tuple(swapped if value is raw else value for value in args)
+            return changed, {key: swapped if value is raw else value for key, value in kwargs.items()}
+
+        return swap
+
+    with _visiting(watched, examples, remember):
+        call(model, batch)
+    handles = [stack.blocks[0].register_forward_pre_hook(entrance(stack), with_kwargs=True) for stack in watched.values()]
+    try:
+        with _visiting(watched, examples, compare):
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _swap(x_BTD: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Hidden states with about half of the positions replaced, and the (B, T) float mask of real ones that were not.
+
+    They come from the example before, at the same position where both are real; a lone example lends itself its own
+    other half. The first real position stays, since it is special in most models.
+    """
+    examples, positions = mask.shape
+    shift, dim = (1, 0) if examples > 1 else (positions // 2, 1)
+    other, other_mask = x_BTD.roll(shift, dim), mask.roll(shift, dim)
+    drawn = torch.rand(examples, positions, generator=generator).to(mask.device) < 0.5
+    first = F.one_hot(mask.argmax(dim=1), positions).bool()
+    replaced = drawn & (mask > 0) & (other_mask > 0) & ~first
+    return torch.where(replaced.unsqueeze(-1), other, x_BTD), mask * ~replaced
+
+
+def _similarity(pooled: Sequence[Tensor]) -> list[list[float]]:
+    """Linear CKA between all layers, (L, L), by Gram matrices: their size is that of the examples, whatever the width."""
+    grams = []
+    for x_ND in pooled:
+        centred_ND = x_ND.double() - x_ND.double().mean(0)
+        size = centred_ND.abs().max()
+        varies = size > 1e-12 * x_ND.abs().max()  # else what centring leaves is rounding
+        x_ND = centred_ND / size if varies else torch.zeros_like(centred_ND)  # squares of squares stay within range
+        gram = (x_ND @ x_ND.T).flatten()
+        grams.append(gram / gram.norm().clamp(min=1e-150))
+    stacked = torch.stack(grams)
+    similarity = (stacked @ stacked.T).clamp(0.0, 1.0).fill_diagonal_(1.0)
+    return similarity.tolist()
+
+
+def _distance(first: Tensor, second: Tensor) -> Tensor:
+    """1 − cos over the last dimension, in float64: layers differ by less than float32 resolves in a cosine near 1."""
+    return 1.0 - F.cosine_similarity(first.double(), second.double(), dim=-1, eps=1e-30)
+
+
+def _blocks(model: nn.Module, stack: Stack) -> list[nn.Module]:
+    return [module_at(model, path) for path in stack.blocks]
+
+
+@contextmanager
+def _visiting(watched: Mapping[str, _Stack], examples: int, visitor: Callable[[_Stack], Visit]) -> Iterator[None]:
+    """Call a visitor for every layer during a forward pass."""
+    handles = []
+    for stack in watched.values():
+        visit = visitor(stack)
+        for layer, block in enumerate(stack.blocks):
+            handles.append(block.register_forward_hook(_caller(visit, layer, stack.stack, examples), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _caller(visit: Visit, layer: int, stack: Stack, examples: int) -> Callable:
+    called = False
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        nonlocal called
+        if called:
+            return  # a block that is run several times counts as it is run first
+        called = True
+        parts = tuple(output.values()) if isinstance(output, Mapping) else output
+        hidden = parts[0] if isinstance(parts, tuple | list) and parts else parts
+        if not isinstance(hidden, Tensor):
+            raise HprError(f"layer {layer} of {stack.name} returns {type(output).__name__} without hidden states first")
+        given = _as_positions(entering(args, kwargs), examples, stack, layer)
+        visit(layer, given, _as_positions(hidden, examples, stack, layer))
+
+    return hook
+
+
+def _as_positions(hidden: Tensor, examples: int, stack: Stack, layer: int) -> Tensor:
+    """(B, D), (B·T, D), (B, T, D) or (B, H, W, D) as (B, T, D)."""
+    time_first = hidden.dim() == 3 and hidden.shape[0] != examples == hidden.shape[1]
+    if hidden.dim() < 2 or time_first or hidden[..., 0].numel() % examples:
+        shape = tuple(hidden.shape)
+        raise HprError(f"layer {layer} of {stack.name} has states of shape {shape} for {examples} examples: examples go first")
+    return hidden.reshape(examples, -1, hidden.shape[-1])
+
+
+def _spread(batches: Sequence[Batch], limit: int) -> list[int]:
+    """Indices of evenly spread batches with at least ``limit`` examples between them, or all there are."""
+    needed = -(-limit * len(batches) // max(1, sum(examples_in(batch) for batch in batches)))
+    count = min(len(batches), max(1, needed))
+    return [index * len(batches) // count for index in range(count)]

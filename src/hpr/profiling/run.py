@@ -1,0 +1,58 @@
+"""Profile a model: curvature of every site, features of every layer, symmetries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from hpr.anatomy.describe import describe
+from hpr.profiling.curvature import first_few, measure_curvature
+from hpr.profiling.layer_features import measure_layers
+from hpr.profiling.objectives import objective_for, softened
+from hpr.profiling.profile import Profile
+from hpr.profiling.symmetry_search import find_symmetries
+from hpr.runtime.batch import Batch
+from hpr.runtime.environment import peak_memory, versions
+from hpr.runtime.hooks import beside
+from hpr.runtime.progress import Progress, silent
+
+
+def profile(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    objective: str | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Profile:
+    """What calibration batches say about every site and layer. No labels are needed; the model is left as it was.
+
+    ``objective`` is chosen from the model's class unless named (see ``profiling.objectives``). Raises ``HprError`` for no
+    batches and for losses, activations or gradients that are not finite.
+    """
+    anatomy = describe(model)
+    start, batches = time.perf_counter(), [beside(batch, model) for batch in batches]
+    goal = softened(objective_for(model, objective), model, first_few(batches))
+    sites, examples = measure_curvature(model, anatomy, batches, goal, seed, progress)
+    layers = measure_layers(model, anatomy, batches, seed, progress)
+    symmetries = find_symmetries(model, anatomy, batches, seed)
+    about = {
+        "objective": goal.name,
+        "temperature": goal.temperature,
+        "examples": examples,
+        "tokens": sum(_tokens(batch) for batch in batches),
+        "seed": seed,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+    }
+    return Profile(anatomy.fingerprint, sites, layers, about, symmetries)
+
+
+def _tokens(batch: Batch) -> int:
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        first = next(iter(batch.values()))
+        return int(mask.sum()) if mask is not None else first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)
+    return batch.shape[0] * (batch.shape[1] if batch.dim() > 1 else 1)

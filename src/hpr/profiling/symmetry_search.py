@@ -1,0 +1,236 @@
+"""Find the symmetries of a model by trial.
+
+Which sites belong to one another is not looked up: each guess is carried out on a copy in float64, and counts if the outputs
+stay the same while every weight turned alone changes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpr.anatomy.lookup import module_at, weight_at
+from hpr.anatomy.model import Anatomy, Site
+from hpr.anatomy.symmetry import Stretch, Symmetry, layers_of, turn_site
+from hpr.runtime.batch import Batch, first_examples
+from hpr.runtime.hooks import call, evaluating
+
+EXAMPLES = 2  # that each guess is tried on; one, where it cannot be cut short
+POSITIONS = 24  # enough for heads to attend to different ones
+TOO_FEW = 4  # with fewer all heads may attend alike, and seem to be one
+EXACT = 1e-6  # what rounding may leave, as a share of what a weight turned alone changes (norms compute in float32)
+
+
+def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], seed: int = 0) -> tuple[Symmetry, ...]:
+    """The symmetries of every stack of two or more layers. The model is left as it was.
+
+    A guess is tried in one layer first, then in all at once: some hundred passes over two short examples. Models that cannot
+    run in float64, or whose outputs differ from run to run, have none; nor is anything found on examples of a few positions.
+    """
+    long_enough = [batch for batch in batches if _positions(batch) >= POSITIONS]
+    chosen = min(long_enough, key=_positions) if long_enough else max(batches, key=_positions)
+    if _positions(chosen) < TOO_FEW:
+        return ()
+    batch = _double(first_examples(chosen, EXAMPLES))
+    trial = _Trial(copy.deepcopy(model).double(), anatomy, seed)
+    with torch.no_grad(), evaluating(trial.model):
+        if not (trial.start(_shortened(batch)) or trial.start(first_examples(batch, 1))):
+            return ()
+        stacks = [stack.name for stack in anatomy.stacks if stack.layers > 1]
+        return tuple(one for stack in stacks for one in _guesses(trial, stack) if trial.holds(one))
+
+
+class _Trial:
+    """A copy of the model in float64 on which guesses are carried out and taken back."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, seed: int):
+        self.model, self.anatomy = model, anatomy
+        self.draw = torch.Generator().manual_seed(seed)
+        self.batch: Batch = None
+        self.expected = torch.empty(0)
+
+    def start(self, batch: Batch) -> bool:
+        """Whether the model runs on a batch in float64 and gives the same twice."""
+        self.batch = batch
+        try:
+            self.expected = self._run()
+        except RuntimeError:  # torch's error for operands of different types
+            return False
+        return bool(self.expected.numel()) and torch.equal(self.expected, self._run())
+
+    def sites(self, stack: str) -> list[Site]:
+        """The matrices of the first of those layers that have the most."""
+        layers: dict[int | None, list[Site]] = {}
+        for site in self.anatomy.sites:
+            if site.stack == stack and site.kind == "linear" and site.expert is None and not site.aliases:
+                layers.setdefault(site.layer, []).append(site)
+        return max(layers.values(), key=len, default=[])
+
+    def works(self, symmetry: Symmetry, turn: Tensor, layer: int | None = None) -> bool:
+        """Whether a turn of one layer leaves the outputs as they are, while each of its stretches alone changes them."""
+        layers = layers_of(self.anatomy, symmetry)
+        chosen = layers if layer is None else {layer: layers[layer]}
+        together = self._change(chosen, symmetry.stretches, turn)
+        if not together < 1e-2 * float(self.expected.norm()):  # most guesses end here
+            return False
+        return all(together < EXACT * self._change(chosen, (one,), turn) for one in symmetry.stretches)
+
+    def holds(self, symmetry: Symmetry) -> bool:
+        """Whether it does in all layers at once, of which there are at least two."""
+        return len(layers_of(self.anatomy, symmetry)) > 1 and self.works(symmetry, self.random(symmetry))
+
+    def random(self, symmetry: Symmetry) -> Tensor:
+        """A turn that leaves nothing in its place."""
+        blocks, size = symmetry.blocks, symmetry.size
+        if symmetry.kind == "order":
+            cycle = torch.randperm(blocks, generator=self.draw)
+            return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
+        if size == 1:
+            return self.signs(blocks, size)
+        return torch.linalg.qr(torch.randn(blocks, size, size, generator=self.draw, dtype=torch.float64))[0]
+
+    def signs(self, blocks: int, size: int) -> Tensor:
+        """Rotations that turn about half of the blocks round."""
+        signs = torch.randint(0, 2, (blocks, 1, 1), generator=self.draw).double() * 2 - 1
+        signs[0] = -1
+        return signs * torch.eye(size, dtype=torch.float64)
+
+    def _change(self, layers: Mapping[int, Mapping[str, Site]], stretches: Sequence[Stretch], turn: Tensor) -> float:
+        touched = [(sites[one.slot], one) for sites in layers.values() for one in stretches]
+        values = [value for site in {site for site, _ in touched} for value in self._values(site)]
+        before = [value.clone() for value in values]
+        try:
+            for site, one in touched:
+                turn_site(self.model, site, one, turn)
+            return float((self._run() - self.expected).norm())
+        finally:
+            for value, old in zip(values, before, strict=True):
+                value.copy_(old)
+
+    def _values(self, site: Site) -> Iterator[Tensor]:
+        yield weight_at(self.model, site).data
+        if site.has_bias:
+            yield module_at(self.model, site.path).bias.data  # type: ignore[union-attr, misc]
+
+    def _run(self) -> Tensor:
+        outputs = call(self.model, self.batch)
+        parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else (outputs,)
+        found = [part.double().flatten() for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+        return torch.cat(found) if found else self.expected
+
+
+def _guesses(trial: _Trial, stack: str) -> Iterator[Symmetry]:
+    """Attention first, each with its values, keys and heads; then neurons among what is left. All tried in one layer."""
+    sites = trial.sites(stack)
+    taken: set[Stretch] = set()
+    for value, output in _pairs_of_values(trial, stack, sites):
+        values = None if taken & {value, output} else _finest(trial, (value, output), stack, sites[0].layer)
+        if values is None:
+            continue
+        yield values
+        if values.size > 1:
+            keys = _keys(trial, values, sites, taken)
+            taken |= {value, output, *keys}
+            guesses = [Symmetry(stack, "rotation", values.blocks, keys)] if keys else []
+            if keys and values.blocks > 1:
+                guesses.append(Symmetry(stack, "order", values.blocks, (*keys, *values.stretches)))
+            yield from (one for one in guesses if trial.works(one, trial.random(one), sites[0].layer))
+    used = {one.slot for one in taken}
+    yield from _neurons(trial, stack, [site for site in sites if site.slot not in used])
+
+
+def _pairs_of_values(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[tuple[Stretch, Stretch]]:
+    """Rows and columns whose sign may be turned together."""
+    for target in sites:
+        columns = Stretch(target.slot, "columns", 0, target.in_features)
+        for source in sites:
+            for rows in _row_stretches(source, target.in_features):
+                length = rows.stop - rows.start
+                if source is target or target.in_features % length or length < 2:
+                    continue
+                guess = Symmetry(stack, "rotation", 1, (rows, columns))
+                if trial.works(guess, -torch.eye(length, dtype=torch.float64)[None], target.layer):
+                    yield rows, columns
+
+
+def _row_stretches(site: Site, length: int) -> Iterator[Stretch]:
+    """All rows, or those of one of two or three projections in one matrix, each of a given length."""
+    yield Stretch(site.slot, "rows", 0, site.out_features)
+    for parts in (2, 3):
+        if site.out_features == parts * length:
+            yield from (Stretch(site.slot, "rows", part * length, (part + 1) * length) for part in range(parts))
+
+
+def _finest(trial: _Trial, pair: tuple[Stretch, Stretch], stack: str, layer: int | None) -> Symmetry | None:
+    """The rotation of the largest blocks: one for each head. Blocks of one are signs."""
+    length = pair[0].stop - pair[0].start
+    for blocks in range(1, length + 1):
+        if length % blocks == 0:
+            guess = Symmetry(stack, "rotation", blocks, pair)
+            if trial.works(guess, trial.random(guess), layer):
+                return guess
+    return None
+
+
+def _keys(trial: _Trial, values: Symmetry, sites: Sequence[Site], taken: Set[Stretch]) -> tuple[Stretch, ...]:
+    """The queries and keys that go with some values: those whose signs may be turned together, head by head."""
+    value, output = values.stretches
+    users = (output.stop - output.start) // (value.stop - value.start)
+    stretches = [rows for site in sites for rows in _row_stretches(site, output.stop) if rows not in (*taken, value)]
+    for first, second in itertools.permutations(stretches, 2):
+        long, short = first.stop - first.start, second.stop - second.start
+        if long != users * short or short % values.blocks or (users == 1 and second < first) or _overlap(first, second):
+            continue
+        guess = Symmetry(values.stack, "rotation", values.blocks, (first, second))
+        if trial.works(guess, trial.signs(values.blocks, guess.size), sites[0].layer):
+            return first, second
+    return ()
+
+
+def _neurons(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[Symmetry]:
+    """Orders of neurons: columns of one matrix with rows of another, or of two (a gate)."""
+    for target in sites:
+        columns = Stretch(target.slot, "columns", 0, target.in_features)
+        rows = [
+            one
+            for site in sites
+            for one in _row_stretches(site, target.in_features)
+            if site is not target and one.stop - one.start == target.in_features
+        ]
+        for chosen in (*((one,) for one in rows), *itertools.combinations(rows, 2)):
+            guess = Symmetry(stack, "order", target.in_features, (*chosen, columns))
+            if target.in_features > 1 and trial.works(guess, trial.random(guess), target.layer):
+                yield guess
+                break
+
+
+def _overlap(first: Stretch, second: Stretch) -> bool:
+    return first.slot == second.slot and first.start < second.stop and second.start < first.stop
+
+
+def _double(batch: Batch) -> Batch:
+    def widened(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {key: widened(value) for key, value in batch.items()} if isinstance(batch, Mapping) else widened(batch)
+
+
+def _positions(batch: Batch) -> int:
+    """Numbers in one example of a batch's first tensor."""
+    values = batch.values() if isinstance(batch, Mapping) else (batch,)
+    return next(value.shape[1:].numel() for value in values if isinstance(value, Tensor))
+
+
+def _shortened(batch: Batch) -> Batch:
+    """The first positions alone, where a batch is of texts: all its tensors (examples, positions)."""
+    if not isinstance(batch, Mapping):
+        return batch
+    shapes = {tuple(value.shape) if isinstance(value, Tensor) else () for value in batch.values()}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+        return batch
+    return {key: value[:, :POSITIONS] for key, value in batch.items()}

@@ -1,0 +1,110 @@
+"""One plain sentence on each figure: what a reader without the figure should take from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hpr.reporting.formatting import count, dig, exact, figure, number, present, records, seconds
+from hpr.reporting.svg import spearman
+
+_KINDS = (
+    ("shared", "shares factors", "share factors"),
+    ("private", "is compressed on its own", "are compressed on their own"),
+    ("keep", "is kept as it was", "are kept as they were"),
+    ("gone", "holds no weights of its own", "hold no weights of their own"),
+)
+
+
+def plan_reading(cells: Sequence[Any], place: str) -> str:
+    """How many matrices share, stand alone, or stay, in one sentence."""
+    kinds = [cell.kind for cell in cells]
+    groups = {group for cell in cells for group in cell.groups}
+    phrases = [] if groups else ["none share factors"]
+    for kind, one, many in _KINDS:
+        if number_of := kinds.count(kind):
+            inside = f" in {len(groups)} group{'s' if len(groups) != 1 else ''}" if kind == "shared" else ""
+            phrases.append(f"{number_of} {one if number_of == 1 else many}{inside}")
+    return f"Of {len(kinds)} weight matrices {place}, {', '.join(phrases)}."
+
+
+def similarity_reading(matrix: Sequence[Sequence[float | None]]) -> str:
+    """Which layers are the most and the least alike."""
+    pairs = [(value, i, j) for i, row in enumerate(matrix) for j, value in enumerate(row) if i < j and value is not None]
+    if not pairs:
+        return "There is but one layer, so nothing to compare."
+    (most, i, j), (least, k, m) = max(pairs), min(pairs)
+    return (
+        f"Layers {i} and {j} are the most alike ({most:.2f}), {k} and {m} the least ({least:.2f}); "
+        f"1 means that two layers hold the same information up to a rotation."
+    )
+
+
+def bar_reading(values: Sequence[float | None], meaning: str) -> str:
+    """Which layer has the most and which the least of a feature."""
+    known = [(value, layer) for layer, value in enumerate(values) if value is not None]
+    if not known:
+        return f"Not recorded ({meaning})."
+    (most, top), (least, bottom) = max(known), min(known)
+    return f"Layer {top} has the most ({figure(most)}), layer {bottom} the least ({figure(least)}): {meaning}."
+
+
+def damage_reading(pairs: Sequence[tuple[float, float]], total: int) -> str:
+    """How far predictions can be trusted: the typical ratio and the rank correlation."""
+    ratios = sorted(y / x for x, y in pairs)
+    middle = ratios[len(ratios) // 2]
+    rho = spearman(pairs)
+    order = (
+        "too few distinct plans for a rank correlation" if rho is None else f"Spearman ρ = {rho:.2f} over {len(pairs)} plans"
+    )
+    left_out = f"; {total - len(pairs)} without both values above zero are left out" if total > len(pairs) else ""
+    return f"Measured damage is typically {middle:.2g} times the prediction; {order}{left_out}."
+
+
+def healing_reading(healing: Mapping[str, Any]) -> str:
+    """What training has brought, in one sentence."""
+    steps = exact(dig(healing, "recipe", "steps"))
+    took = f"{steps} steps in {seconds(number(healing.get('seconds')))}"
+    if not number(healing.get("best_step")):
+        return f"{took} found no weights better than those at the start, which were kept."
+    before, after = figure(healing.get("before"), "nats"), figure(healing.get("after"), "nats")
+    kept = f"the weights of step {exact(healing.get('best_step'))} were kept"
+    return f"{took} took the divergence from the original, on data that was not trained on, from {before} to {after}; {kept}."
+
+
+def curve_reading(points: Sequence[tuple[float, float]]) -> str:
+    """From where to where a curve goes."""
+    (_, first), (_, last) = points[0], points[-1]
+    return f"From {figure(first)} at the beginning to {figure(last)} at the end."
+
+
+def routes_reading(single: float | None, mean: float | None) -> str:
+    """How decided single inputs are, and how evenly the experts are used."""
+    if single is None or mean is None:
+        return "How decided the routers are was not recorded."
+    return (
+        f"A single example spreads over the experts to {100 * single:.0f}\u00a0% of an even spread, all examples together to "
+        f"{100 * mean:.0f}\u00a0%: the larger the difference, the more the input decides."
+    )
+
+
+def quality_axis(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> tuple[str, float | None]:
+    """Name the quality axis after the quality row that agrees with the chosen plan, and give the original's value."""
+    chosen = next((number(row["quality"]) for row in scored if row.get("chosen")), None)
+    for row in records(metrics, "quality"):
+        after = number(row.get("after"))
+        if chosen is not None and after is not None and math.isclose(chosen, after, rel_tol=1e-6):
+            unit = str(row.get("unit") or "")
+            return f"{present(row.get('name'))}{f' ({unit})' if unit else ''}", number(row.get("before"))
+    return str(metrics.get("plan_quality") or "quality score of the run"), None
+
+
+def quality_reading(scored: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Where the chosen plan stands among those tried."""
+    chosen = next((row for row in scored if row.get("chosen")), None)
+    if chosen is None:
+        return f"{len(scored)} plans were scored; none of them is marked as chosen."
+    smaller = sum(row["parameters"] < chosen["parameters"] for row in scored)
+    size, score = count(chosen["parameters"]), figure(chosen["quality"])
+    return f"The chosen plan has {size} parameters and scores {score}; {smaller} of {len(scored)} plans are smaller."

@@ -1,0 +1,1 @@
+"""Weights that follow the input. Experimental, and off by default."""

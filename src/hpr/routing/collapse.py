@@ -1,0 +1,69 @@
+"""Make a routed model static again: each router gives its average."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hpr.errors import HprError
+from hpr.nn.bank import Factor, bank_of, module_name
+from hpr.nn.linear import SharedLinear
+from hpr.nn.router import forget_masks, recorded
+from hpr.plans.terms import FactorShape, routers_of
+from hpr.runtime.batch import Batch
+from hpr.runtime.hooks import beside, call, evaluating
+from hpr.sharing.specification import specification
+
+
+@torch.no_grad()
+def collapse(student: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+    """A static copy: every router gives what it gives on average over the positions of some batches.
+
+    Exporters need it, and ``unshare`` can go on from it. What it costs is ``hpr.evaluate(static, student, …)``. Raises
+    ``HprError`` for a model whose weights do not depend on the input, and for no batches.
+    """
+    if not batches:
+        raise HprError("batches is empty: at least one is needed to average routes over")
+    static = copy.deepcopy(student)
+    bank = bank_of(static)
+    sites = [module for module in static.modules() if isinstance(module, SharedLinear)]
+    if bank is None or not any(routers_of(module.terms) for module in sites):
+        raise HprError(f"the weights of this {type(student).__name__} do not depend on the input: it is static already")
+    averages = mean_routes(static, batches)
+    for module in sites:
+        module.terms = tuple(
+            term if term.route is None else replace(term, route=replace(term.route, per="fixed")) for term in module.terms
+        )
+    for router, alpha in averages.items():
+        old = bank[router]
+        factor = Factor(FactorShape(len(alpha), 1), old.weight.dtype).to(old.weight.device)
+        factor.weight.copy_(alpha.clamp(min=1e-9).log().unsqueeze(1))
+        bank.factors[module_name(router)] = factor.requires_grad_(old.weight.requires_grad)
+    forget_masks(static)
+    if isinstance(static, PreTrainedModel):
+        static.config.quantization_config = specification(static)
+    return static
+
+
+@torch.no_grad()
+def mean_routes(student: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Router → its mean α (experts,), float64, over all positions of some batches that count."""
+    bank = bank_of(student)
+    assert bank is not None
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, float] = {}
+    with evaluating(student):
+        for batch in batches:
+            with recorded(bank.routing) as taken:
+                call(student, beside(batch, student))
+            for (_, router), calls in taken.items():
+                for weights, counted in calls:
+                    rows = weights.flatten(0, -2) if counted is None else weights[counted.bool()]
+                    sums[router] = sums.get(router, torch.zeros(weights.shape[-1]).double()) + rows.double().sum(0).cpu()
+                    counts[router] = counts.get(router, 0.0) + len(rows)
+    return {router: total / counts[router] for router, total in sums.items()}

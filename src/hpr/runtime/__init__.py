@@ -1,0 +1,1 @@
+"""Running any model: batches, devices, modes, hooks, progress, files written at once."""

@@ -1,0 +1,69 @@
+"""A batch of model inputs: its examples, its mask, its first rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpr.errors import HprError
+
+
+def example_batch(model: nn.Module) -> dict[str, Tensor]:
+    """Two random examples of what a transformers model reads: token ids, pictures or sound, as its configuration says.
+
+    Raises ``HprError`` for models whose inputs it does not say.
+    """
+    config: Any = getattr(model, "config", None)
+    draw = torch.Generator().manual_seed(0)
+    name = getattr(model, "main_input_name", "")
+    vision = getattr(config, "vision_config", config)
+    batch: dict[str, Tensor] = {}
+    if name == "input_ids":
+        batch[name] = _ids(model, draw)
+    if name == "pixel_values" or (name == "input_ids" and vision is not config):
+        side = getattr(vision, "image_size", None) or 224
+        height, width = (side, side) if isinstance(side, int) else side
+        batch["pixel_values"] = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=draw)
+    if name == "input_values":
+        batch[name] = torch.randn(2, 4000, generator=draw)
+    if name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        batch[name] = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
+    if not batch or config is None:
+        raise HprError(f"{type(model).__name__} does not say what it reads: give a batch")
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = _ids(model, draw)
+    return {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+
+
+def _ids(model: Any, draw: torch.Generator) -> Tensor:
+    return torch.randint(model.config.get_text_config().vocab_size, (2, 8), generator=draw)
+
+
+Batch = Any  # a mapping of keyword inputs, or one tensor for a plain module
+IGNORED = -100  # a label that transformers leaves out of the loss
+
+
+def examples_in(batch: Batch) -> int:
+    """Number of examples in a batch."""
+    return len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+
+
+def mask_of(batch: Batch, positions: Tensor) -> Tensor:
+    """(batch, positions) float mask of real tokens; ones, one a prediction, where the batch has none of that shape."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is None or positions.dim() != 3 or mask.shape != positions.shape[:2]:
+        return torch.ones(positions.shape[:-1], device=positions.device)
+    return mask.float()
+
+
+def first_examples(batch: Batch, count: int) -> Batch:
+    """The same batch with at most ``count`` examples."""
+
+    def cut(value: Any) -> Any:
+        return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+    size = examples_in(batch)
+    return {key: cut(value) for key, value in batch.items()} if isinstance(batch, Mapping) else cut(batch)

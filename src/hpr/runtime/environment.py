@@ -1,0 +1,17 @@
+"""Versions of libraries and peak memory of the process."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from importlib.metadata import version
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("hpr", "torch", "transformers")}}
+
+
+def peak_memory() -> int:
+    """The process's peak resident memory so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""SHARE: attach factors, share, unshare, ties, refit."""

@@ -1,0 +1,65 @@
+"""Turn a shared model back into stock dense weights."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hpr.anatomy.lookup import base_of
+from hpr.errors import HprError
+from hpr.nn.bank import BANK, bank_of
+from hpr.nn.experts import SharedExperts
+from hpr.nn.linear import SharedLinear
+from hpr.nn.router import forget_masks
+from hpr.nn.site import SharedSite
+from hpr.sharing.attach import _transposed
+from hpr.sharing.specification import is_specification
+from hpr.sharing.ties import restore_ties
+
+
+def unshare(student: nn.Module) -> nn.Module:
+    """A copy with stock dense modules again: the same classes, biases, dtype, device and ties as before ``share``.
+
+    What it saves loads in plain transformers, at the dense size. Raises ``HprError``, naming the layers, where layers were
+    dropped or reuse what those below compute, or where weights depend on the input: no stock weights give that.
+    """
+    bank = bank_of(student)
+    if bank is not None and bank.layers:
+        named = ", ".join(f"{path} ({state})" for path, state in bank.layers.items())
+        raise HprError(f"no stock {type(student).__name__} computes what this one does, because of {named}: keep it shared")
+    dense = copy.deepcopy(student)
+    weights: dict[str, nn.Parameter] = {}  # by site, so that a tied head holds the embedding's own parameter again
+    restored: dict[nn.Module, nn.Module] = {}
+    for parent in list(dense.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, SharedSite | SharedExperts):
+                if child not in restored:
+                    restored[child] = _stock(child, weights) if isinstance(child, SharedSite) else child.stock()
+                setattr(parent, name, restored[child])
+    base, _ = base_of(dense)
+    if bank_of(dense) is not None:
+        delattr(base, BANK)
+    forget_masks(dense)
+    restore_ties(dense)
+    config = getattr(dense, "config", None)
+    if isinstance(dense, PreTrainedModel) and is_specification(getattr(config, "quantization_config", None)):
+        del dense.config.quantization_config
+    return dense
+
+
+def _stock(shared: SharedSite, weights: dict[str, nn.Parameter]) -> nn.Module:
+    """The dense module that a shared one replaced, with the weight that its factors add up to."""
+    module = copy.deepcopy(shared.shell)
+    if shared.path not in weights:
+        weight = shared.dense_weight().detach()
+        weight = weight.T.contiguous() if _transposed(module) else weight
+        weights[shared.path] = nn.Parameter(weight, requires_grad=bool(module.weight.requires_grad))
+    module.weight = weights[shared.path]
+    if isinstance(shared, SharedLinear):
+        module.register_parameter("bias", shared.bias)
+    for name, buffer in shared.named_buffers(recurse=False):
+        if name != "weight":
+            module._buffers[name] = buffer
+    return module.train(shared.training)

@@ -1,0 +1,1 @@
+"""Pure numbers: candidates, the lattice over layers, the Lagrange multiplier."""

@@ -1,0 +1,139 @@
+"""Data of every kind, dealt out: labels kept beside their examples, data sets with columns, rows of model inputs."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_open import folder  # noqa: F401  a fixture
+
+from hpr.checkpoints.open import open_model
+from hpr.data.batches import array_batches, in_input_order, input_batches
+from hpr.data.datasets import read_columns
+from hpr.data.files import read_labels
+from hpr.data.sources import interleaved
+from hpr.data.splits import joined, open_data, open_splits, rows_of, split_sources
+from hpr.errors import HprError
+
+TEXTS = ["the layer reads", "a factor", "its text", "a layer writes the text"] * 4
+
+
+def labelled_rows(batches) -> dict[tuple[int, ...], int]:
+    """Tokens of each example → its label."""
+    found = {}
+    for batch in batches:
+        for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            found[tuple(ids[mask.bool()].tolist())] = int(label)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tsv", "csv", "datasets"])
+def test_labels_stay_with_their_texts(tmp_path, folder, kind) -> None:  # noqa: F811
+    opened = open_model(folder)
+    labels = [len(text) % 3 for text in TEXTS]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": a, "label": b}) + "\n" for a, b in zip(TEXTS, labels, strict=True)))
+    elif kind == "datasets":
+        path = datasets.Dataset.from_dict({"text": TEXTS, "label": labels})
+    else:
+        mark = "\t" if kind == "tsv" else ","
+        lines = [mark.join(("sentence", "label")), *(f"{a}{mark}{b}" for a, b in zip(TEXTS, labels, strict=True))]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    splits = open_splits(path, opened, labels=True)
+    expected = {tuple(opened.tokenizer(text)["input_ids"]): label for text, label in zip(TEXTS, labels, strict=True)}
+    for part in (splits.calibration, splits.rescoring, splits.heldout):
+        assert labelled_rows(part).items() <= expected.items()
+    assert "labels" not in open_splits(path, opened).calibration[0]
+
+
+def test_labels_that_are_none(tmp_path, folder) -> None:  # noqa: F811
+    opened = open_model(folder)
+    with pytest.raises(HprError, match="the texts given has none: set their weight to 0, or bring a column 'label'"):
+        open_splits(TEXTS, opened, labels=True)
+    path = tmp_path / "rows.tsv"
+    path.write_text("text\tlabel\nthe layer\tgood\n", encoding="utf-8")
+    with pytest.raises(HprError, match="example 1: the label 'good' is no number"):
+        read_labels(path)
+    path.write_text("text\tlabel\nthe layer\tnan\n", encoding="utf-8")
+    with pytest.raises(HprError, match="not finite"):
+        read_labels(path)
+    path.write_text("text\tlabel\n\t1\nthe layer\t0\n", encoding="utf-8")
+    with pytest.raises(HprError, match="1 examples and 2 labels"):
+        rows_of(path, labels=True)
+
+
+def test_scores_stay_scores(tmp_path) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text("text\tlabel\none\t2.5\ntwo\t3.0\n", encoding="utf-8")
+    assert [type(value) for value in read_labels(path)] == [float, float]
+    path.write_text("text\tlabel\none\t2\n", encoding="utf-8")
+    assert [type(value) for value in read_labels(path)] == [int]
+
+
+def test_data_sets_with_inputs_instead_of_text(folder) -> None:  # noqa: F811
+    ids = [[1, 5, 7], [1, 6], *[[1, 5, 6, 7]] * 14]
+    data = datasets.Dataset.from_dict({"input_ids": ids, "name": ["x"] * 16, "label": [0, 1] * 8})
+    rows, _, labels = read_columns(data)
+    assert (set(rows[0]), labels) == ({"input_ids"}, None)
+    splits = open_splits(data, open_model(folder), labels=True)
+    assert set(splits.calibration[0]) == {"input_ids", "attention_mask", "labels"}
+    with pytest.raises(HprError, match="has columns name: a column 'text' or columns of numbers"):
+        read_columns(datasets.Dataset.from_dict({"name": ["x"]}))
+    with pytest.raises(HprError, match="is empty"):
+        read_columns(datasets.Dataset.from_dict({"text": []}))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 7))
+def test_rows_of_inputs_are_filled_up_on_the_right(lengths: list[int], batch_size: int) -> None:
+    rows = [{"input_ids": list(range(1, length + 1)), "labels": [3] * length} for length in lengths]
+    batches = input_batches(rows, batch_size)
+    found = [
+        (ids[mask.bool()].tolist(), labels[mask.bool()].tolist(), labels[~mask.bool()].tolist())
+        for batch in batches
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
+    ]
+    assert [part[:2] for part in found] == [(row["input_ids"], row["labels"]) for row in rows]
+    assert all(value == -100 for _, _, rest in found for value in rest)
+
+
+def test_rows_of_inputs_with_other_columns() -> None:
+    with pytest.raises(HprError, match="row 1 has columns"):
+        input_batches([{"input_ids": [1]}, {"input_values": [1.0]}])
+
+
+def test_arrays_as_they_are(folder) -> None:  # noqa: F811
+    splits = open_splits(np.full((16, 5), 3), open_model(folder))
+    assert splits.source == "the array given"
+    assert torch.equal(splits.heldout[0]["input_ids"], torch.full((2, 5), 3))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 3))
+def test_sources_are_interleaved_and_keep_their_order(sizes: list[int], batch_size: int) -> None:
+    parts = [array_batches(np.arange(size) + 100 * number, batch_size=batch_size) for number, size in enumerate(sizes)]
+    whole = interleaved(parts)
+    expected = torch.cat([torch.arange(size) + 100 * number for number, size in enumerate(sizes)])
+    assert torch.equal(in_input_order(torch.cat(list(whole)), whole), expected)
+    for number, part in enumerate(parts):  # every source is spread over all of it
+        places = [place for place, batch in enumerate(whole) if int(batch[0]) // 100 == number]
+        assert len(places) == len(part)
+        assert places[0] < len(whole) / len(part) + len(sizes)
+
+
+def test_several_sources_share_the_limits(folder) -> None:  # noqa: F811
+    opened = open_model(folder)
+    data = {"few": ["a layer"] * 40, "many": ["the text"] * 80}
+    parts = split_sources(data, opened, 32, shares={"few": 1, "many": 3})
+    assert [len(part.calibration.order) for part in parts.values()] == [8, 24]
+    whole = joined(list(parts.values()))
+    assert sorted(whole.calibration.order) == list(range(32))
+    batches, label = open_data(data, opened, examples=20)
+    assert sorted(batches.order) == [*range(10), *range(10, 20)]
+    assert label == "the texts given, the texts given"
+    with pytest.raises(HprError, match=r"shares \{'few': 1\} must be above 0, one for each of few, many"):
+        split_sources(data, opened, shares={"few": 1})
+    with pytest.raises(HprError, match="without a source"):
+        open_data({}, opened)

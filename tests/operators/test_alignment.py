@@ -1,0 +1,243 @@
+"""Aligned models compute the same, their profile turns along, and plans that align are carried out from their files alone."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+import hpr
+from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import module_at
+from hpr.anatomy.symmetry import Aim, Stretch, Symmetry, layers_of, turn_site
+from hpr.errors import HprError
+from hpr.operators.alignment import align, goals, units
+from hpr.operators.metric import measure
+from hpr.operators.registry import OPERATORS
+from hpr.planning.planner import draft
+from hpr.plans.plan import Plan
+from hpr.profiling.profile import Profile
+from hpr.runtime.hooks import call
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32}
+TEXT = {"vocab_size": 40, "max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BOTH = {f"{side}_{name}": count for side in ("encoder", "decoder") for name, count in (("layers", 2), ("attention_heads", 2))}
+MODELS = {
+    "bert": lambda: tf.BertModel(tf.BertConfig(**SIZES, **TEXT)),
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, **TEXT, num_key_value_heads=2)),
+    "gpt2": lambda: tf.GPT2Model(tf.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=40, n_positions=24)),
+    "bart": lambda: tf.BartForConditionalGeneration(
+        tf.BartConfig(**BOTH, **TEXT, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, decoder_start_token_id=2)
+    ),
+    "vit": lambda: tf.ViTModel(tf.ViTConfig(**SIZES, image_size=16, patch_size=4)),
+    "t5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, pad_token_id=0, decoder_start_token_id=0
+        )
+    ),
+}
+
+
+def made(family: str) -> torch.nn.Module:
+    """A tiny model in float64 whose biases and norms are not all alike."""
+    torch.manual_seed(0)
+    model = MODELS[family]().eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def data(family: str) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    if family == "vit":
+        return {"pixel_values": torch.randn(6, 3, 16, 16, generator=draw, dtype=torch.float64)}
+    ids = torch.randint(3, 40, (6, 12), generator=draw)
+    return {"input_ids": ids, "labels": ids.roll(1, 0)} if family in ("bart", "t5") else {"input_ids": ids}
+
+
+def outputs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        found = call(model, batch)
+    return found.logits if "logits" in found else found[0]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request):
+    model, batch = made(request.param), data(request.param)
+    return model, batch, hpr.profile(model, [batch])
+
+
+def all_goals(profile: Profile) -> list[tuple[Aim, ...]]:
+    return [aims for unit in units(profile.symmetries) for aims in goals(unit)]
+
+
+def test_outputs_stay_the_same_in_float64(case) -> None:
+    model, batch, profile = case
+    before = outputs(model, batch)
+    assert all_goals(profile)
+    for aims in all_goals(profile):
+        aligned = align(model, profile, aims)
+        assert aligned.turns
+        assert (outputs(aligned.model, batch) - before).abs().max() < 1e-10
+        weights = zip(model.parameters(), aligned.model.parameters(), strict=True)
+        assert any((one - other).abs().max() > 1e-3 for one, other in weights)
+
+
+def test_outputs_stay_the_same_in_float32(case) -> None:
+    model, batch, profile = case
+    model = copy.deepcopy(model).float()
+    batch = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+    profile = hpr.profile(model, [batch])
+    aims = [aim for unit in units(profile.symmetries) for aim in goals(unit)[0]]
+    before, after = outputs(model, batch), outputs(align(model, profile, aims).model, batch)
+    assert (after - before).abs().max() < 1e-5 * before.abs().max().clamp(min=1)
+
+
+def test_the_profile_turns_as_if_measured_anew(case) -> None:
+    model, batch, profile = case
+    for aims in all_goals(profile):
+        aligned = align(model, profile, aims)
+        anew = hpr.profile(aligned.model, [batch])
+        assert anew.fingerprint == aligned.profile.fingerprint
+        compared = 0
+        for name, known in aligned.profile.sites.items():
+            found = anew.sites[name]
+            assert known.rows == found.rows
+            compared += 1
+            for part in ("left", "right", "mean"):
+                one, other = getattr(known, part), getattr(found, part)
+                if other is not None:  # sums are collected in float32
+                    torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+        assert compared > len(anew.sites) / 2
+
+
+def test_what_a_site_becomes_alone_costs_the_same(case) -> None:
+    model, _, profile = case
+    anatomy = describe(model)
+    before = measure(model, anatomy, profile)
+    for aims in all_goals(profile):
+        aligned = align(model, profile, aims)
+        after = measure(aligned.model, anatomy, aligned.profile)
+        for name in {
+            site.name for aim in aims for slots in layers_of(anatomy, aim.symmetry).values() for site in slots.values()
+        }:
+            for operator in ("keep", "low rank"):
+                one, other = (OPERATORS[operator].candidate([each[name]]) for each in (before, after))
+                assert np.allclose(one.damages, other.damages, rtol=0, atol=1e-9 * before[name].damage(before[name].weight))
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A BERT whose layers are turned copies of the lowest: other orders of neurons and heads, other axes within heads."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 32, "intermediate_size": 64}
+    model = tf.BertModel(tf.BertConfig(**sizes, **TEXT | {"vocab_size": 200}, initializer_range=0.2)).eval()
+    batches = [{"input_ids": torch.randint(3, 200, (8, 12), generator=torch.Generator().manual_seed(n))} for n in range(3)]
+    found = hpr.profile(model, batches, "embedding").symmetries
+    layers = model.encoder.layer
+    for layer in (1, 2):
+        layers[layer].load_state_dict(layers[0].state_dict())
+        for symmetry in found:
+            turn = torch.randperm(symmetry.blocks)
+            if symmetry.kind == "rotation":
+                turn = torch.linalg.qr(torch.randn(symmetry.blocks, symmetry.size, symmetry.size).double())[0]
+            for stretch in symmetry.stretches:
+                turn_site(model, layers_of(describe(model), symmetry)[layer][stretch.slot], stretch, turn)
+    return model, batches, hpr.profile(model, batches, "embedding")
+
+
+def test_planted_copies_are_found_and_tied(planted) -> None:
+    model, _, profile = planted
+    tied = ["tie"]
+    budget = "50%"
+    plain = hpr.plan(model, profile, budget, "encoder.*", tied, align=False)
+    aligned = hpr.plan(model, profile, budget, "encoder.*", tied)
+    assert not plain.alignment
+    assert {aim.goal for aim in aligned.alignment} == {"match"}
+    assert aligned.damage < 1e-3 * plain.damage
+    student = hpr.share(model, aligned, profile)
+    batch = {"input_ids": torch.randint(3, 200, (4, 12))}
+    with torch.no_grad():
+        change = student(**batch)[0] - model(**batch)[0]
+    assert change.abs().max() < 1e-3
+
+
+def test_the_planner_takes_alignment_by_itself(planted) -> None:
+    model, _, profile = planted
+    sketch = draft(model, profile, "encoder.*")
+    budget = sketch.budget("40%")
+    best = sketch.best(budget)
+    assert best.alignment
+    assert best.damage < sketch.plain.best(budget).damage
+    assert sketch.alternatives(budget, 3)[0].damage == best.damage
+    assert not sketch.alternatives(budget, 3)[-1].alignment
+    assert sketch.narrowed("encoder.*").best(budget).to_dict() == best.to_dict()
+
+
+def test_files_alone_make_the_same_student(planted, tmp_path) -> None:
+    model, _, profile = planted
+    plan = hpr.plan(model, profile, "40%", "encoder.*")
+    plan.save(tmp_path / "plan.json")
+    profile.save(tmp_path / "profile.safetensors")
+    loaded, known = Plan.load(tmp_path / "plan.json"), Profile.load(tmp_path / "profile.safetensors")
+    assert loaded.alignment == plan.alignment != ()
+    assert known.symmetries == profile.symmetries
+    one, other = (hpr.share(model, *pair).state_dict() for pair in ((plan, profile), (loaded, known)))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_saved_student_loads_bit_equal_and_unshares(planted, tmp_path) -> None:
+    model, batches, profile = planted
+    student = hpr.share(model, hpr.plan(model, profile, "40%", "encoder.*"), profile)
+    student.save_pretrained(tmp_path)
+    again = tf.AutoModel.from_pretrained(tmp_path).eval()
+    dense = hpr.unshare(student)
+    assert type(dense.encoder.layer[0].attention.self.query) is torch.nn.Linear
+    with torch.no_grad():
+        expected = student(**batches[0])[0]
+        assert torch.equal(again(**batches[0])[0], expected)
+        torch.testing.assert_close(dense(**batches[0])[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_refit_regresses_on_the_turned_model(planted) -> None:
+    model, batches, profile = planted
+    plan = hpr.plan(model, profile, "40%", "encoder.*")
+    student = hpr.share(model, plan, profile)
+    hpr.refit(student, model, plan, profile, batches)  # against the model as it was, queries would follow other axes than keys
+    with torch.no_grad():
+        expected = model(**batches[0])[0]
+        assert (student(**batches[0])[0] - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_plans_without_alignment_say_nothing_of_it(planted) -> None:
+    model, _, profile = planted
+    plan = hpr.plan(model, profile, "40%", "encoder.*", align=False)
+    assert "alignment" not in plan.to_dict()
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).alignment == ()
+    private = hpr.plan(model, profile, "40%", "encoder.*", ["low rank"])  # where nothing is shared, nothing is turned
+    assert private.alignment == ()
+
+
+def test_alignment_needs_its_profile_and_its_model(planted) -> None:
+    model, _, profile = planted
+    plan = hpr.plan(model, profile, "40%", "encoder.*")
+    with pytest.raises(HprError, match="profile it was made with"):
+        hpr.share(model, plan)
+    wrong = Aim(Symmetry("encoder", "order", 8, (Stretch("output.dense", "columns", 0, 640),)), "match")
+    with pytest.raises(HprError, match=r"turns columns 0 to 640 of 'output.dense'"):
+        hpr.share(model, Plan.from_dict(plan.to_dict() | {"alignment": [wrong.to_list()]}), profile)
+    for broken in (["sideways", *wrong.to_list()[1:]], ["match", "encoder", "order"], ["match", "encoder", "order", 0, []]):
+        with pytest.raises(HprError, match="not a plan"):
+            Plan.from_dict(plan.to_dict() | {"alignment": [broken]})
+
+
+def test_the_original_is_untouched(planted) -> None:
+    model, _, profile = planted
+    before = copy.deepcopy(model.state_dict())
+    hpr.share(model, hpr.plan(model, profile, "40%", "encoder.*"), profile)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert module_at(model, "encoder.layer.0.attention.self.query").weight.requires_grad

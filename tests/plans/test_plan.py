@@ -1,0 +1,204 @@
+"""The plan as an artifact: round trips, every validation error, budgets."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from conftest import low_rank_terms, plan_of
+from hpr.anatomy.describe import describe
+from hpr.anatomy.model import Anatomy
+from hpr.errors import HprError
+from hpr.plans.budget import Budget, parse_budget
+from hpr.plans.plan import Plan, keep_all
+from hpr.plans.terms import KEEP, Entry, FactorShape, Term
+from hpr.runtime.files import write_text
+
+NAME = "encoder.1.output.dense"  # (16, 32)
+
+
+@pytest.fixture
+def anatomy(build: Callable[..., nn.Module]) -> Anatomy:
+    return describe(build("bert"))
+
+
+names = st.text(min_size=1, max_size=12)
+sizes = st.integers(1, 10**6)
+finite = st.floats(0, 1e12, allow_nan=False)
+
+
+@st.composite
+def terms(draw: st.DrawFn) -> Term:
+    scales = {"row_scale": draw(st.none() | names), "column_scale": draw(st.none() | names)}
+    rows = draw(st.none() | st.tuples(sizes, sizes))
+    if draw(st.booleans()):
+        return Term(draw(names), rows=rows, **scales)
+    return Term(draw(names), draw(names), draw(sizes), rows=rows, identity=draw(st.sampled_from(["", "u", "v"])), **scales)
+
+
+entries = st.builds(Entry, names, st.lists(terms(), max_size=3).map(tuple), finite)
+plans = st.builds(
+    Plan,
+    model_class=names,
+    fingerprint=names,
+    budget=st.builds(Budget, names, sizes),
+    dense_parameters=sizes,
+    other_parameters=sizes,
+    entries=st.dictionaries(names, entries, max_size=4),
+    diagnostics=st.dictionaries(names, finite | names | st.none() | st.lists(sizes, max_size=3), max_size=3),
+)
+
+
+@given(plans)
+def test_json_round_trip(plan: Plan) -> None:
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
+
+
+def test_save_and_load(anatomy: Anatomy, tmp_path: Path) -> None:
+    plan = plan_of(anatomy, {NAME: low_rank_terms(NAME)})
+    plan.save(tmp_path / "new" / "plan.json")
+    assert Plan.load(tmp_path / "new" / "plan.json") == plan
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["plan.json"]
+
+
+def test_counts(anatomy: Anatomy) -> None:
+    assert keep_all(anatomy).parameters(anatomy) == anatomy.total_parameters
+    assert keep_all(anatomy).damage == 0
+    plan = plan_of(anatomy, {NAME: low_rank_terms(NAME, 3), "encoder.0.output.dense": low_rank_terms(NAME, 3)})
+    assert plan.parameters(anatomy) == anatomy.total_parameters - 2 * 16 * 32 + 3 * (16 + 32)
+    assert plan.damage == 0.5
+    assert plan.groups() == {("encoder.0.output.dense", NAME): [f"{NAME}:u", f"{NAME}:v"]}
+    plan.validate(anatomy)
+
+
+def test_an_identity_block_is_not_counted(anatomy: Anatomy) -> None:
+    plan = plan_of(anatomy, {NAME: low_rank_terms(NAME, 3, identity="u")})
+    assert plan.factors(anatomy)[f"{NAME}:u"] == FactorShape(16, 3, "rows")
+    saved = 16 * 32 - (16 + 32) * 3 + 3 * 3 - 16  # the block of 3 x 3, for one integer a row
+    assert plan.parameters(anatomy) == anatomy.total_parameters - saved
+    assert FactorShape(3, 32, "columns").stored == (3, 29)
+    assert FactorShape(3, 32, "columns").parameters == 3 * 29 + 32
+    assert FactorShape(1, 7).parameters == 7
+
+
+BAD_TERMS: dict[str, tuple[tuple[Term, ...], str]] = {
+    "rank too high": (low_rank_terms(NAME, 17), "rank 17 is not a whole number from 1 to 16"),
+    "rank 0": (low_rank_terms(NAME, 0), "rank 0 "),
+    "fractional rank": ((Term("u", "v", 2.5),), "rank 2.5 "),  # type: ignore[arg-type]
+    "v without rank": ((Term("u", "v"),), "both v and rank or neither"),
+    "rank without v": ((Term("u", rank=2),), "both v and rank or neither"),
+    "no name": ((Term(""),), "'' is no factor name"),
+    "number as name": ((Term("u", 7, 2),), "7 is no factor name"),  # type: ignore[arg-type]
+    "rows beyond": ((Term("u", rows=(0, 17)),), "rows 0 to 17 do not lie within the site's 16"),
+    "rows reversed": ((Term("u", rows=(9, 3)),), "rows 9 to 3"),
+    "rows of one": ((Term("u", rows=(9,)),), "two whole numbers"),  # type: ignore[arg-type]
+    "gap": ((Term("a", rows=(0, 4)), Term("b", rows=(5, 16))), "rows 4 and above have no term"),
+    "end not covered": ((Term("a", rows=(0, 15)),), "rows 15 and above have no term"),
+    "unknown identity": (low_rank_terms(NAME, 3, identity="w"), "identity 'w'"),
+    "identity of a whole matrix": ((Term("u", identity="u"),), "identity 'u'"),
+    "identity leaves nothing": (low_rank_terms(NAME, 16, identity="u"), "leaves nothing beside the identity block"),
+    "sizes disagree": ((Term("u"), Term("u", "v", 3)), "16x32 at one site and 16x3 at"),
+    "identities disagree": ((*low_rank_terms(NAME, 3), *low_rank_terms(NAME, 3, identity="u")), "16x3 with identity rows at"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TERMS)
+def test_bad_terms(anatomy: Anatomy, case: str) -> None:
+    bad, words = BAD_TERMS[case]
+    with pytest.raises(HprError, match=words):
+        plan_of(anatomy, {NAME: bad}).validate(anatomy)
+
+
+def test_terms_may_overlap_and_cover_in_any_order(anatomy: Anatomy) -> None:
+    plan = plan_of(anatomy, {NAME: [Term(f"u{i}", "v", 2, rows=rows) for i, rows in enumerate([(8, 16), (0, 8), (4, 12)])]})
+    plan.validate(anatomy)
+
+
+def changed(plan: Plan, **entries: Entry | None) -> Plan:
+    """The plan with its entry for NAME replaced, or for another site added."""
+    merged = dict(plan.entries) | {name.replace("__", "."): entry for name, entry in entries.items()}
+    return replace(plan, entries={name: entry for name, entry in merged.items() if entry is not None})
+
+
+def test_bad_entries(anatomy: Anatomy) -> None:
+    plan, site = keep_all(anatomy), NAME.replace(".", "__")
+    cases: list[tuple[Plan, str]] = [
+        (replace(plan, fingerprint="0123"), "plan this model anew"),
+        (changed(plan, **{site: None}), rf"no entry for {NAME} \(1 missing\)"),
+        (changed(plan, nowhere=Entry(KEEP)), "names nowhere, which this model does not have"),
+        (changed(plan, **{site: Entry("lowrank")}), "mixes the two"),
+        (changed(plan, **{site: Entry(KEEP, low_rank_terms(NAME))}), "mixes the two"),
+        (changed(plan, **{site: Entry(KEEP, damage=float("nan"))}), "damage nan"),
+        (changed(plan, **{site: Entry(KEEP, damage=-1.0)}), r"damage -1\.0"),
+        (replace(plan, budget=Budget("9K", 1000)), "its budget 9K allows 1,000"),
+    ]
+    for bad, words in cases:
+        with pytest.raises(HprError, match=words):
+            bad.validate(anatomy)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data.update(format=2), "plan format 2 is not the 1"),
+        (lambda data: data.pop("format"), "plan format None"),
+        (lambda data: data.pop("budget"), "KeyError at 'budget'"),
+        (lambda data: data["model"].pop("class"), "KeyError at 'class'"),
+        (lambda data: data.update(sites=[]), "not a plan"),
+        (lambda data: data["budget"].update(parameters="many"), "not a plan"),
+        (lambda data: data["sites"][NAME].pop("operator"), "KeyError at 'operator'"),
+        (lambda data: data["sites"][NAME]["terms"][0].update(colour="red"), f"{NAME}: a term has no field 'colour'"),
+        (lambda data: data["sites"][NAME]["terms"][0].pop("u"), "not a plan"),
+        (lambda data: data["sites"][NAME]["terms"][0].update(rows=3), "not a plan"),
+    ],
+)
+def test_from_dict_names_the_bad_key(anatomy: Anatomy, change: Callable[[dict[str, Any]], object], words: str) -> None:
+    data = json.loads(json.dumps(plan_of(anatomy, {NAME: low_rank_terms(NAME)}).to_dict()))
+    change(data)
+    with pytest.raises(HprError, match=words):
+        Plan.from_dict(data)
+
+
+def test_load_names_the_bad_file(tmp_path: Path) -> None:
+    with pytest.raises(HprError, match="no plan at"):
+        Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(HprError, match="is not JSON"):
+        Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(HprError, match="is not JSON"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_budgets(anatomy: Anatomy) -> None:
+    total = anatomy.total_parameters
+    assert parse_budget("50%", anatomy).parameters == total // 2
+    assert parse_budget(" 100 % ", anatomy).parameters == total
+    assert parse_budget("2.5K", anatomy).parameters == 2500
+    assert parse_budget("3000", anatomy).parameters == 3000
+    assert parse_budget("1B", anatomy).parameters == total  # never more than there is
+    assert parse_budget("75.536KB", anatomy).parameters == (75536 - 65536) // 4
+    assert parse_budget("80KiB", anatomy, bytes_per_parameter=2).parameters == min(16 * 1024 // 2, total)
+    layers = sum(site.parameters for site in anatomy.select("encoder.*"))
+    assert parse_budget("50%", anatomy, only="encoder.*").parameters == layers // 2 + total - layers
+    assert parse_budget("50%", anatomy).text == "50%"
+
+
+@pytest.mark.parametrize("text", ["", "half", "0%", "-5%", "101%", "5X", "1e6", "%"])
+def test_bad_budgets(anatomy: Anatomy, text: str) -> None:
+    with pytest.raises(HprError, match=r"budget"):
+        parse_budget(text, anatomy)
+
+
+def test_write_text_is_all_or_nothing(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.txt", "\ud800")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

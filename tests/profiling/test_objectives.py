@@ -1,0 +1,185 @@
+"""Objectives: divergences against the formulas, losses with the right Fisher matrix, masks, and the choice by class."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from torch import Tensor, nn
+
+from hpr.errors import HprError
+from hpr.profiling.objectives import OBJECTIVES, TEMPERATURES, UNCERTAIN, objective_for, softened
+from hpr.runtime.batch import examples_in, mask_of
+from hpr.runtime.hooks import call
+
+CATEGORICAL = [name for name, one in OBJECTIVES.items() if one.categorical]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs_of(name: str, seed: int = 0) -> SimpleNamespace:
+    values = drawn(3, 4, seed=seed) if name == "classification" else drawn(3, 5, 4, seed=seed)
+    return SimpleNamespace(logits=values, last_hidden_state=values)
+
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+BATCH = {"input_ids": torch.zeros(3, 5, dtype=torch.long), "attention_mask": MASK}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equal_outputs_diverge_by_nothing(name: str) -> None:
+    found = OBJECTIVES[name].divergence(outputs_of(name), outputs_of(name), BATCH)
+    assert found.shape == (3,)
+    assert (found == 0).all()
+    assert (OBJECTIVES[name].divergence(outputs_of(name), outputs_of(name, 1), BATCH) > 0).all()
+
+
+@pytest.mark.parametrize("name", CATEGORICAL)
+def test_categorical_divergence_is_torchs(name: str) -> None:
+    batch = {**BATCH, "decoder_attention_mask": MASK}
+    teacher, student = outputs_of(name), outputs_of(name, 1)
+    log_p, log_q = teacher.logits.log_softmax(-1), student.logits.log_softmax(-1)
+    expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    expected = expected if name == "classification" else (expected * MASK).sum(1)
+    torch.testing.assert_close(OBJECTIVES[name].divergence(teacher, student, batch), expected)
+
+
+def test_gaussian_divergence_is_half_the_squared_distance() -> None:
+    teacher, student = outputs_of("hidden"), outputs_of("hidden", 1)
+    one, two = teacher.last_hidden_state, student.last_hidden_state
+    found = OBJECTIVES["hidden"].divergence(teacher, student, BATCH)
+    torch.testing.assert_close(found, (0.5 * (one - two).square().sum(-1) * MASK).sum(1))
+    pooled = [F.normalize((x * MASK[..., None]).sum(1) / MASK.sum(1, keepdim=True), dim=-1) for x in (one, two)]
+    found = OBJECTIVES["embedding"].divergence(teacher, student, BATCH)
+    torch.testing.assert_close(found, 1 - F.cosine_similarity(*pooled))  # of unit vectors ½‖a − b‖² = 1 − cos
+    found = OBJECTIVES["cls-embedding"].divergence(teacher, student, BATCH)
+    torch.testing.assert_close(found, 1 - F.cosine_similarity(one[:, 0], two[:, 0]))
+
+
+@pytest.mark.parametrize("name", ["hidden", "embedding", "causal-lm", "masked-lm"])
+def test_masked_positions_count_for_nothing(name: str) -> None:
+    teacher, student, other = outputs_of(name), outputs_of(name, 1), outputs_of(name, 1)
+    values = other.logits.clone()
+    values[MASK == 0] = 100
+    other = SimpleNamespace(logits=values, last_hidden_state=values)
+    objective = OBJECTIVES[name]
+    assert torch.equal(objective.divergence(teacher, student, BATCH), objective.divergence(teacher, other, BATCH))
+    values = values.clone().requires_grad_()
+    outputs = SimpleNamespace(logits=values, last_hidden_state=values)
+    objective.loss(outputs, BATCH, torch.Generator().manual_seed(0)).backward()
+    assert (values.grad[MASK == 0] == 0).all()
+    assert (values.grad[MASK == 1] != 0).any(-1).all()
+
+
+def test_labels_of_minus_100_and_decoder_masks_are_not_read() -> None:
+    objective, teacher, student = OBJECTIVES["seq2seq"], outputs_of("seq2seq"), outputs_of("seq2seq", 1)
+    masked = objective.divergence(teacher, student, {"input_ids": MASK, "decoder_attention_mask": MASK})
+    labels = torch.where(MASK == 1, 7, -100)
+    assert torch.equal(objective.divergence(teacher, student, {"input_ids": MASK, "labels": labels}), masked)
+    assert (objective.divergence(teacher, student, {"input_ids": MASK}) >= masked).all()
+
+
+def test_mask_of() -> None:
+    hidden = torch.zeros(3, 5, 4)
+    assert torch.equal(mask_of(BATCH, hidden), MASK.float())
+    assert torch.equal(mask_of({"input_ids": MASK}, hidden), torch.ones(3, 5))
+    assert torch.equal(mask_of(torch.zeros(3, 5), hidden), torch.ones(3, 5))
+    assert torch.equal(mask_of(BATCH, torch.zeros(3, 6, 4)), torch.ones(3, 6))  # of another sequence
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_loss_has_the_fisher_matrix_of_the_divergence(name: str) -> None:
+    """E[∇ℓ ∇ℓᵀ] over draws against the second derivative of the divergence, for one example's predictions."""
+    objective = OBJECTIVES[name]
+    raw = drawn(1, 3) if name == "classification" else drawn(1, 1, 3)
+    batch = {"input_ids": torch.zeros(1, 1)}
+
+    def outputs(values: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=values, last_hidden_state=values)
+
+    def divergence(values: Tensor) -> Tensor:
+        return objective.divergence(outputs(raw), outputs(values), batch).sum()
+
+    hessian = torch.autograd.functional.hessian(divergence, raw.clone()).reshape(3, 3)
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(3, 3)
+    for _ in range(400):
+        values = raw.clone().requires_grad_()
+        objective.loss(outputs(values), batch, generator).backward()
+        total += torch.outer(values.grad.flatten(), values.grad.flatten()) / 400
+    assert (total - hessian).norm() < 0.25 * hessian.norm()
+
+
+def test_at_a_temperature_the_fisher_matrix_is_that_of_the_softened_outputs() -> None:
+    """E[∇ℓ ∇ℓᵀ] at T against the covariance of a label at T, in closed form: logits as sure as these have next to none at 1."""
+    logits = torch.tensor([[9.0, 0.0, -3.0]])
+    for temperature in (1.0, 4.0):
+        objective = replace(OBJECTIVES["classification"], temperature=temperature)
+        chances = (logits / temperature).softmax(-1)[0]
+        expected = chances.diag() - torch.outer(chances, chances)
+        generator, total = torch.Generator().manual_seed(0), torch.zeros(3, 3)
+        for _ in range(2000):
+            values = logits.clone().requires_grad_()
+            objective.loss(values, None, generator).backward()
+            total += torch.outer(values.grad[0], values.grad[0]) / 2000
+        assert (total - expected).norm() < 0.1 * expected.norm() + 1e-3
+    assert objective.divergence(logits, logits / 4, None) == OBJECTIVES["classification"].divergence(logits, logits / 4, None)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0.1, 1.0), (8.0, 3.0), (1000.0, TEMPERATURES[-1])])
+def test_outputs_are_softened_as_far_as_they_are_certain(scale: float, expected: float) -> None:
+    model = nn.Linear(3, 3, bias=False).train()
+    with torch.no_grad():
+        model.weight.copy_(scale * torch.eye(3))
+    found = softened(OBJECTIVES["classification"], model, [torch.eye(3), torch.eye(3)])
+    assert found.temperature == expected
+    differing = 1 - model(torch.eye(3)).div(expected).softmax(-1).square().sum(-1).mean()
+    assert scale == 1000 or differing >= UNCERTAIN * 2 / 3
+    assert model.training
+    assert softened(OBJECTIVES["hidden"], model, [torch.eye(3)]) is OBJECTIVES["hidden"]
+
+
+def test_the_loss_is_a_sum_over_examples_and_reproducible() -> None:
+    logits = drawn(6, 4)
+    one, two = (OBJECTIVES["classification"].loss(logits, None, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert one == two
+    double = OBJECTIVES["classification"].loss(logits.half(), None, torch.Generator().manual_seed(3))
+    assert double.dtype == torch.float32
+    assert one > 0
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (tf.BertModel, "hidden"),
+        (tf.BertForMaskedLM, "masked-lm"),
+        (tf.BertForSequenceClassification, "classification"),
+        (tf.GPT2LMHeadModel, "causal-lm"),
+        (tf.LlamaForCausalLM, "causal-lm"),
+        (tf.T5ForConditionalGeneration, "seq2seq"),
+        (tf.BartForConditionalGeneration, "seq2seq"),
+        (tf.WhisperForConditionalGeneration, "seq2seq"),
+        (tf.ViTForImageClassification, "classification"),
+        (tf.ASTForAudioClassification, "classification"),
+        (nn.Linear, "hidden"),
+    ],
+)
+def test_objective_by_class(cls: type, expected: str) -> None:
+    model = cls.__new__(cls)  # only the class counts
+    assert objective_for(model).name == expected
+    assert objective_for(model, "embedding").name == "embedding"
+
+
+def test_unknown_objective() -> None:
+    with pytest.raises(HprError, match="no objective 'accuracy'; there are embedding, "):
+        objective_for(nn.Linear(1, 1), "accuracy")
+
+
+def test_calls_and_counts() -> None:
+    linear = nn.Linear(2, 3)
+    assert torch.equal(call(linear, torch.ones(4, 2)), linear(torch.ones(4, 2)))
+    assert torch.equal(call(linear, {"input": torch.ones(4, 2)}), linear(torch.ones(4, 2)))
+    assert examples_in(torch.ones(4, 2)) == examples_in({"input": torch.ones(4, 2)}) == 4
