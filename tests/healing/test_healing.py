@@ -31,6 +31,7 @@ from hpr.healing.train import train
 from hpr.healing.trainer import last_checkpoint
 from hpr.nn.bank import module_name, terms_in
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.runtime.progress import reporting_to
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 CONFIG = tf.BertConfig(**SIZES, vocab_size=60, max_position_embeddings=24)
@@ -260,15 +261,9 @@ def test_healing_helps_and_touches_nothing_else(pair) -> None:
     student, before = copy_of(student).train(), weights_of(teacher)
     rows: list[dict[str, float]] = []
     done: list[tuple[str, int, int]] = []
-    found = train(
-        student,
-        teacher,
-        batches(),
-        batches(2, seed=5),
-        Recipe(steps=30, rate=1e-2, checks=3),
-        progress=lambda *step: done.append(step),
-        watch=lambda row: rows.append(dict(row)),
-    )
+    recipe = Recipe(steps=30, rate=1e-2, checks=3)
+    with reporting_to(lambda *step: done.append(step)):
+        found = train(student, teacher, batches(), batches(2, seed=5), recipe, watch=lambda row: rows.append(dict(row)))
     assert found.after.mean < 0.8 * found.before.mean
     assert found.best_step in (10, 20, 30)
     assert [row["step"] for row in found.history] == [10, 20, 30]
@@ -408,7 +403,8 @@ def stop(stage, done, total):
 recipe = t.arguments(Path(sys.argv[1]))["recipe"]
 change = t.augmentation(range(3, 60))
 guard = t.batches(2, seed=5)
-t.train(student, teacher, t.batches(), guard, recipe, augment=change, folder=Path(sys.argv[1]), progress=stop)
+with t.reporting_to(stop):
+    t.train(student, teacher, t.batches(), guard, recipe, augment=change, folder=Path(sys.argv[1]))
 """
 
 
@@ -442,11 +438,12 @@ def test_families_whose_weights_are_renamed_on_saving_resume_too(family: str, tm
     def healed(folder: Path, stop: int | None = None) -> tuple[dict[str, torch.Tensor], float, float]:
         student = copy_of(before)
 
-        def progress(stage: str, done: int, total: int) -> None:
+        def interrupt(stage: str, done: int, total: int) -> None:
             if done == stop:
                 raise KeyboardInterrupt
 
-        found = train(student, teacher, given, given[:2], recipe, goal, folder=folder, progress=progress)
+        with reporting_to(interrupt):
+            found = train(student, teacher, given, given[:2], recipe, goal, folder=folder)
         best = min(found.before.mean, *(row["guard"] for row in found.history))
         return weights_of(student), found.after.mean, best
 

@@ -19,6 +19,7 @@ from hpr.plans.plan import keep_all
 from hpr.plans.terms import routers_of
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.profiling.run import profile
+from hpr.runtime.progress import reporting_to
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(35))]
 DRAW = random.Random(0)
@@ -138,15 +139,8 @@ def test_compress_with_routers(model, tokenizer) -> None:
 def test_compress_a_module_without_writing(model, tokenizer) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     stages = []
-    result = hpr.compress(
-        model,
-        "60%",
-        data=TEXTS,
-        tokenizer=tokenizer,
-        objective="embedding",
-        plans=2,
-        progress=lambda stage, done, total: stages.append((stage, done <= total)),
-    )
+    with reporting_to(lambda stage, done, total: stages.append((stage, done <= total))):
+        result = hpr.compress(model, "60%", data=TEXTS, tokenizer=tokenizer, objective="embedding", plans=2)
     assert isinstance(result, Compression)
     assert result.output is None
     assert isinstance(result.student, tf.BertModel)
@@ -181,6 +175,6 @@ def test_compress_says_what_is_wrong_before_it_starts(model, tokenizer) -> None:
         ({"only": "decoder.*"}, "matches no site"),
         ({"tokenizer": None}, "no tokenizer"),
     ):
-        given = {"data": TEXTS, "tokenizer": tokenizer, "progress": never, **wrong}
-        with pytest.raises(hpr.HprError, match=message):
+        given = {"data": TEXTS, "tokenizer": tokenizer, **wrong}
+        with pytest.raises(hpr.HprError, match=message), reporting_to(never):
             hpr.compress(model, **given)

@@ -16,7 +16,8 @@ from hpr.operators import vocab_segments
 from hpr.operators.alignment import align
 from hpr.operators.registry import OPERATORS
 from hpr.planning.draft import Draft
-from hpr.planning.planner import LONGEST_GROUP, draft, known_operators
+from hpr.planning.options import LONGEST_GROUP
+from hpr.planning.planner import draft, known_operators
 from hpr.planning.rows import kin
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP

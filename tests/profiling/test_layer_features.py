@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from hpr.anatomy.describe import describe
 from hpr.errors import HprError
 from hpr.profiling.layer_features import cka, measure_layers
+from hpr.runtime.progress import reporting_to
 
 Build = Callable[..., nn.Module]
 
@@ -196,7 +197,8 @@ def test_the_model_is_left_as_it_was(build: Build) -> None:
     with pytest.raises(HprError, match=r"layer 0 of encoder.*batch 0"):
         measure_layers(model, describe(model), [{"inputs_embeds": torch.full((2, 3, 16), float("nan"))}])
     calls = []
-    measure_layers(model, describe(model), token_batches(), progress=lambda *call: calls.append(call))
+    with reporting_to(lambda *call: calls.append(call)):
+        measure_layers(model, describe(model), token_batches())
     assert calls == [("features", done, 4) for done in (1, 2, 3, 4)]
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -66,8 +66,8 @@ def profile(
     opened = open_model(model, device)
     files, shares = sources(data)
     batches, _ = open_data(files, opened, "calibration", examples, shares=shares)
-    with bars() as progress:
-        found = run.profile(opened.model, batches, objective or opened.objective, seed, progress)
+    with bars():
+        found = run.profile(opened.model, batches, objective or opened.objective, seed)
     found.save(output)
     layers = {name: vars(features) for name, features in found.layers.items()}
     result = {"output": str(output), "about": dict(found.about), "layers": layers}
@@ -97,10 +97,8 @@ def plan(
     found = Profile.load(profile)
     opened = open_model(model, device)
     limit = parse_budget(budget, describe(opened.model), only)  # before minutes are spent on curves
-    with bars() as progress:
-        sketch = planner.draft(
-            opened.model, found, only, operator_names(operators), progress=progress, align="auto" if align is None else align
-        )
+    with bars():
+        sketch = planner.draft(opened.model, found, only, operator_names(operators), align="auto" if align is None else align)
     best = sketch.best(limit)
     best.save(output)
     as_dict, used = best.to_dict(), best.parameters(sketch.anatomy)
@@ -220,7 +218,7 @@ def compress(
     names = operator_names(operators)
     wish: bool | Literal["auto"] = "auto" if refit is None else refit
     files, shares = sources(data)
-    with bars() as progress:
+    with bars():
         made = compression.compress(
             model,
             budget,
@@ -233,7 +231,6 @@ def compress(
             plans,
             wish,
             seed,
-            progress=progress,
             align="auto" if align is None else align,
             reuse=reuse,
             heal=heal,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from hpr.errors import HprError
+from hpr.runtime.progress import reporting_to
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 out = Console(highlight=False)
@@ -55,8 +56,8 @@ def lines(*texts: str) -> Text:
 
 
 @contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback that shows one bar for every stage on stderr, with the time left."""
+def bars() -> Iterator[None]:
+    """Show one progress bar for every stage on stderr, with the time left, inside the ``with`` block."""
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(bar_width=None),
@@ -66,14 +67,15 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=err) as progress:
+    with Progress(*columns, console=err) as shown:
 
         def advance(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = shown.add_task(stage, total=total)
+            shown.update(tasks[stage], completed=done, total=total)
 
-        yield advance
+        with reporting_to(advance):
+            yield
 
 
 def quiet() -> None:

@@ -53,7 +53,7 @@ def heal(
     student, original = _opened(folder, teacher, target, device)
     files, shares = sources(data)
     splits = split_sources(files, original, HEALED, shares=shares)
-    with bars() as progress:
+    with bars():
         found = healed(
             student.model,
             original,
@@ -62,7 +62,6 @@ def heal(
             shares=shares,
             recipe=Recipe(rate=rate, seed=seed, blocks=blocks),
             folder=checkpoints,
-            progress=progress,
             watch=lambda row: err.print(tables.check_line(row)),
         )
     done = {"healing": found.as_metrics()}

@@ -25,7 +25,6 @@ from hpr.healing.resume import steps_begun
 from hpr.healing.train import Healing, train
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.batch import Batch
-from hpr.runtime.progress import Progress, silent
 
 HEALED = 65536  # examples of a source at most
 WRITTEN = 4096  # the same where the teacher first has to write what is to be answered
@@ -45,7 +44,6 @@ def heal(
     augment: Augmentation | Literal["auto"] | None = "auto",
     folder: str | Path | None = None,
     original: nn.Module | None = None,
-    progress: Progress = silent,
     watch: Watch | None = None,
 ) -> Healing:
     """Train a student in place until it does again what its teacher does; it is left with the best weights that were met.
@@ -73,7 +71,7 @@ def heal(
     if augment == "auto":  # a label says nothing about changed inputs
         augment = None if recipe.weights.labels else changes_for(teacher)
     recipe = replace(recipe, steps=steps, seconds=seconds)
-    return train(student, teacher.model, batches, guard, recipe, goal, augment, shares, place, original, progress, watch)
+    return train(student, teacher.model, batches, guard, recipe, goal, augment, shares, place, original, watch)
 
 
 def opened_data(

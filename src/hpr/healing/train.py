@@ -33,7 +33,6 @@ from hpr.healing.trainer import HealingTrainer, last_checkpoint, load_weights
 from hpr.profiling.objectives import Objective, objective_for
 from hpr.runtime.batch import Batch
 from hpr.runtime.hooks import evaluating, quietly
-from hpr.runtime.progress import Progress, silent
 
 TARGETS = "targets"  # what the teacher gives, beside the checkpoints
 
@@ -78,7 +77,6 @@ def train(
     shares: Mapping[str, float] | None = None,
     folder: Path | None = None,
     original: nn.Module | None = None,
-    progress: Progress = silent,
     watch: Watch | None = None,
 ) -> Healing:
     """Train a student in place until it does again what its teacher does; it is left with the best weights that were met.
@@ -126,7 +124,6 @@ def train(
                 groups(learner, recipe.rate, recipe.shared_rate, recipe.delta_decay, recipe.router_rate),
                 recipe.dropout,
                 course,
-                progress,
                 watch,
             )
             with quietly():

@@ -22,7 +22,7 @@ from hpr.healing.loss import GlobalLoss
 from hpr.healing.stages import Course, Stages
 from hpr.runtime.batch import Batch
 from hpr.runtime.files import WEIGHTS
-from hpr.runtime.progress import Progress
+from hpr.runtime.progress import progress
 
 _STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 _PARTS = (_STATE, "optimizer.pt", "scheduler.pt", WEIGHTS)
@@ -52,7 +52,6 @@ class HealingTrainer(Trainer):
         groups: list[dict[str, Any]],
         dropout: bool,
         course: Course,
-        progress: Progress,
         watch: Watch | None = None,
     ):
         super().__init__(
@@ -61,7 +60,7 @@ class HealingTrainer(Trainer):
             train_dataset=schedule,
             eval_dataset=schedule,  # never read: evaluate() has batches of its own
             data_collator=_only,
-            callbacks=[_Shown(course.stages, progress, watch)],
+            callbacks=[_Shown(course.stages, watch)],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch, so accumulated batches are averaged
@@ -130,15 +129,15 @@ class HealingTrainer(Trainer):
 class _Shown(TrainerCallback):
     """Reports each step, with the last loss and guard metric; a stage ends with a check."""
 
-    def __init__(self, stages: Stages, progress: Progress, watch: Watch | None):
-        self._stages, self._progress, self._watch = stages, progress, watch
+    def __init__(self, stages: Stages, watch: Watch | None):
+        self._stages, self._watch = stages, watch
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self._stages.ends:
             control.should_log = control.should_evaluate = True
             control.should_save = args.save_strategy != SaveStrategy.NO
         if state.is_world_process_zero:
-            self._progress("heal", state.global_step, state.max_steps)
+            progress("heal", state.global_step, state.max_steps)
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self._watch is not None:

@@ -18,14 +18,12 @@ from hpr.layer_reuse.reuse import Interventions, Reuse
 from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
 from hpr.profiling.objectives import Objective
 from hpr.runtime.batch import Batch
-from hpr.runtime.progress import Progress, silent
+from hpr.runtime.progress import progress
 
 MOST_LAYERS = 6  # that one plan drops or lets reuse, beyond the best few
 
 
-def intervene(
-    model: nn.Module, batches: Sequence[Batch], objective: Objective, progress: Progress = silent
-) -> dict[str, dict[str, float]]:
+def intervene(model: nn.Module, batches: Sequence[Batch], objective: Objective) -> dict[str, dict[str, float]]:
     """Each layer by itself in every state that it can be in: layer name → state → nats per example.
 
     Two forward passes an intervention. Layers that can be in no state are not named.
@@ -52,7 +50,6 @@ def reuses(
     batches: Sequence[Batch],
     objective: Objective,
     price: float,
-    progress: Progress = silent,
 ) -> list[Reuse]:
     """Few ways to let layers reuse, each with one layer more than the one before, measured together.
 

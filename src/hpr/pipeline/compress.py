@@ -33,7 +33,6 @@ from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile
 from hpr.routing.plan import best_routed
 from hpr.routing.usage import routes_taken
-from hpr.runtime.progress import Progress, silent
 from hpr.sharing.refit import refit as regress
 from hpr.sharing.share import share
 
@@ -78,7 +77,6 @@ def compress(
     refit: bool | Literal["auto"] = "auto",
     seed: int = 0,
     tokenizer: Any = None,
-    progress: Progress = silent,
     align: bool | Literal["auto"] = "auto",
     reuse: bool = False,
     heal: str | None = None,
@@ -120,9 +118,9 @@ def compress(
         dealt = split_sources(data, opened, examples, shares=shares)
         texts = joined(list(dealt.values()))
     with clock("profile"):
-        found = profile(opened.model, texts.calibration, goal.name, seed, progress)
+        found = profile(opened.model, texts.calibration, goal.name, seed)
     with clock("plan"):
-        sketch = draft(opened.model, found, only, operators, progress=progress, align=align)
+        sketch = draft(opened.model, found, only, operators, align=align)
         limit = sketch.budget(budget)
         if routers:
             tried = [(budget, best_routed(sketch, limit, opened.model, routers))]
@@ -130,15 +128,15 @@ def compress(
             tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))]
     if reuse:
         with clock("interventions"):
-            found = replace(found, interventions=intervene(opened.model, texts.rescoring, goal, progress))
-            others = reusing_plans(opened.model, found, sketch, limit, texts.rescoring, goal, progress)
+            found = replace(found, interventions=intervene(opened.model, texts.rescoring, goal))
+            others = reusing_plans(opened.model, found, sketch, limit, texts.rescoring, goal)
             tried += [(budget, plan) for plan in others]
     with clock("plan"):
         tried += _other_budgets(sketch, limit.parameters) if plans > 1 else []
     scores: list[Comparison] = []
     best, student = 0, opened.model  # of the plans for this budget; the first is one of them
     with clock("rescore"):
-        for one, score in students(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal, progress):
+        for one, score in students(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal):
             if tried[len(scores)][0] == budget and (not scores or score.divergence.mean < scores[best].divergence.mean):
                 best, student = len(scores), one
             scores.append(score)
@@ -146,9 +144,7 @@ def compress(
     refitted = False
     if refit is True or (refit == "auto" and texts.own and not plan.layers):
         with clock("refit"):
-            student, refitted = _refitted(
-                student, opened.model, plan, found, texts, goal, scores[best].divergence, refit, progress
-            )
+            student, refitted = _refitted(student, opened.model, plan, found, texts, goal, scores[best].divergence, refit)
     healing = None
     if heal is not None:
         from hpr.healing.heal import HEALED
@@ -167,7 +163,6 @@ def compress(
                 objective=goal.name,
                 shares=shares,
                 recipe=Recipe(seed=seed),
-                progress=progress,
                 watch=watch,
             )
     with clock("evaluate"):
@@ -209,10 +204,9 @@ def _refitted(
     goal: Objective,
     before: Estimate,
     wish: bool | str,
-    progress: Progress,
 ) -> tuple[nn.Module, bool]:
     """The refitted student where the user insists or it measures better on re-scoring text; else the student as it was."""
-    regress(student, teacher, plan, found, first_batches(texts.calibration, REFITTED), progress)
+    regress(student, teacher, plan, found, first_batches(texts.calibration, REFITTED))
     if wish is True or divergence(student, teacher, texts.rescoring, goal).mean < before.mean:
         return student, True
     return share(teacher, plan, found), False

@@ -17,7 +17,7 @@ from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import Profile
 from hpr.runtime.batch import Batch
-from hpr.runtime.progress import Progress, silent
+from hpr.runtime.progress import progress
 from hpr.sharing.share import share
 
 REUSE_MARGIN = 1.2  # of the best predicted damage without reuse: up to that, plans with reuse are worth measuring
@@ -29,10 +29,9 @@ def rescore(
     plans: Sequence[Plan],
     batches: Sequence[Batch],
     objective: Objective,
-    progress: Progress = silent,
 ) -> list[Comparison]:
     """Every plan beside the model, its true divergence in nats per example foremost: each is shared, run and dropped."""
-    return [found for _, found in students(model, profile, plans, batches, objective, progress)]
+    return [found for _, found in students(model, profile, plans, batches, objective)]
 
 
 def students(
@@ -41,7 +40,6 @@ def students(
     plans: Sequence[Plan],
     batches: Sequence[Batch],
     objective: Objective,
-    progress: Progress = silent,
 ) -> Iterator[tuple[nn.Module, Comparison]]:
     """Each plan in turn: the student that it gives, and that one beside the model."""
     for index, plan in enumerate(plans):
@@ -57,7 +55,6 @@ def reusing_plans(
     budget: Budget,
     batches: Sequence[Batch],
     objective: Objective,
-    progress: Progress = silent,
 ) -> list[Plan]:
     """Plans in which layers are dropped or reuse attention, where they promise to be no worse than the best without.
 
@@ -69,7 +66,7 @@ def reusing_plans(
     outside = {site_layer(site) for site in sketch.anatomy.sites if site not in chosen}
     layers = {name: damages for name, damages in profile.interventions.items() if name not in outside}
     found = []
-    for reuse in reuses(model, layers, batches, objective, price, progress):
+    for reuse in reuses(model, layers, batches, objective, price):
         with suppress(HprError):  # what is left cannot meet the budget
             found.append(sketch.reusing(reuse).best(budget))
     return sorted((plan for plan in found if plan.damage < REUSE_MARGIN * best.damage), key=lambda plan: plan.damage)[:2]

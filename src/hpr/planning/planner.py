@@ -24,14 +24,13 @@ from hpr.operators.tie import alike
 from hpr.planning.alignment_check import MARGIN, worthwhile
 from hpr.planning.draft import Draft
 from hpr.planning.groupings import Groups, Similar, composites
+from hpr.planning.options import LONGEST_GROUP
 from hpr.planning.rows import Row, rows
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP
 from hpr.profiling.profile import Profile
-from hpr.runtime.progress import Progress, silent
+from hpr.runtime.progress import progress
 from hpr.solver.candidates import Candidate, Track
-
-LONGEST_GROUP = 3
 
 
 def draft(
@@ -40,7 +39,6 @@ def draft(
     only: str | None = None,
     operators: Iterable[str] | None = None,
     longest_group: int = LONGEST_GROUP,
-    progress: Progress = silent,
     align: bool | Literal["auto"] = "auto",
 ) -> Draft:
     """Measure every candidate of a model. ``operators``: names to consider, *keep* always among them; by default all, those

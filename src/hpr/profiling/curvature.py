@@ -23,7 +23,7 @@ from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
 from hpr.profiling.weight_reads import Record, WeightsRead, experts_one_by_one, with_graph
 from hpr.runtime.batch import Batch, examples_in
 from hpr.runtime.hooks import _frozen, call
-from hpr.runtime.progress import Progress, silent
+from hpr.runtime.progress import progress
 
 DIAGONAL_ABOVE = 8192
 _SIZES = ("gradients", "inputs", "changes")  # traces that bring the parts of a sum to one scale
@@ -43,7 +43,6 @@ def measure_curvature(
     batches: Sequence[Batch],
     objective: Objective,
     seed: int = 0,
-    progress: Progress = silent,
 ) -> tuple[dict[str, SiteStatistics], int]:
     """Statistics of every site over the batches, and the number of examples.
 

@@ -30,7 +30,7 @@ from hpr.errors import HprError
 from hpr.profiling.profile import LayerFeatures
 from hpr.runtime.batch import Batch, examples_in, first_examples, mask_of
 from hpr.runtime.hooks import call, entering, evaluating
-from hpr.runtime.progress import Progress, silent
+from hpr.runtime.progress import progress
 
 POOLED_EXAMPLES = 512
 CONTEXT_BATCHES = 8
@@ -38,9 +38,7 @@ CONTEXT_EXAMPLES = 16  # of each of those batches: all layers' hidden states are
 Visit = Callable[[int, Tensor, Tensor], None]  # layer, its input and its output, both (B, T, D)
 
 
-def measure_layers(
-    model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], seed: int = 0, progress: Progress = silent
-) -> dict[str, LayerFeatures]:
+def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], seed: int = 0) -> dict[str, LayerFeatures]:
     """Features of every stack whose blocks the model calls, by stack name. The model is left as it was.
 
     At most 512 examples are read, from batches spread evenly over all (they may be sorted by length), and 16 examples of

@@ -16,7 +16,6 @@ from hpr.profiling.symmetry_search import find_symmetries
 from hpr.runtime.batch import Batch
 from hpr.runtime.environment import peak_memory, versions
 from hpr.runtime.hooks import beside
-from hpr.runtime.progress import Progress, silent
 
 
 def profile(
@@ -24,7 +23,6 @@ def profile(
     batches: Sequence[Batch],
     objective: str | None = None,
     seed: int = 0,
-    progress: Progress = silent,
 ) -> Profile:
     """What calibration batches say about every site and layer. No labels are needed; the model is left as it was.
 
@@ -34,8 +32,8 @@ def profile(
     anatomy = describe(model)
     start, batches = time.perf_counter(), [beside(batch, model) for batch in batches]
     goal = softened(objective_for(model, objective), model, first_few(batches))
-    sites, examples = measure_curvature(model, anatomy, batches, goal, seed, progress)
-    layers = measure_layers(model, anatomy, batches, seed, progress)
+    sites, examples = measure_curvature(model, anatomy, batches, goal, seed)
+    layers = measure_layers(model, anatomy, batches, seed)
     symmetries = find_symmetries(model, anatomy, batches, seed)
     about = {
         "objective": goal.name,

@@ -34,7 +34,7 @@ from hpr.profiling.layer_features import real_positions
 from hpr.profiling.profile import Profile
 from hpr.runtime.batch import Batch, mask_of
 from hpr.runtime.hooks import beside, call
-from hpr.runtime.progress import Progress, silent
+from hpr.runtime.progress import progress
 
 RIDGE = 1e-3  # pulls the regression towards the original weight, as a share of the inputs' mean variance
 
@@ -46,7 +46,6 @@ def refit_stacks(
     plan: Plan,
     measured: dict[str, Measured],
     batches: Sequence[Batch],
-    progress: Progress = silent,
 ) -> None:
     """Refit every compressed Linear inside the stacks, in place; kept sites, experts, embeddings and heads stay as they are.
 
@@ -335,7 +334,6 @@ def refit(
     plan: Plan,
     profile: Profile,
     batches: Sequence[Batch],
-    progress: Progress = silent,
 ) -> None:
     """Fit private factors and biases anew to what the compressed layers below emit, in place (see ``refitting``).
 
@@ -346,4 +344,4 @@ def refit(
         teacher, profile, _ = alignment.align(teacher, profile, plan.alignment)
     anatomy = describe(teacher)
     moved = [beside(batch, teacher) for batch in batches]
-    refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), moved, progress)
+    refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), moved)

@@ -1,0 +1,52 @@
+"""What a user can ask of a plan, besides its budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hpr.errors import PlanError
+
+LONGEST_GROUP = 3  # neighbouring layers in one group, at most; whole stacks are candidates too
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of ``hpr.plan`` and ``hpr.compress``. Frozen; make a changed copy with ``dataclasses.replace``.
+
+    ``only``: shell patterns of site names, separated by commas; other sites stay as they are, and a percentage then counts
+    the selected weights alone. ``operators``: names of the operators to consider; *keep* is always among them, None means all.
+    ``align``: also plan with aligned layers; None means only if a look at a few layers says that it pays.
+    ``longest_group``: the largest number of neighbouring layers in one group.
+
+    The rest is for ``hpr.compress``: ``plans``: how many plans to run end to end before one is chosen; ``refit``: fit private
+    factors again to what the smaller layers emit, None means if it measures better on the user's own data; ``reuse``: also try
+    plans that drop layers or reuse attention; ``routers``: experts per router, 0 for static weights; ``curve``: also plan and
+    measure other budgets, for the report's figure of quality against size; ``examples``: texts to profile; ``seed``.
+
+    >>> PlanOptions(only="encoder.*", operators=("low rank", "shared input basis")).plans
+    4
+    """
+
+    only: str | None = None
+    operators: tuple[str, ...] | None = None
+    align: bool | None = None
+    longest_group: int = LONGEST_GROUP
+    plans: int = 4
+    refit: bool | None = None
+    reuse: bool = False
+    routers: int = 0
+    curve: bool = False
+    examples: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.operators, list):
+            object.__setattr__(self, "operators", tuple(self.operators))
+        for name, least in (("longest_group", 1), ("plans", 1), ("examples", 1), ("routers", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise PlanError(f"{name} is {value!r}: give a whole number from {least} up")
+        if self.routers == 1:
+            raise PlanError("routers is 1, but a router chooses between experts: give 2 or more, or 0 for none")
+        if self.routers and self.reuse:
+            raise PlanError(f"routers is {self.routers} and reuse is on: plans that reuse layers are not routed; choose one")
