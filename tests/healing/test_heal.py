@@ -95,7 +95,7 @@ def test_another_time_is_another_run(pair, tmp_path) -> None:  # noqa: F811
 def test_numbers_vary_and_texts_stay(opened) -> None:
     teacher, _ = opened
     assert changes_for(teacher) is None
-    change = changes_for(hpr.data.loaded_model.OpenModel(teacher.model, None, "hidden", None, "of numbers"))
+    change = changes_for(hpr.data.loaded_model.LoadedModel(teacher.model, None, "hidden", None, "of numbers"))
     batch = {"input_values": torch.randn(4, 9, 3), "labels": torch.randn(4, 2), "attention_mask": torch.ones(4, 9)}
     changed = change(batch, torch.Generator().manual_seed(0))
     assert not torch.allclose(changed["input_values"], batch["input_values"], atol=0.1)

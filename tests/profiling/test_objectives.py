@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hpr.errors import HprError
 from hpr.profiling.objectives import OBJECTIVES, TEMPERATURES, UNCERTAIN, objective_for, softened
 from hpr.runtime.batch import examples_in, mask_of
-from hpr.runtime.hooks import call
+from hpr.runtime.hooks import run
 
 CATEGORICAL = [name for name, one in OBJECTIVES.items() if one.categorical]
 
@@ -180,6 +180,6 @@ def test_unknown_objective() -> None:
 
 def test_calls_and_counts() -> None:
     linear = nn.Linear(2, 3)
-    assert torch.equal(call(linear, torch.ones(4, 2)), linear(torch.ones(4, 2)))
-    assert torch.equal(call(linear, {"input": torch.ones(4, 2)}), linear(torch.ones(4, 2)))
+    assert torch.equal(run(linear, torch.ones(4, 2)), linear(torch.ones(4, 2)))
+    assert torch.equal(run(linear, {"input": torch.ones(4, 2)}), linear(torch.ones(4, 2)))
     assert examples_in(torch.ones(4, 2)) == examples_in({"input": torch.ones(4, 2)}) == 4

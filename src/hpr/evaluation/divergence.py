@@ -15,7 +15,7 @@ from hpr.data.batches import in_input_order
 from hpr.errors import HprError
 from hpr.profiling.objectives import Objective
 from hpr.runtime.batch import IGNORED, Batch
-from hpr.runtime.hooks import beside, call, evaluating
+from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], ob
     """
     divergences, kept = [], []
     matching, losses = _Share(), (_Share(), _Share())
-    with torch.no_grad(), evaluating(teacher), evaluating(student):
+    with torch.no_grad(), eval_mode(teacher), eval_mode(student):
         for index, batch in _numbered(batches, teacher):
-            outputs = call(teacher, batch), call(student, batch)
+            outputs = run(teacher, batch), run(student, batch)
             expected, weight = objective.read(outputs[0], batch)
             found, _ = objective.read(outputs[1], batch)
             if expected.shape != found.shape:
@@ -102,9 +102,9 @@ def embeddings(model: nn.Module, batches: Sequence[Batch], objective: Objective)
     Raises ``HprError`` as ``compare`` does, and where the objective gives a vector for every position.
     """
     rows = []
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         for index, batch in _numbered(batches, model):
-            read, weight = objective.read(call(model, batch), batch)
+            read, weight = objective.read(run(model, batch), batch)
             if read.dim() != 2:
                 raise HprError(f"objective {objective.name!r} gives outputs of shape {tuple(read.shape)}, not one per example")
             _check_finite(read, weight, "model", index)
@@ -172,7 +172,7 @@ def _numbered(batches: Sequence[Batch], model: nn.Module) -> Iterator[tuple[int,
     """The batches with their numbers, on the model's device."""
     if not len(batches):
         raise HprError("no batches to evaluate on: at least one is needed")
-    return ((index, beside(batch, model)) for index, batch in enumerate(batches))
+    return ((index, to_device_of(batch, model)) for index, batch in enumerate(batches))
 
 
 def _match(expected: Tensor, found: Tensor, objective: Objective) -> Tensor:

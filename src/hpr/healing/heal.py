@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpr.anatomy.describe import describe
-from hpr.data.loaded_model import OpenModel, as_opened
+from hpr.data.loaded_model import LoadedModel, as_opened
 from hpr.data.sources import fractions, named
 from hpr.data.splits import Splits, open_splits
 from hpr.errors import HprError
@@ -33,7 +33,7 @@ _GUARDED = 8  # of so many batches that come as they are, one is a guard
 
 def heal(
     student: nn.Module,
-    teacher: nn.Module | OpenModel,
+    teacher: nn.Module | LoadedModel,
     data: Any = None,
     how_long: str = "300steps",
     *,
@@ -75,7 +75,7 @@ def heal(
 
 
 def opened_data(
-    data: Any, teacher: OpenModel, labels: bool = False, shares: Mapping[str, float] | None = None
+    data: Any, teacher: LoadedModel, labels: bool = False, shares: Mapping[str, float] | None = None
 ) -> tuple[dict[str, list[Batch]], list[Batch]]:
     """Batches to train on, by source, and those of all sources that guard."""
     batches: dict[str, list[Batch]] = {}
@@ -97,7 +97,7 @@ def opened_data(
     return batches, guard
 
 
-def changes_for(opened: OpenModel) -> Augmentation | None:
+def changes_for(opened: LoadedModel) -> Augmentation | None:
     """How to change the inputs of a model: numbers vary, texts stay as they are.
 
     A teacher's answers to texts with strange tokens in them teach less than its answers to more texts (``experiments.md``).

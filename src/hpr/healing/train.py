@@ -32,7 +32,7 @@ from hpr.healing.teacher_cache import Cache
 from hpr.healing.trainer import HealingTrainer, last_checkpoint, load_weights
 from hpr.profiling.objectives import Objective, objective_for
 from hpr.runtime.batch import Batch
-from hpr.runtime.hooks import evaluating, quietly
+from hpr.runtime.hooks import eval_mode, transformers_quiet
 
 TARGETS = "targets"  # what the teacher gives, beside the checkpoints
 
@@ -101,7 +101,7 @@ def train(
             claim(place, facts_of(recipe, student, loss, batches, guard, shares, augment, original))
             checkpoint = last_checkpoint(place)
         with ExitStack() as stack:
-            stack.enter_context(evaluating(student))  # for its end: every module is left in the mode that it was in
+            stack.enter_context(eval_mode(student))  # for its end: every module is left in the mode that it was in
             args = arguments(recipe, place.resolve(), device)
             schedule = Schedule(batches, recipe.steps * recipe.accumulate * args.world_size, recipe.seed, augment, shares)
             if schedule.repeats:
@@ -126,7 +126,7 @@ def train(
                 course,
                 watch,
             )
-            with quietly():
+            with transformers_quiet():
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         best_step = trainer.state.best_global_step or 0
         if trainer.kept is not None:

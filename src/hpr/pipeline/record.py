@@ -13,7 +13,7 @@ from torch import nn
 from hpr.anatomy.describe import describe
 from hpr.anatomy.model import Anatomy
 from hpr.checkpoints import save
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits
 from hpr.errors import HprError
 from hpr.evaluation.divergence import Comparison
@@ -30,7 +30,7 @@ from hpr.runtime.environment import versions
 from hpr.runtime.files import write_text
 
 
-def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], opened: OpenModel) -> Path:
+def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], opened: LoadedModel) -> Path:
     """Write a folder at once: model, tokenizer, plan.json, metrics.json, report.html, README.md."""
     as_dict = plan.to_dict()
 
@@ -46,7 +46,7 @@ def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str,
     return save.save(student, output, opened.tokenizer, texts, opened.folder)
 
 
-def heading(opened: OpenModel, plan: Plan) -> dict[str, Any]:
+def heading(opened: LoadedModel, plan: Plan) -> dict[str, Any]:
     """What metrics.json says of a model and its plan, however it came about."""
     return {
         "format": 1,
@@ -59,7 +59,7 @@ def heading(opened: OpenModel, plan: Plan) -> dict[str, Any]:
 
 
 def record(
-    opened: OpenModel, plan: Plan, found: Profile, texts: Splits, figures: dict[str, Any], timing: dict[str, float], seed: int
+    opened: LoadedModel, plan: Plan, found: Profile, texts: Splits, figures: dict[str, Any], timing: dict[str, float], seed: int
 ) -> dict[str, Any]:
     """What metrics.json keeps of a compression, the plans tried and what came after apart."""
     return {
@@ -119,7 +119,7 @@ def operator_gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
     return gains
 
 
-def check_original(folder: Path, original: OpenModel) -> None:
+def check_original(folder: Path, original: LoadedModel) -> None:
     """Raise where the plan in a folder was made for another model than this one."""
     if not (folder / "plan.json").is_file():
         return
@@ -131,13 +131,13 @@ def check_original(folder: Path, original: OpenModel) -> None:
         )
 
 
-def note_metrics(folder: Path, original: OpenModel, figures: Mapping[str, Any]) -> None:
+def note_metrics(folder: Path, original: LoadedModel, figures: Mapping[str, Any]) -> None:
     """Put new figures into the metrics.json beside a plan.json (see ``with_figures``)."""
     if (folder / "plan.json").is_file():
         write_text(folder / "metrics.json", json.dumps(with_figures(folder, original, figures), indent=1) + "\n")
 
 
-def with_figures(folder: Path, original: OpenModel, figures: Mapping[str, Any]) -> dict[str, Any]:
+def with_figures(folder: Path, original: LoadedModel, figures: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of a folder with new figures: a measure on other data is added, on the same replaced."""
     plan = Plan.load(folder / "plan.json")
     metrics = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else heading(original, plan)

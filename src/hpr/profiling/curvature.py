@@ -22,7 +22,7 @@ from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
 from hpr.profiling.weight_reads import Record, WeightsRead, experts_one_by_one, with_graph
 from hpr.runtime.batch import Batch, examples_in
-from hpr.runtime.hooks import _frozen, call
+from hpr.runtime.hooks import _frozen, run
 from hpr.runtime.progress import progress
 
 DIAGONAL_ABOVE = 8192
@@ -63,7 +63,7 @@ def measure_curvature(
                 moments = {name: earlier.next(stage) for name, earlier in moments.items()}
             with _hooks(model, anatomy, moments):
                 for index, batch in enumerate(part):
-                    loss = objective.loss(call(model, batch), batch, generator)
+                    loss = objective.loss(run(model, batch), batch, generator)
                     if not torch.isfinite(loss):
                         raise HprError(
                             f"the loss of calibration batch {index} is {loss.item()}: remove non-finite inputs from it"

@@ -29,7 +29,7 @@ from hpr.anatomy.model import Anatomy, Stack
 from hpr.errors import HprError
 from hpr.profiling.profile import LayerFeatures
 from hpr.runtime.batch import Batch, examples_in, first_examples, mask_of
-from hpr.runtime.hooks import call, entering, evaluating
+from hpr.runtime.hooks import entering, eval_mode, run
 from hpr.runtime.progress import progress
 
 POOLED_EXAMPLES = 512
@@ -52,7 +52,7 @@ def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch],
     generator = torch.Generator().manual_seed(seed)
     context = chosen[:: -(-len(chosen) // CONTEXT_BATCHES)]
     total = len(chosen) + len(context)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         for done, index in enumerate(chosen, 1):
             _pool(model, watched, batches[index], index)
             progress("features", done, total)
@@ -139,7 +139,7 @@ def _pool(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, index: 
         return visit
 
     with _visiting(watched, examples_in(batch), visitor):
-        call(model, batch)
+        run(model, batch)
 
 
 def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, generator: torch.Generator) -> None:
@@ -174,11 +174,11 @@ def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, gene
         return swap
 
     with _visiting(watched, examples, remember):
-        call(model, batch)
+        run(model, batch)
     handles = [stack.blocks[0].register_forward_pre_hook(entrance(stack), with_kwargs=True) for stack in watched.values()]
     try:
         with _visiting(watched, examples, compare):
-            call(model, batch)
+            run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

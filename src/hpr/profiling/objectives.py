@@ -22,7 +22,7 @@ from transformers.models.auto import modeling_auto
 
 from hpr.errors import HprError
 from hpr.runtime.batch import IGNORED, Batch, mask_of
-from hpr.runtime.hooks import call, evaluating
+from hpr.runtime.hooks import eval_mode, run
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -76,9 +76,9 @@ def softened(objective: Objective, model: nn.Module, batches: Sequence[Batch]) -
     if not objective.categorical:
         return objective
     differing, count = torch.zeros(len(TEMPERATURES), dtype=torch.float64), 0.0
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         for batch in batches:
-            predictions, weight = objective.read(call(model, batch), batch)
+            predictions, weight = objective.read(run(model, batch), batch)
             for index, temperature in enumerate(TEMPERATURES):
                 same = F.softmax(predictions.float() / temperature, dim=-1).square().sum(-1)
                 differing[index] += float(((1 - same) * weight).sum())

@@ -15,7 +15,7 @@ from hpr.profiling.profile import Profile
 from hpr.profiling.symmetry_search import find_symmetries
 from hpr.runtime.batch import Batch
 from hpr.runtime.environment import peak_memory, versions
-from hpr.runtime.hooks import beside
+from hpr.runtime.hooks import to_device_of
 
 
 def profile(
@@ -30,7 +30,7 @@ def profile(
     batches and for losses, activations or gradients that are not finite.
     """
     anatomy = describe(model)
-    start, batches = time.perf_counter(), [beside(batch, model) for batch in batches]
+    start, batches = time.perf_counter(), [to_device_of(batch, model) for batch in batches]
     goal = softened(objective_for(model, objective), model, first_few(batches))
     sites, examples = measure_curvature(model, anatomy, batches, goal, seed)
     layers = measure_layers(model, anatomy, batches, seed)

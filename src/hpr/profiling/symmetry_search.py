@@ -18,7 +18,7 @@ from hpr.anatomy.lookup import module_at, weight_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import Stretch, Symmetry, layers_of, turn_site
 from hpr.runtime.batch import Batch, first_examples
-from hpr.runtime.hooks import call, evaluating
+from hpr.runtime.hooks import eval_mode, run
 
 EXAMPLES = 2  # that each guess is tried on; one, where it cannot be cut short
 POSITIONS = 24  # enough for heads to attend to different ones
@@ -38,7 +38,7 @@ def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch]
         return ()
     batch = _double(first_examples(chosen, EXAMPLES))
     trial = _Trial(copy.deepcopy(model).double(), anatomy, seed)
-    with torch.no_grad(), evaluating(trial.model):
+    with torch.no_grad(), eval_mode(trial.model):
         if not (trial.start(_shortened(batch)) or trial.start(first_examples(batch, 1))):
             return ()
         stacks = [stack.name for stack in anatomy.stacks if stack.layers > 1]
@@ -118,7 +118,7 @@ class _Trial:
             yield module_at(self.model, site.path).bias.data  # type: ignore[union-attr, misc]
 
     def _run(self) -> Tensor:
-        outputs = call(self.model, self.batch)
+        outputs = run(self.model, self.batch)
         parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else (outputs,)
         found = [part.double().flatten() for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
         return torch.cat(found) if found else self.expected

@@ -16,7 +16,7 @@ from hpr.nn.linear import SharedLinear
 from hpr.nn.router import forget_masks, recorded
 from hpr.plans.terms import FactorShape, routers_of
 from hpr.runtime.batch import Batch
-from hpr.runtime.hooks import beside, call, evaluating
+from hpr.runtime.hooks import eval_mode, run, to_device_of
 from hpr.sharing.specification import specification
 
 
@@ -57,10 +57,10 @@ def mean_routes(student: nn.Module, batches: Sequence[Batch]) -> dict[str, Tenso
     assert bank is not None
     sums: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
-    with evaluating(student):
+    with eval_mode(student):
         for batch in batches:
             with recorded(bank.routing) as taken:
-                call(student, beside(batch, student))
+                run(student, to_device_of(batch, student))
             for (_, router), calls in taken.items():
                 for weights, counted in calls:
                     rows = weights.flatten(0, -2) if counted is None else weights[counted.bool()]

@@ -17,7 +17,7 @@ from hpr.nn.bank import bank_of, terms_of
 from hpr.operators.metric import Measured, measure
 from hpr.profiling.profile import Profile
 from hpr.runtime.batch import Batch, mask_of
-from hpr.runtime.hooks import beside, call, evaluating
+from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 
 @torch.no_grad()
@@ -95,10 +95,10 @@ def _moments(
 
     handles = [module_at(model, site.path).register_forward_pre_hook(note(site.name)) for site in sites]
     try:
-        with evaluating(model):
+        with eval_mode(model):
             for batch in batches:
                 current[:] = [batch]
-                call(model, beside(batch, model))
+                run(model, to_device_of(batch, model))
     finally:
         for handle in handles:
             handle.remove()

@@ -13,7 +13,7 @@ from hpr.nn.bank import bank_of, terms_of
 from hpr.nn.router import recorded, spread
 from hpr.plans.terms import routers_of
 from hpr.runtime.batch import Batch, examples_in
-from hpr.runtime.hooks import beside, call, evaluating
+from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 SHOWN = 3  # examples of a route, and routers of which examples are shown
 LONGEST = 160  # characters of an example
@@ -33,11 +33,11 @@ def routes(student: nn.Module, kinds: Mapping[str, Sequence[Batch]], tokenizer: 
         return None
     taken: dict[str, dict[str, list[Tensor]]] = {}
     texts: list[str] = []
-    with evaluating(student):
+    with eval_mode(student):
         for kind, batches in kinds.items():
             for batch in batches:
                 with recorded(bank.routing) as found:
-                    call(student, beside(batch, student))
+                    run(student, to_device_of(batch, student))
                 several: dict[str, list[Tensor]] = {}
                 examples = examples_in(batch)
                 for (_, router), calls in found.items():

@@ -33,7 +33,7 @@ from hpr.plans.plan import Plan
 from hpr.profiling.layer_features import real_positions
 from hpr.profiling.profile import Profile
 from hpr.runtime.batch import Batch, mask_of
-from hpr.runtime.hooks import beside, call
+from hpr.runtime.hooks import run, to_device_of
 from hpr.runtime.progress import progress
 
 RIDGE = 1e-3  # pulls the regression towards the original weight, as a share of the inputs' mean variance
@@ -157,7 +157,7 @@ def _enter(model: nn.Module, stack: Stack, batch: Batch) -> _Entry:
 
     handles = [module_at(model, path).register_forward_pre_hook(note, with_kwargs=True) for path in stack.blocks]
     try:
-        call(model, batch)
+        run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -343,5 +343,5 @@ def refit(
     if plan.alignment:  # the student's insides are those of the turned model
         teacher, profile, _ = alignment.align(teacher, profile, plan.alignment)
     anatomy = describe(teacher)
-    moved = [beside(batch, teacher) for batch in batches]
+    moved = [to_device_of(batch, teacher) for batch in batches]
     refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), moved)

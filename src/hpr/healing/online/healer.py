@@ -22,7 +22,7 @@ from hpr.healing.resume import claim
 from hpr.healing.teacher_cache import key_of
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.batch import IGNORED, Batch
-from hpr.runtime.hooks import beside, evaluating
+from hpr.runtime.hooks import eval_mode, to_device_of
 
 _CLIP = 1.0
 _WARM = 20  # steps until the rate is reached: the first ones of AdamW know no more than signs
@@ -182,9 +182,9 @@ class OnlineHealer:
             return None, "the batch is not finite"
         if (wrong := _out_of_range(self.student, batch, self.loss.objective.name)) is not None:
             return None, wrong
-        with evaluating(self.student):
+        with eval_mode(self.student):
             try:
-                loss, _ = self.loss(self.student, beside(batch, self.student))
+                loss, _ = self.loss(self.student, to_device_of(batch, self.student))
             except torch.OutOfMemoryError:
                 raise
             except _WRONG_INPUT as error:
@@ -195,7 +195,7 @@ class OnlineHealer:
             found = float(loss.detach())
             if self.memory:
                 past = self.memory[int(torch.randint(len(self.memory), (1,), generator=self._draw(0)))]
-                loss = (loss + self.loss(self.student, beside(past, self.student))[0]) / 2
+                loss = (loss + self.loss(self.student, to_device_of(past, self.student))[0]) / 2
             loss.backward()
         finite = torch.isfinite(torch.nn.utils.clip_grad_norm_(self.student.parameters(), _CLIP))
         if finite:
