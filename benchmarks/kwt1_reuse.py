@@ -20,7 +20,7 @@ from hpr.evaluation.divergence import accuracy, compare
 from hpr.layer_reuse.ablation import intervene, reuses
 from hpr.layer_reuse.reuse import with_layers
 from hpr.nn.bank import parameters
-from hpr.pipeline.rescore import REUSE_MARGIN, reusing_plans
+from hpr.pipeline.layer_plans import REUSE_MARGIN, reusing_plans
 from hpr.planning.planner import draft
 from hpr.plans.plan import keep_all
 from hpr.profiling.objectives import OBJECTIVES

@@ -1,77 +1,95 @@
-"""HPR: Hierarchical Parameter Reuse. Make a pretrained Transformer smaller by letting its layers share parameters."""
+"""HPR, Hierarchical Parameter Reuse: make a pretrained Transformer smaller by letting its layers share parameters.
+
+``import hpr`` teaches transformers to load compressed checkpoints, and nothing else: every other part is imported when its
+name is first used, so a program that only loads a model stays light.
+"""
+
+from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hpr.anatomy.describe import describe
-from hpr.anatomy.model import Anatomy
-from hpr.checkpoints.load import load
-from hpr.checkpoints.quantizer import register
-from hpr.checkpoints.save import save
+from hpr.checkpoints import quantizer
 from hpr.errors import HprError
-from hpr.evaluation.evaluate import evaluate
-from hpr.nn.multitask import ManyHeads
-from hpr.pipeline.compress import Compression, compress
-from hpr.pipeline.hierarchical import HierarchicalBert, HierarchicalModel
-from hpr.pipeline.rescore import rescore
-from hpr.planning import presets
-from hpr.planning.planner import plan
-from hpr.plans.plan import Plan
-from hpr.profiling.profile import Profile
-from hpr.profiling.run import profile
-from hpr.routing.collapse import collapse
-from hpr.sharing.refit import refit
-from hpr.sharing.share import share
-from hpr.sharing.unshare import unshare
 
 if TYPE_CHECKING:
-    from hpr.healing.heal import heal
-    from hpr.healing.online.healer import OnlineHealer
+    from hpr import extras
+    from hpr.anatomy.describe import describe
+    from hpr.checkpoints.load import load
+    from hpr.checkpoints.open import open_model
+    from hpr.checkpoints.save import save
     from hpr.healing.recipe import Recipe
-    from hpr.healing.train import Healing
+    from hpr.pipeline.compress import compress
+    from hpr.pipeline.hierarchical import HierarchicalModel
+    from hpr.pipeline.steps import evaluate, heal, profile, refit
+    from hpr.planning import presets
+    from hpr.planning.options import PlanOptions
+    from hpr.planning.planner import plan
+    from hpr.plans.plan import Plan
+    from hpr.profiling.profile import Profile
+    from hpr.sharing.share import share
+    from hpr.sharing.unshare import unshare
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Anatomy",
-    "Compression",
-    "Healing",
-    "HierarchicalBert",
     "HierarchicalModel",
     "HprError",
-    "ManyHeads",
-    "OnlineHealer",
     "Plan",
+    "PlanOptions",
     "Profile",
     "Recipe",
-    "collapse",
     "compress",
     "describe",
     "evaluate",
+    "extras",
     "heal",
     "load",
+    "open_model",
     "plan",
     "presets",
     "profile",
     "refit",
-    "register",
-    "rescore",
     "save",
     "share",
     "unshare",
 ]
 
-
-_LAZY = {
-    "Healing": "hpr.healing.train",
-    "OnlineHealer": "hpr.healing.online.healer",
+_HOMES = {
+    "HierarchicalModel": "hpr.pipeline.hierarchical",
+    "Plan": "hpr.plans.plan",
+    "PlanOptions": "hpr.planning.options",
+    "Profile": "hpr.profiling.profile",
     "Recipe": "hpr.healing.recipe",
-    "heal": "hpr.healing.heal",
+    "compress": "hpr.pipeline.compress",
+    "describe": "hpr.anatomy.describe",
+    "evaluate": "hpr.pipeline.steps",
+    "heal": "hpr.pipeline.steps",
+    "load": "hpr.checkpoints.load",
+    "open_model": "hpr.checkpoints.open",
+    "plan": "hpr.planning.planner",
+    "profile": "hpr.pipeline.steps",
+    "refit": "hpr.pipeline.steps",
+    "save": "hpr.checkpoints.save",
+    "share": "hpr.sharing.share",
+    "unshare": "hpr.sharing.unshare",
 }
+_MODULES = {"extras": "hpr.extras", "presets": "hpr.planning.presets"}
+
+quantizer.register()
 
 
 def __getattr__(name: str) -> Any:
-    """Healing brings transformers' Trainer along: it is imported when it is first asked for."""
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'hpr' has no attribute {name!r}")
+    """Import a public name when it is first used."""
+    if name in _MODULES:
+        value: Any = import_module(_MODULES[name])
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'hpr' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,7 @@ from hpr.evaluation.divergence import divergence
 from hpr.layer_reuse.ablation import intervene, reuses
 from hpr.layer_reuse.install import with_states
 from hpr.nn.bank import parameters
-from hpr.pipeline.rescore import reusing_plans
+from hpr.pipeline.layer_plans import reusing_plans
 from hpr.planning.planner import draft
 from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
 from hpr.profiling.objectives import OBJECTIVES

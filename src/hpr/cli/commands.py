@@ -1,9 +1,9 @@
-"""The verbs that profile, plan, share, measure and report, and the one that does it all. Heavy imports stay inside them."""
+"""The commands that profile, plan, share, measure and report, and the one that does it all. Heavy imports stay inside them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -190,21 +190,24 @@ def compress(
     operators: Operators = None,
     objective: Goal = None,
     examples: Examples = 4096,
-    plans: Annotated[int, typer.Option(min=1, metavar="N", help="Plans to re-score end to end; the best one is taken.")] = 4,
+    plans: Annotated[int, typer.Option(min=1, metavar="N", help="Plans to run end to end; the best one is taken.")] = 4,
     refit: Annotated[
         bool | None,
-        typer.Option("--refit/--no-refit", help="Refit to what the smaller layers emit; by default where it measures better."),
+        typer.Option("--refit/--no-refit", help="Fit again to what the smaller layers emit; by default if it measures better."),
     ] = None,
     align: Align = None,
     heal: Annotated[
-        str | None, typer.Option(metavar="AMOUNT", help="Train afterwards to do what the original does: 500steps, 10min.")
+        str | None, typer.Option(metavar="AMOUNT", help="Then train the result to imitate its original: 500steps, 10min.")
     ] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Also measure plans of other budgets, for the report's figure of quality by size.")
+    ] = False,
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Also try to drop layers, or let them reuse attention of the layer below.")
     ] = False,
     routers: Annotated[
         int,
-        typer.Option(min=0, metavar="N", help="Let weights follow the input: N experts to a router. It is not known to pay."),
+        typer.Option(min=0, metavar="N", help="Experimental: weights follow the input, with N experts per router."),
     ] = 0,
     seed: Seed = 0,
     device: Device = None,
@@ -212,33 +215,18 @@ def compress(
 ) -> None:
     """All steps at once: profile, plan, share, choose by measurement, evaluate, report."""
     quiet()
+    from hpr.checkpoints.open import open_model
     from hpr.cli import tables
-    from hpr.pipeline import compress as compression
+    from hpr.pipeline.compress import compress as compress_model
+    from hpr.planning.options import PlanOptions
 
     names = operator_names(operators)
-    wish: bool | Literal["auto"] = "auto" if refit is None else refit
-    files, shares = sources(data)
+    options = PlanOptions(
+        only, names, align, plans=plans, refit=refit, reuse=reuse, routers=routers, curve=curve, examples=examples, seed=seed
+    )
+    loaded = open_model(model, device, objective=objective)
     with bars():
-        made = compression.compress(
-            model,
-            budget,
-            output,
-            files,
-            only,
-            names,
-            objective,
-            examples,
-            plans,
-            wish,
-            seed,
-            align="auto" if align is None else align,
-            reuse=reuse,
-            heal=heal,
-            watch=lambda row: err.print(tables.check_line(row)),
-            shares=shares,
-            device=device,
-            routers=routers,
-        )
+        made = compress_model(loaded, budget, mixture(data), output, options, heal)
     as_dict = made.plan.to_dict()
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")
     healed = [lines(tables.healing_line(made.metrics["healing"]))] if heal else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,13 +79,25 @@ def bars() -> Iterator[None]:
             yield
 
 
+class _Notes(logging.Handler):
+    """Shows what the library logs as dim lines on stderr, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(Text(record.getMessage(), style="dim" if record.levelno < logging.WARNING else "yellow"), soft_wrap=True)
+
+
 def quiet() -> None:
-    """Keep warnings of other libraries off the console; their errors stay."""
-    from transformers.utils import logging
+    """Keep warnings of other libraries off the console, and show what HPR logs; errors stay."""
+    from transformers.utils import logging as transformers_logging
 
     warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logger = logging.getLogger("hpr")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
 
 
 def _say(message: str, kind: str = "error: ") -> None:

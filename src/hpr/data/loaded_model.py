@@ -26,6 +26,6 @@ class LoadedModel:
     label: str
 
 
-def as_opened(model: nn.Module, tokenizer: Any | None = None, objective: str | None = None) -> LoadedModel:
+def as_loaded(model: nn.Module, tokenizer: Any | None = None, objective: str | None = None) -> LoadedModel:
     """A model that is in memory already, with what belongs to it; its objective is that of its class unless named."""
     return LoadedModel(model, tokenizer, objective or objective_for(model).name, None, type(model).__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpr.anatomy.describe import describe
-from hpr.data.loaded_model import LoadedModel, as_opened
+from hpr.data.loaded_model import LoadedModel, as_loaded
 from hpr.data.sources import fractions, named
 from hpr.data.splits import Splits, open_splits
 from hpr.errors import HprError
@@ -58,7 +58,7 @@ def heal(
     does.
     """
     if isinstance(teacher, nn.Module):
-        teacher = as_opened(teacher, tokenizer, objective)
+        teacher = as_loaded(teacher, tokenizer, objective)
     goal, recipe = objective_for(teacher.model, objective or teacher.objective), recipe or Recipe()
     place = None if folder is None else Path(folder)
     steps, seconds = amount(how_long)

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hpr.anatomy.describe import describe
-from hpr.checkpoints import save
 from hpr.checkpoints.open import open_model
+from hpr.checkpoints.save import check_folder
 from hpr.data.batches import first_batches
-from hpr.data.loaded_model import as_opened
+from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits, joined, split_sources
-from hpr.errors import HprError
-from hpr.evaluation.divergence import Comparison, Estimate, divergence
+from hpr.errors import BudgetError
+from hpr.evaluation.divergence import Comparison, divergence
 from hpr.evaluation.evaluate import evaluate
-from hpr.layer_reuse.ablation import intervene
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
-from hpr.pipeline.rescore import reusing_plans, students
+from hpr.pipeline.rescore import students
 from hpr.planning.draft import Draft
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft, known_operators
-from hpr.plans.budget import parse_budget
+from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective, objective_for
 from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile
-from hpr.routing.plan import best_routed
-from hpr.routing.usage import routes_taken
-from hpr.sharing.refit import refit as regress
-from hpr.sharing.share import share
+from hpr.sharing.refit import refit
 
-if TYPE_CHECKING:
-    from hpr.healing.history import Watch
+if TYPE_CHECKING:  # the Trainer is imported only if something is healed
+    from hpr.healing.recipe import Recipe
+    from hpr.healing.train import Healing
 
-REFITTED = 1024  # examples a refit regresses on
-_OTHER_BUDGETS = (0.6, 0.8, 1.25, 1.5)  # of the one asked for: what the report shows of quality against size
+_log = logging.getLogger(__name__)
+
+REFITTED = 1024  # examples that a refit regresses on
+CURVE = (0.6, 0.8, 1.25, 1.5)  # budgets that ``curve`` adds, relative to the one asked for
 
 
 @dataclass(frozen=True)
 class Compression:
-    """What ``compress`` made: the student, its plan, ``metrics`` (as in metrics.json) and the output folder, if any."""
+    """What ``compress`` made.
+
+    ``student``: the compressed model. ``plan``: the plan that was chosen. ``metrics``: the values of metrics.json.
+    ``output``: the folder that was written, None if none was asked for.
+    """
 
     student: nn.Module
     plan: Plan
@@ -53,160 +58,201 @@ class Compression:
     output: Path | None
 
 
-@dataclass
-class _Clock:
+@dataclass(frozen=True)
+class _Run:
+    """What every step of one compression reads; ``seconds`` collects the time of each step."""
+
+    loaded: LoadedModel
+    objective: Objective
+    budget: Budget
+    options: PlanOptions
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step, under a name that the report shows."""
         start = time.perf_counter()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        _log.info("%s: %.1f s", name, self.seconds[name])
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The plans that were run end to end, and which of them was taken; ``curve`` holds plans for other budgets."""
+
+    plans: list[Plan]
+    curve: list[Plan]
+    scores: list[Comparison]  # one for each plan, then one for each plan of the curve
+    best: int
+    student: nn.Module
+
+    @property
+    def plan(self) -> Plan:
+        return self.plans[self.best]
+
+    @property
+    def score(self) -> Comparison:
+        return self.scores[self.best]
 
 
 def compress(
-    model: str | Path | nn.Module | None = None,
+    model: str | Path | nn.Module | LoadedModel | None = None,
     budget: str = "50%",
-    output: str | Path | None = None,
     data: Any = None,
-    only: str | None = None,
-    operators: Iterable[str] | None = None,
-    objective: str | None = None,
-    examples: int = 4096,
-    plans: int = 4,
-    refit: bool | Literal["auto"] = "auto",
-    seed: int = 0,
-    tokenizer: Any = None,
-    align: bool | Literal["auto"] = "auto",
-    reuse: bool = False,
-    heal: str | None = None,
-    watch: Watch | None = None,
-    shares: Mapping[str, float] | None = None,
-    device: str | None = None,
-    routers: int = 0,
+    output: str | Path | None = None,
+    options: PlanOptions | None = None,
+    heal: Recipe | str | None = None,
 ) -> Compression:
-    """Compress a model: profile, plan, share, choose by measurement, heal where wanted, evaluate, and write a folder.
+    """Compress a model in one call, and write a folder if ``output`` is given.
 
-    ``model``: a folder, a name, a module (with its ``tokenizer``), or None for the packaged all-MiniLM-L6-v2. ``data``: a
-    text file, a list of texts, an ``.npy`` or ``.npz`` file, or None for the standard library's docstrings; or several of
-    these by name, with ``shares`` of the examples. Up to ``plans`` plans are re-scored end to end. ``align``: also plan with
-    aligned layers (see ``planner.draft``). ``reuse``: also try plans in which layers are dropped or reuse attention (see
-    ``reusing_plans``), which takes two passes over the re-scoring text for each layer and state. ``heal``: train the result
-    for so long (``500steps``, ``10min``) on all of the data; ``watch`` sees its checks. ``refit="auto"`` refits where the data
-    is the user's own and re-scoring finds it better. ``device``: where a model that is named runs (see ``open_model``); a
-    module stays where it is. ``routers``: so many experts between which routers choose by the input (see ``mixing``); 0 for the
-    best static plan, since routers have not been found to pay. Raises ``HprError`` before anything is written where an input
-    does not serve.
+    The steps: profile, plan, run the best few plans end to end, take the one of least true divergence, refit if that
+    measures better, heal if asked to, evaluate on held-out data.
+
+    ``model``: a folder, a hub id, a module, what ``open_model`` gave, or None for the packaged all-MiniLM-L6-v2. A module that
+    reads text needs its tokenizer: give ``open_model(module, tokenizer=...)``. ``budget``: ``50%``, ``11M`` parameters or
+    ``45MB`` on disk. ``data``: a file, a list of texts, an array, batches, a ``datasets.Dataset``, a ``Mixture`` of several, or
+    None for the standard library's docstrings. ``options``: everything else about planning. ``heal``: a ``Recipe``, or a
+    duration such as ``500steps`` or ``10min``.
+
+    Raises ``HprError``, before anything is measured or written, if an input does not fit.
+
+    >>> made = compress(loaded, "60%", texts, options=PlanOptions(plans=2))
+    >>> made.metrics["budget"]["text"]
+    '60%'
     """
-    clock = _Clock()
-    torch.manual_seed(seed)
-    opened = as_opened(model, tokenizer, objective) if isinstance(model, nn.Module) else open_model(model, device)
-    if output is not None:
-        save.check_folder(output)
-    goal = objective_for(opened.model, objective or opened.objective)
-    parse_budget(budget, describe(opened.model), only)  # a budget that is none, or operators that are none, are said at once
-    known_operators(operators)
-    if routers < 0 or routers == 1:
-        raise HprError(f"routers {routers}: at least 2 experts, between which a router chooses, or 0 for no routers")
-    if routers and reuse:
-        raise HprError(f"routers {routers} and reuse: plans in which layers reuse are not routed; ask for one of the two")
-    if heal is not None:
-        from hpr.healing.duration import amount
+    options = options or PlanOptions()
+    with _seeded(options.seed):
+        run, recipe = _checked(model, budget, output, options, heal)
+        with run.step("data"):
+            parts = split_sources(data, run.loaded, options.examples)
+            texts = joined(list(parts.values()))
+        with run.step("profile"):
+            measured = profile(run.loaded.model, texts.calibration, run.objective.name, options.seed)
+        with run.step("plan"):
+            candidates = draft(run.loaded.model, measured, options)
+            plans = _plans(run, candidates)
+        if options.reuse:
+            with run.step("interventions"):
+                measured, more = _layer_plans(run, measured, candidates, texts)
+                plans += more
+        with run.step("plan"):
+            curve = _curve(run, candidates) if options.curve else []
+        with run.step("rescore"):
+            choice = _chosen(run, measured, plans, curve, texts)
+        with run.step("refit"):
+            refitted = _refitted(run, measured, choice, texts)
+        healing = None
+        if recipe is not None:
+            with run.step("heal"):
+                healing = _healed(run, choice.student, data, parts, recipe)
+        with run.step("evaluate"):
+            figures = evaluate(choice.student, run.loaded.model, texts.heldout, run.objective, data=f"{texts.source}, held out")
+        metrics = record(run.loaded, choice.plan, measured, texts, figures) | {
+            "seed": options.seed,
+            "timing": run.seconds,
+            "plans": plan_rows(choice.plans + choice.curve, choice.scores, choice.best, candidates.anatomy),
+            "plan_quality": "agreement with the original" if choice.score.cosine is None else "cosine to the original",
+            "refit": refitted,
+            "operator_gains": operator_gains(candidates, choice.plan),
+        }
+        if healing is not None:
+            metrics["healing"] = healing.as_metrics()
+        folder = None if output is None else write(choice.student, output, choice.plan, metrics, run.loaded)
+    return Compression(choice.student, choice.plan, metrics, folder)
 
-        amount(heal)
-    with clock("data"):
-        dealt = split_sources(data, opened, examples, shares=shares)
-        texts = joined(list(dealt.values()))
-    with clock("profile"):
-        found = profile(opened.model, texts.calibration, goal.name, seed)
-    with clock("plan"):
-        sketch = draft(opened.model, found, only, operators, align=align)
-        limit = sketch.budget(budget)
-        if routers:
-            tried = [(budget, best_routed(sketch, limit, opened.model, routers))]
-        else:
-            tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))]
-    if reuse:
-        with clock("interventions"):
-            found = replace(found, interventions=intervene(opened.model, texts.rescoring, goal))
-            others = reusing_plans(opened.model, found, sketch, limit, texts.rescoring, goal)
-            tried += [(budget, plan) for plan in others]
-    with clock("plan"):
-        tried += _other_budgets(sketch, limit.parameters) if plans > 1 else []
-    scores: list[Comparison] = []
-    best, student = 0, opened.model  # of the plans for this budget; the first is one of them
-    with clock("rescore"):
-        for one, score in students(opened.model, found, [plan for _, plan in tried], texts.rescoring, goal):
-            if tried[len(scores)][0] == budget and (not scores or score.divergence.mean < scores[best].divergence.mean):
-                best, student = len(scores), one
-            scores.append(score)
-    plan = tried[best][1]
-    refitted = False
-    if refit is True or (refit == "auto" and texts.own and not plan.layers):
-        with clock("refit"):
-            student, refitted = _refitted(student, opened.model, plan, found, texts, goal, scores[best].divergence, refit)
-    healing = None
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Fix torch's random numbers inside the block; those of the caller go on as before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _checked(
+    model: str | Path | nn.Module | LoadedModel | None,
+    budget: str,
+    output: str | Path | None,
+    options: PlanOptions,
+    heal: Recipe | str | None,
+) -> tuple[_Run, Recipe | None]:
+    """Open the model and read every option. Whatever is wrong is said here, before minutes are spent."""
+    recipe = None
     if heal is not None:
-        from hpr.healing.heal import HEALED
-        from hpr.healing.heal import heal as healed
         from hpr.healing.recipe import Recipe
 
-        with clock("heal"):
-            if goal.name != "seq2seq":  # there the teacher would have to write more answers first
-                longer = split_sources(data, opened, HEALED, shares=shares)
-                dealt = {name: replace(part, calibration=longer[name].calibration) for name, part in dealt.items()}
-            healing = healed(
-                student,
-                opened,
-                dealt,
-                heal,
-                objective=goal.name,
-                shares=shares,
-                recipe=Recipe(seed=seed),
-                watch=watch,
-            )
-    with clock("evaluate"):
-        figures = evaluate(student, opened.model, texts.heldout, goal, data=f"{texts.source}, held out")
-    metrics = record(opened, plan, found, texts, figures, clock.seconds, seed)
-    metrics["plans"] = plan_rows(tried, scores, best, sketch.anatomy)
-    metrics["plan_quality"] = "cosine to the original" if scores[best].cosine is not None else "agreement with the original"
-    metrics["refit"] = refitted
-    metrics["operator_gains"] = operator_gains(sketch, plan)
-    if healing is not None:
-        metrics["healing"] = healing.as_metrics()
-    metrics |= routes_taken(student, dealt, opened.tokenizer)
-    folder = None
+        recipe = Recipe(duration=heal, seed=options.seed) if isinstance(heal, str) else heal
+    known_operators(options.operators)
     if output is not None:
-        folder = write(student, output, plan, metrics, opened)
-    return Compression(student, plan, metrics, folder)
+        check_folder(output)
+    loaded = open_model(model)
+    limit = parse_budget(budget, describe(loaded.model), options.only)
+    return _Run(loaded, objective_for(loaded.model, loaded.objective), limit, options), recipe
 
 
-def _other_budgets(sketch: Draft, parameters: int) -> list[tuple[str, Plan]]:
-    """Best plans at a few budgets around the one asked for, as far as they are possible."""
+def _plans(run: _Run, candidates: Draft) -> list[Plan]:
+    """Up to ``options.plans`` plans within the budget, the best by predicted damage first; or one plan with routers."""
+    if run.options.routers:
+        from hpr.routing.plan import best_routed
+
+        return [best_routed(candidates, run.budget, run.loaded.model, run.options.routers)]
+    return list(candidates.alternatives(run.budget, run.options.plans))
+
+
+def _layer_plans(run: _Run, measured: Profile, candidates: Draft, texts: Splits) -> tuple[Profile, list[Plan]]:
+    """The profile with the divergence of each layer dropped or reusing, and plans that do so."""
+    from hpr.layer_reuse.ablation import intervene
+    from hpr.pipeline.layer_plans import reusing_plans
+
+    model = run.loaded.model
+    measured = replace(measured, interventions=intervene(model, texts.rescoring, run.objective))
+    return measured, reusing_plans(model, measured, candidates, run.budget, texts.rescoring, run.objective)
+
+
+def _curve(run: _Run, candidates: Draft) -> list[Plan]:
+    """The best plans at a few budgets around the one asked for, if they are possible."""
+    total = candidates.anatomy.total_parameters
     plans = []
-    for share_of in _OTHER_BUDGETS:
-        count = int(share_of * parameters)
-        if count < sketch.anatomy.total_parameters:
-            text = f"{100 * count / sketch.anatomy.total_parameters:.0f}%"
-            try:
-                plans.append((text, sketch.best(sketch.budget(str(count)))))
-            except HprError:
-                continue  # below the smallest possible plan: there is nothing to show there
+    for factor in CURVE:
+        parameters = int(factor * run.budget.parameters)
+        if parameters >= total:
+            continue
+        with suppress(BudgetError):  # no plan is that small: there is nothing to show
+            plans.append(candidates.best(Budget(f"{100 * parameters / total:.0f}%", parameters)))
     return plans
 
 
-def _refitted(
-    student: nn.Module,
-    teacher: nn.Module,
-    plan: Plan,
-    found: Profile,
-    texts: Splits,
-    goal: Objective,
-    before: Estimate,
-    wish: bool | str,
-) -> tuple[nn.Module, bool]:
-    """The refitted student where the user insists or it measures better on re-scoring text; else the student as it was."""
-    regress(student, teacher, plan, found, first_batches(texts.calibration, REFITTED))
-    if wish is True or divergence(student, teacher, texts.rescoring, goal).mean < before.mean:
-        return student, True
-    return share(teacher, plan, found), False
+def _chosen(run: _Run, measured: Profile, plans: list[Plan], curve: list[Plan], texts: Splits) -> _Choice:
+    """Run every plan end to end, and take the one of least divergence among those for the budget."""
+    best, student, scores = 0, run.loaded.model, []
+    for plan_student, score in students(run.loaded.model, measured, plans + curve, texts.rescoring, run.objective):
+        number = len(scores)
+        if number < len(plans) and (not scores or score.divergence.mean < scores[best].divergence.mean):
+            best, student = number, plan_student
+        scores.append(score)
+    _log.info("plan %d of %d has the least divergence, %.4g nats", best + 1, len(plans), scores[best].divergence.mean)
+    return _Choice(plans, curve, scores, best, student)
+
+
+def _refitted(run: _Run, measured: Profile, choice: _Choice, texts: Splits) -> bool:
+    """Refit the student in place if the user asks for it, or if it measures better on the user's own re-scoring text."""
+    wanted = run.options.refit
+    if wanted is False or (wanted is None and (not texts.own or choice.plan.layers)):
+        return False
+    student, teacher = choice.student, run.loaded.model
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    refit(student, teacher, choice.plan, measured, first_batches(texts.calibration, REFITTED))
+    after = divergence(student, teacher, texts.rescoring, run.objective).mean
+    if wanted or after < choice.score.divergence.mean:
+        return True
+    _log.info("the refit is taken back: divergence %.4g nats after %.4g", after, choice.score.divergence.mean)
+    student.load_state_dict(before)
+    return False
+
+
+def _healed(run: _Run, student: nn.Module, data: Any, parts: Mapping[str, Splits], recipe: Recipe) -> Healing:
+    """Train the student to imitate the original, on all of the data that was read."""
+    from hpr.healing.heal import heal
+
+    return heal(student, run.loaded, parts, recipe)

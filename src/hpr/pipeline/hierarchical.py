@@ -45,13 +45,13 @@ class HierarchicalModel(nn.Module):
         batch: Batch | None = None,
     ):
         super().__init__()
-        opened = _opened(self.default_base if base_model is None else base_model)
+        loaded = _opened(self.default_base if base_model is None else base_model)
         self.replication_rules = self.default_rules if replication_rules is None else replication_rules
         rules = ByRule(self.replication_rules, batch)
-        self.replication = rules.read(opened.model)
-        self.base_model = share(opened.model, rules)
-        copy_below(self.base_model, describe(opened.model), self.replication)
-        self._opened = (opened.tokenizer, opened.folder)
+        self.replication = rules.read(loaded.model)
+        self.base_model = share(loaded.model, rules)
+        copy_below(self.base_model, describe(loaded.model), self.replication)
+        self._opened = (loaded.tokenizer, loaded.folder)
         for note in self.replication.notes:
             _log.warning("%s", note)
 

@@ -30,7 +30,7 @@ from hpr.runtime.environment import versions
 from hpr.runtime.files import write_text
 
 
-def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], opened: LoadedModel) -> Path:
+def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], loaded: LoadedModel) -> Path:
     """Write a folder at once: model, tokenizer, plan.json, metrics.json, report.html, README.md."""
     as_dict = plan.to_dict()
 
@@ -43,14 +43,14 @@ def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str,
             "README.md": render_card(as_dict, metrics),
         }
 
-    return save.save(student, output, opened.tokenizer, texts, opened.folder)
+    return save.save(student, output, loaded.tokenizer, texts, loaded.folder)
 
 
-def heading(opened: LoadedModel, plan: Plan) -> dict[str, Any]:
+def heading(loaded: LoadedModel, plan: Plan) -> dict[str, Any]:
     """What metrics.json says of a model and its plan, however it came about."""
     return {
         "format": 1,
-        "model": {"name": opened.label, "class": plan.model_class, "fingerprint": plan.fingerprint},
+        "model": {"name": loaded.label, "class": plan.model_class, "fingerprint": plan.fingerprint},
         "versions": versions(),
         "budget": {"text": plan.budget.text, "parameters": plan.budget.parameters},
         "boundaries": plan.diagnostics.get("boundaries", {}),
@@ -58,48 +58,42 @@ def heading(opened: LoadedModel, plan: Plan) -> dict[str, Any]:
     }
 
 
-def record(
-    opened: LoadedModel, plan: Plan, found: Profile, texts: Splits, figures: dict[str, Any], timing: dict[str, float], seed: int
-) -> dict[str, Any]:
+def record(loaded: LoadedModel, plan: Plan, profile: Profile, texts: Splits, figures: dict[str, Any]) -> dict[str, Any]:
     """What metrics.json keeps of a compression, the plans tried and what came after apart."""
     return {
-        **heading(opened, plan),
+        **heading(loaded, plan),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
         **figures,
         "layers": {
-            "names": {name: len(features.block_influence) for name, features in found.layers.items()},
+            "names": {name: len(features.block_influence) for name, features in profile.layers.items()},
             **{
-                key: {name: getattr(features, key) for name, features in found.layers.items()}
+                key: {name: getattr(features, key) for name, features in profile.layers.items()}
                 for key in ("similarity", "block_influence", "context_dependence")
             },
         },
-        "timing": timing,
         "calibration": {
             "source": texts.source,
-            "examples": found.about["examples"],
-            "tokens": found.about["tokens"],
-            "objective": found.about["objective"],
+            "examples": profile.about["examples"],
+            "tokens": profile.about["tokens"],
+            "objective": profile.about["objective"],
         },
     }
 
 
-def plan_rows(
-    tried: Sequence[tuple[str, Plan]], scores: Sequence[Comparison], best: int, anatomy: Anatomy
-) -> list[dict[str, Any]]:
-    """One row for each plan that was measured, with the budget it was made for; the ``best``-th was chosen."""
+def plan_rows(plans: Sequence[Plan], scores: Sequence[Comparison], best: int, anatomy: Anatomy) -> list[dict[str, Any]]:
+    """One row for each plan that was run end to end, with the budget it was made for; plan number ``best`` was chosen."""
     return [
         {
-            "label": one.diagnostics.get("label") or "plan",
-            "budget": text,
-            "parameters": one.parameters(anatomy),
-            "predicted": one.damage,
+            "label": plan.diagnostics.get("label") or "plan",
+            "budget": plan.budget.text,
+            "parameters": plan.parameters(anatomy),
+            "predicted": plan.damage,
             "measured": score.divergence.mean,
             "quality": score.agreement if score.cosine is None else score.cosine,
-            "chosen": index == best,
-            "aligned": bool(one.alignment),
+            "chosen": number == best,
+            "aligned": bool(plan.alignment),
         }
-        for index, ((text, one), score) in enumerate(zip(tried, scores, strict=True))
+        for number, (plan, score) in enumerate(zip(plans, scores, strict=True))
     ]
 
 

@@ -1,26 +1,18 @@
-"""What needs a model and several steps: profile, refit, re-score, and plans in which layers reuse."""
+"""Run plans end to end: the true divergence of each from the original, on text that was not profiled."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 
 from torch import nn
 
-from hpr.errors import HprError
 from hpr.evaluation.divergence import Comparison, compare
-from hpr.layer_reuse.ablation import reuses
-from hpr.planning.draft import Draft
-from hpr.plans.budget import Budget
-from hpr.plans.layer_states import site_layer
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import Profile
 from hpr.runtime.batch import Batch
 from hpr.runtime.progress import progress
 from hpr.sharing.share import share
-
-REUSE_MARGIN = 1.2  # of the best predicted damage without reuse: up to that, plans with reuse are worth measuring
 
 
 def rescore(
@@ -30,7 +22,7 @@ def rescore(
     batches: Sequence[Batch],
     objective: Objective,
 ) -> list[Comparison]:
-    """Every plan beside the model, its true divergence in nats per example foremost: each is shared, run and dropped."""
+    """Compare each plan with the model: its true divergence in nats per example, and more. Students are not kept."""
     return [found for _, found in students(model, profile, plans, batches, objective)]
 
 
@@ -41,32 +33,8 @@ def students(
     batches: Sequence[Batch],
     objective: Objective,
 ) -> Iterator[tuple[nn.Module, Comparison]]:
-    """Each plan in turn: the student that it gives, and that one beside the model."""
+    """Yield, for each plan in turn, the student that it gives and how it compares with the model."""
     for index, plan in enumerate(plans):
         student = share(model, plan, profile)
         yield student, compare(student, model, batches, objective)
         progress("re-score", index + 1, len(plans))
-
-
-def reusing_plans(
-    model: nn.Module,
-    profile: Profile,
-    sketch: Draft,
-    budget: Budget,
-    batches: Sequence[Batch],
-    objective: Objective,
-) -> list[Plan]:
-    """Plans in which layers are dropped or reuse attention, where they promise to be no worse than the best without.
-
-    Their damage is the measured one of the layers together plus what is predicted for the rest. At most two, the best first.
-    """
-    best = sketch.best(budget)
-    price = (best.diagnostics["solver"] or {}).get("multiplier") or 0.0
-    chosen = set(sketch.anatomy.select(sketch.only))
-    outside = {site_layer(site) for site in sketch.anatomy.sites if site not in chosen}
-    layers = {name: damages for name, damages in profile.interventions.items() if name not in outside}
-    found = []
-    for reuse in reuses(model, layers, batches, objective, price):
-        with suppress(HprError):  # what is left cannot meet the budget
-            found.append(sketch.reusing(reuse).best(budget))
-    return sorted((plan for plan in found if plan.damage < REUSE_MARGIN * best.damage), key=lambda plan: plan.damage)[:2]

@@ -1,0 +1,103 @@
+"""The steps of the pipeline one by one, each on data of any kind.
+
+Data is a text file, a list of texts, an array or its file, a ``datasets.Dataset``, batches of model inputs, a ``Mixture`` of
+several, or None for the standard library's docstrings. A model is a module, or what ``hpr.open_model`` gave: text needs a
+tokenizer, which a bare module does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from hpr.checkpoints.open import open_model
+from hpr.data.loaded_model import LoadedModel
+from hpr.data.splits import Split, open_data
+from hpr.evaluation.evaluate import evaluate as evaluate_batches
+from hpr.plans.plan import Plan
+from hpr.profiling.objectives import objective_for
+from hpr.profiling.profile import Profile
+from hpr.profiling.run import profile as profile_batches
+from hpr.sharing.refit import refit as refit_batches
+
+if TYPE_CHECKING:  # the Trainer is imported only if something is healed
+    from hpr.healing.recipe import Recipe
+    from hpr.healing.train import Healing
+
+AnyModel = str | Path | nn.Module | LoadedModel | None
+PROFILED, REFITTED, EVALUATED = 4096, 1024, 1024  # examples of data that is read, at most
+
+
+def profile(model: AnyModel, data: Any = None, objective: str | None = None, seed: int = 0) -> Profile:
+    """Measure every site and layer of a model on unlabelled data. The model is left as it was.
+
+    ``objective``: what the outputs mean, by default what the model's class says (see the guide). At most 4,096 examples are
+    read. Raises ``HprError`` for no data, and for losses, activations or gradients that are not finite.
+
+    >>> profile(loaded, texts).about["examples"]
+    48
+    """
+    loaded = open_model(model, objective=objective)
+    batches, _ = _batches(data, loaded, "calibration", PROFILED)
+    return profile_batches(loaded.model, batches, loaded.objective, seed)
+
+
+def refit(student: nn.Module, teacher: AnyModel, data: Any, plan: Plan, profile: Profile) -> None:
+    """Fit private factors and biases again, in place, to what the compressed layers below really emit.
+
+    It pays on data like that which the model will see, and can lose on other data, because the regression follows its text
+    closely. At most 1,024 examples are read. Raises ``HprError`` for a profile or plan of another model.
+
+    >>> refit(student, loaded, texts, plan, measured)
+    """
+    loaded = open_model(teacher)
+    batches, _ = _batches(data, loaded, "calibration", REFITTED)
+    refit_batches(student, loaded.model, plan, profile, batches)
+
+
+def heal(student: nn.Module, teacher: AnyModel, data: Any = None, recipe: Recipe | None = None) -> Healing:
+    """Train a student in place to imitate its teacher (distillation). It ends with the best weights that were met.
+
+    ``recipe``: duration, learning rate and all else. An eighth of the data is a validation set, which is not trained on: the
+    weights of least divergence there are kept, and those of the start count too. Raises ``HprError`` if data or recipe do not fit.
+
+    >>> healed = heal(student, loaded, texts, Recipe(duration="2steps"))
+    >>> healed.after.mean <= healed.before.mean
+    True
+    """
+    from hpr.healing.heal import heal as heal_data
+
+    return heal_data(student, open_model(teacher), data, recipe)
+
+
+def evaluate(
+    student: nn.Module,
+    teacher: AnyModel,
+    data: Any = None,
+    objective: str | None = None,
+    labels: Sequence[int] | Tensor | None = None,
+    repeats: int = 9,
+) -> dict[str, Any]:
+    """Compare a student with its teacher: quality, sizes and latency, as the JSON values that the report reads.
+
+    ``labels``: the classes of a classifier's examples, in the order of the data; they add its accuracy. ``repeats``: timed
+    passes; 0 leaves latency and peak memory out. At most 1,024 examples are read. Raises ``HprError`` for no data, for outputs
+    that are not finite or differ in shape, and for labels that do not fit.
+
+    >>> sorted(evaluate(student, loaded, texts, repeats=0))
+    ['parts', 'quality', 'sizes']
+    """
+    loaded = open_model(teacher, objective=objective)
+    batches, label = _batches(data, loaded, "heldout", EVALUATED)
+    goal = objective_for(loaded.model, loaded.objective)
+    return evaluate_batches(student, loaded.model, batches, goal, labels, label, repeats)
+
+
+def _batches(data: Any, loaded: LoadedModel, split: Split, examples: int) -> tuple[Sequence[Any], str | None]:
+    """Batches as they are given, or made of whatever else is given; and what to call them."""
+    if isinstance(data, list | tuple) and data and not isinstance(data[0], str):
+        return data, None
+    return open_data(data, loaded, split, examples)
