@@ -6,10 +6,9 @@ a curve of (parameters, damage) points, one for each rank it could have. A solut
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -58,17 +57,13 @@ class Candidate:
 class Track:
     """``length`` positions to be cut into intervals [start, stop), each covered by one candidate registered for it.
 
-    With ``subtracks`` (all of this length) an interval may instead be solved by every subtrack alone, each with its own
-    segmentation: the parent holds what shares a factor among several slots, a subtrack one slot. Register ``keep`` once,
-    in the subtracks. A site outside the layer stacks is a track of length 1; groups that are not contiguous (a cycle) are a
-    composite for the interval that they fill. Raises ``HprError`` for intervals outside the track and for subtracks of
-    another length.
+    A site outside the layer stacks is a track of length 1; groups that are not contiguous (a cycle) are a composite for the
+    interval that they fill. Raises ``HprError`` for a length below 1 and for intervals outside the track.
     """
 
     name: str
     length: int
     candidates: Mapping[tuple[int, int], tuple[Candidate, ...]]
-    subtracks: tuple[Track, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -76,13 +71,6 @@ class Track:
         for start, stop in self.candidates:
             if not 0 <= start < stop <= self.length:
                 raise HprError(f"track {self.name!r}: [{start}, {stop}) is no interval of its {self.length} positions")
-        if len({self.name, *(track.name for track in self.subtracks)}) <= len(self.subtracks):
-            raise HprError(f"track {self.name!r} and its subtracks need names of their own: rename those that are equal")
-        for track in self.subtracks:
-            if track.length != self.length:
-                raise HprError(
-                    f"track {self.name!r} has {self.length} positions, subtrack {track.name!r} {track.length}: make them equal"
-                )
 
 
 @dataclass(frozen=True)
@@ -159,11 +147,10 @@ class Table:
     interval_points: np.ndarray  # (intervals + 1,) where each interval's points begin
     damages: np.ndarray  # (points,) nats
     parameters: np.ndarray  # (points,)
-    subtables: tuple[Table, ...]
 
 
 def tabulate(track: Track) -> Table:
-    """Flatten a track and its subtracks, once for all the multipliers that will be tried."""
+    """Flatten a track, once for all the multipliers that will be tried."""
     intervals = sorted(interval for interval, several in track.candidates.items() if several)
     candidates = tuple(one for interval in intervals for one in track.candidates[interval])
     counts = [len(track.candidates[interval]) for interval in intervals]
@@ -179,14 +166,13 @@ def tabulate(track: Track) -> Table:
         interval_points=first_points[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])],
         damages=np.concatenate([np.zeros(0), *(one.damages for one in candidates)]),
         parameters=np.concatenate([np.zeros(0, np.int64), *(one.parameters for one in candidates)]),
-        subtables=tuple(tabulate(subtrack) for subtrack in track.subtracks),
     )
 
 
 def exhaustive_at(tracks: Sequence[Track], multiplier: float) -> Solution:
     """The least damage + multiplier · parameters by enumeration. Exponential in everything: for tests."""
     best = [
-        min(_covers(track, 0, track.length), key=lambda cover: sum(one.damage + multiplier * one.parameters for one in cover))
+        min(_covers(track, track.length), key=lambda cover: sum(one.damage + multiplier * one.parameters for one in cover))
         for track in tracks
     ]
     return solution(choice for cover in best for choice in cover)
@@ -194,7 +180,7 @@ def exhaustive_at(tracks: Sequence[Track], multiplier: float) -> Solution:
 
 def exhaustive(tracks: Sequence[Track], limit: int) -> Solution:
     """The least damage within ``limit`` parameters by enumeration. Exponential in everything: for tests and tiny models."""
-    covers = [list(_covers(track, 0, track.length)) for track in tracks]
+    covers = [list(_covers(track, track.length)) for track in tracks]
     damages, parameters = np.zeros(()), np.zeros((), np.int64)
     for several in covers:
         damages = np.add.outer(damages, [sum(one.damage for one in cover) for cover in several])
@@ -217,17 +203,11 @@ def impossible(limit: int, smallest: int) -> HprError:
     return HprError(f"{limit:,} parameters are too few: the smallest possible total is {smallest:,}; raise the budget to that")
 
 
-def _covers(track: Track, start: int, stop: int, after_own: bool = False) -> Iterator[tuple[Choice, ...]]:
-    """Every cover of [start, stop), each once: with ``after_own`` the last arc is not "every subtrack alone"."""
-    if start == stop:
+def _covers(track: Track, stop: int) -> Iterator[tuple[Choice, ...]]:
+    """Every cover of the first ``stop`` positions, each once."""
+    if stop == 0:
         yield ()
-    for cut in range(start, stop):
-        ends: list[tuple[Choice, ...]] = [
-            (Choice(one, k),) for one in track.candidates.get((cut, stop), ()) for k in range(len(one.choices))
-        ]
+    for cut in range(stop):
+        ends = [Choice(one, k) for one in track.candidates.get((cut, stop), ()) for k in range(len(one.choices))]
         if ends:
-            yield from (head + end for head in _covers(track, start, cut) for end in ends)
-        if track.subtracks and not after_own:
-            parts = [list(_covers(subtrack, cut, stop)) for subtrack in track.subtracks]
-            ends = [tuple(choice for part in parts for choice in part) for parts in itertools.product(*parts)]
-            yield from (head + end for head in _covers(track, start, cut, after_own=True) for end in ends)
+            yield from ((*head, end) for head in _covers(track, cut) for end in ends)

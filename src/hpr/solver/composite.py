@@ -95,8 +95,8 @@ def hull(options: tuple[Candidate, ...]) -> Hull:
 
 def operators(tracks: Sequence[Track]) -> list[str]:
     """Names of all operators registered anywhere in the tracks, sorted; a composite has those of its groups."""
-    own = {name for track in tracks for several in track.candidates.values() for one in several for name in _operators(one)}
-    return sorted(own.union(*(operators(track.subtracks) for track in tracks)))
+    candidates = (one for track in tracks for options in track.candidates.values() for one in options)
+    return sorted({name for one in candidates for name in _operators(one)})
 
 
 def restrict(tracks: Sequence[Track], operators: Set[str]) -> tuple[Track, ...]:
@@ -111,7 +111,7 @@ def restrict(tracks: Sequence[Track], operators: Set[str]) -> tuple[Track, ...]:
         for interval, several in track.candidates.items():
             if chosen := tuple(one for every in several if (one := _restricted(every, allowed)) is not None):
                 candidates[interval] = chosen
-        restricted.append(Track(track.name, track.length, candidates, restrict(track.subtracks, operators)))
+        restricted.append(Track(track.name, track.length, candidates))
     return tuple(restricted)
 
 

@@ -7,7 +7,7 @@ easy, track by track; the right λ meets the budget but for a gap, which greedy 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -105,7 +105,7 @@ def greedy(tracks: Sequence[Track], limit: int) -> Solution:
     least = _cheapest(roots, 0.0, 1.0)
     if least.parameters > limit:
         raise impossible(limit, least.parameters)
-    states = [trace(least_costs(root, 1.0, 0.0), 0, root.track.length) for root in roots]
+    states = [trace(least_costs(root, 1.0, 0.0)) for root in roots]
     moves = [_best_move(root, state) for root, state in zip(roots, states, strict=True)]
     while sum(int(table.parameters[point]) for state in states for table, point in state) > limit:
         rates = [rate for rate, _ in moves]
@@ -174,7 +174,7 @@ def _bracket(cheapest: Callable[[float, float], _Allocation], limit: int) -> _Br
 def _cheapest(roots: Sequence[Table], damage_weight: float, parameter_weight: float) -> _Allocation:
     points: Points = []
     for root in roots:
-        points += trace(least_costs(root, damage_weight, parameter_weight), 0, root.track.length)
+        points += trace(least_costs(root, damage_weight, parameter_weight))
     return _allocation(points)
 
 
@@ -236,40 +236,23 @@ def _adjust(points: Points, limit: int, swap: bool) -> _Allocation | None:
 
 def _best_move(root: Table, state: Points) -> tuple[float, Points]:
     """(extra nats per parameter saved, the state after it) of the best move within a root; inf where there is none."""
-    best: tuple[float, Points] = (np.inf, state)
     spans = np.array([table.intervals[table.intervals_of[table.owners[point]]] for table, point in state])
     damages = np.array([table.damages[point] for table, point in state])
     parameters = np.array([table.parameters[point] for table, point in state])
-    for table, above in _family(root, ()):
-        if not table.candidates:
-            continue
-        # a move of this table replaces groups of its own and of its subtables, never part of one, none of its parents'
-        within = {id(member) for member, _ in _family(table, ())}
-        mine = np.array([id(owner) in within for owner, _ in state])
-        theirs = np.array([any(owner is parent for parent in above) for owner, _ in state])
-        starts, stops = table.intervals[:, :1], table.intervals[:, 1:]
-        overlaps = (spans[:, 0] < stops) & (spans[:, 1] > starts)  # (intervals, groups)
-        inside = (spans[:, 0] >= starts) & (spans[:, 1] <= stops) & mine
-        allowed = ~(overlaps & (theirs | (mine & ~inside))).any(axis=1)
-        interval = table.intervals_of[table.owners]
-        saved = (inside @ parameters)[interval] - table.parameters
-        lost = table.damages - (inside @ damages)[interval]
-        rates = np.where(allowed[interval] & (saved > 0), lost / np.maximum(saved, 1), np.inf)
-        point = int(rates.argmin())
-        if rates[point] < best[0]:
-            replaced = inside[interval[point]]
-            best = (
-                float(rates[point]),
-                [one for one, gone in zip(state, replaced, strict=True) if not gone] + [(table, point)],
-            )
-    return best
-
-
-def _family(table: Table, above: tuple[Table, ...]) -> Iterator[tuple[Table, tuple[Table, ...]]]:
-    """A table and everything under it, each with its parents."""
-    yield table, above
-    for subtable in table.subtables:
-        yield from _family(subtable, (*above, table))
+    starts, stops = root.intervals[:, :1], root.intervals[:, 1:]
+    overlaps = (spans[:, 0] < stops) & (spans[:, 1] > starts)  # (intervals, groups)
+    inside: np.ndarray = (spans[:, 0] >= starts) & (spans[:, 1] <= stops)
+    allowed = ~(overlaps & ~inside).any(axis=1)
+    interval = root.intervals_of[root.owners]
+    saved = (inside @ parameters)[interval] - root.parameters
+    lost = root.damages - (inside @ damages)[interval]
+    rates = np.where(allowed[interval] & (saved > 0), lost / np.maximum(saved, 1), np.inf)
+    point = int(rates.argmin())
+    if rates[point] == np.inf:
+        return np.inf, state
+    replaced = inside[interval[point]]
+    left = [one for one, gone in zip(state, replaced, strict=True) if not gone]
+    return float(rates[point]), [*left, (root, point)]
 
 
 def _tabulate(tracks: Sequence[Track]) -> list[Table]:
