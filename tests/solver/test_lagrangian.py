@@ -3,13 +3,14 @@ import math
 
 import numpy as np
 import pytest
+from oracle import exhaustive, exhaustive_at
 
 from hpr.errors import HprError
 from hpr.solver.boundaries import boundaries
-from hpr.solver.candidates import Candidate, Choice, Track, exhaustive, exhaustive_at, solution, tabulate
+from hpr.solver.candidates import Candidate, Choice, Track, solution, tabulate
 from hpr.solver.composite import compose, restrict
-from hpr.solver.lagrangian import greedy, k_best, plan_candidates, smallest, solve, solve_at
-from hpr.solver.lattice import least_costs, structures
+from hpr.solver.lagrangian import k_best, plan_candidates, smallest, solve
+from hpr.solver.lattice import least_costs, structures, trace
 
 CLOSE = 1e-9
 
@@ -68,6 +69,16 @@ def limits(tracks):
     return [smallest, *(int(smallest + share * (dense - smallest)) for share in (0.3, 0.6, 0.9)), dense + 7]
 
 
+def cheapest_at(tracks, multiplier):
+    """The least damage + multiplier · parameters, by the lattice."""
+    points = [point for track in tracks for point in trace(least_costs(tabulate(track), 1.0, multiplier))]
+    owners = [int(table.owners[point]) for table, point in points]
+    return solution(
+        Choice(table.candidates[owner], int(point - table.first_points[owner]))
+        for (table, point), owner in zip(points, owners, strict=True)
+    )
+
+
 def every_structure(track, multiplier):
     """Test-only enumeration, written another way: (cost, set of starts of groups) of every structure."""
     for mask in itertools.product([False, True], repeat=track.length - 1):
@@ -106,7 +117,7 @@ def assert_covers(found, tracks):
 def test_a_fixed_multiplier_equals_enumeration(seed):
     tracks = random_tracks(seed)
     for multiplier in np.random.default_rng(seed).exponential(size=3) * exhaustive_at(tracks, 1e30).damage / 50:
-        expected, found = exhaustive_at(tracks, multiplier), solve_at(tracks, multiplier)
+        expected, found = exhaustive_at(tracks, multiplier), cheapest_at(tracks, multiplier)
         assert_covers(found, tracks)
         cost = expected.damage + multiplier * expected.parameters
         assert found.damage + multiplier * found.parameters == pytest.approx(cost, rel=CLOSE)
@@ -117,7 +128,7 @@ def test_a_fixed_multiplier_equals_enumeration_on_longer_tracks(seed):
     rng = np.random.default_rng(seed)
     track = random_track(rng, "a", 5 + seed % 2)
     multiplier = 0.2 * rng.random()
-    expected, found = exhaustive_at([track], multiplier), solve_at([track], multiplier)
+    expected, found = exhaustive_at([track], multiplier), cheapest_at([track], multiplier)
     assert_covers(found, [track])
     assert found.damage + multiplier * found.parameters == pytest.approx(expected.damage + multiplier * expected.parameters)
     least = min(cost for cost, _ in every_structure(track, multiplier))
@@ -129,14 +140,13 @@ def test_a_budget_is_kept_and_the_bound_holds(seed):
     tracks = random_tracks(seed)
     assert sum(smallest(track) for track in tracks) == limits(tracks)[0]
     for limit in limits(tracks):
-        best, found, simple = exhaustive(tracks, limit), solve(tracks, limit), greedy(tracks, limit)
-        for one in (found, simple):
-            assert_covers(one, tracks)
-            assert one.parameters <= limit
-            assert one.bound <= best.damage * (1 + CLOSE)
-            assert best.damage <= one.damage * (1 + CLOSE)
-            assert one.gap == one.damage - one.bound >= 0
-            assert one.relative_gap == (one.gap / one.damage if one.damage else 0)
+        best, found = exhaustive(tracks, limit), solve(tracks, limit)
+        assert_covers(found, tracks)
+        assert found.parameters <= limit
+        assert found.bound <= best.damage * (1 + CLOSE)
+        assert best.damage <= found.damage * (1 + CLOSE)
+        assert found.gap == found.damage - found.bound >= 0
+        assert found.relative_gap == (found.gap / found.damage if found.damage else 0)
 
 
 def test_the_gap_is_mostly_closed():
@@ -214,7 +224,7 @@ def test_boundaries_and_entropy_equal_enumeration(seed):
 
 def test_boundaries_turn_sharp_as_the_temperature_falls():
     track = random_track(np.random.default_rng(3), "a", 5)
-    groups = {choice.candidate.sites[0] for choice in solve_at([track], 0.03).choices}
+    groups = {choice.candidate.sites[0] for choice in cheapest_at([track], 0.03).choices}
     found = boundaries(track, 0.03, 1e-6)
     np.testing.assert_allclose(found.probabilities, [f"a.{i}" in groups for i in range(1, 5)], atol=1e-6)
     assert found.entropy == pytest.approx(0, abs=1e-6)
@@ -236,11 +246,10 @@ def test_scale_invariance(factor):
         tracks = random_tracks(seed)
         others = [scaled(track) for track in tracks]
         for limit in limits(tracks):
-            for solver in (solve, greedy):
-                one, other = solver(tracks, limit), solver(others, 1000 * limit)
-                assert other.parameters <= 1000 * limit
-                assert other.damage == pytest.approx(one.damage * factor)
-                assert other.bound == pytest.approx(one.bound * factor, abs=1e-9 * one.damage * factor)
+            one, other = solve(tracks, limit), solve(others, 1000 * limit)
+            assert other.parameters <= 1000 * limit
+            assert other.damage == pytest.approx(one.damage * factor)
+            assert other.bound == pytest.approx(one.bound * factor, abs=1e-9 * one.damage * factor)
 
 
 def test_a_generous_limit_gives_zero_damage_at_the_fewest_parameters():
@@ -270,9 +279,9 @@ def test_errors_name_the_value_and_the_mend():
     with pytest.raises(HprError, match="k is 0"):
         k_best([Track("a", 1, {(0, 1): (keep,)})], 10, 0)
     with pytest.raises(HprError, match="multiplier"):
-        solve_at([Track("a", 1, {(0, 1): (keep,)})], -1.0)
+        boundaries(Track("a", 1, {(0, 1): (keep,)}), -1.0, 1.0)
     uncovered = Track("a", 3, {(0, 1): (keep,), (2, 3): (keep,)})
-    for call in (solve, greedy, lambda tracks, limit: k_best(tracks, limit, 2), plan_candidates):
+    for call in (solve, lambda tracks, limit: k_best(tracks, limit, 2), plan_candidates):
         with pytest.raises(HprError, match="position 1"):
             call([uncovered], 100)
         with pytest.raises(HprError, match="smallest possible total is 10"):

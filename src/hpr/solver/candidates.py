@@ -7,7 +7,7 @@ a curve of (parameters, damage) points, one for each rank it could have. A solut
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,28 +169,6 @@ def tabulate(track: Track) -> Table:
     )
 
 
-def exhaustive_at(tracks: Sequence[Track], multiplier: float) -> Solution:
-    """The least damage + multiplier · parameters by enumeration. Exponential in everything: for tests."""
-    best = [
-        min(_covers(track, track.length), key=lambda cover: sum(one.damage + multiplier * one.parameters for one in cover))
-        for track in tracks
-    ]
-    return solution(choice for cover in best for choice in cover)
-
-
-def exhaustive(tracks: Sequence[Track], limit: int) -> Solution:
-    """The least damage within ``limit`` parameters by enumeration. Exponential in everything: for tests and tiny models."""
-    covers = [list(_covers(track, track.length)) for track in tracks]
-    damages, parameters = np.zeros(()), np.zeros((), np.int64)
-    for several in covers:
-        damages = np.add.outer(damages, [sum(one.damage for one in cover) for cover in several])
-        parameters = np.add.outer(parameters, [sum(one.parameters for one in cover) for cover in several])
-    if parameters.min() > limit:
-        raise impossible(limit, int(parameters.min()))
-    best = np.unravel_index(np.where(parameters <= limit, damages, np.inf).argmin(), damages.shape)
-    return solution(choice for several, number in zip(covers, best, strict=True) for choice in several[number])
-
-
 def solution(choices: Iterable[Choice]) -> Solution:
     """Add choices up, composites as their groups; the bound is their own damage, as for a solution known to be optimal."""
     chosen = tuple(leaf for choice in choices for leaf in choice.leaves)
@@ -201,13 +179,3 @@ def solution(choices: Iterable[Choice]) -> Solution:
 def impossible(limit: int, smallest: int) -> HprError:
     """The error for a budget below the smallest possible total."""
     return HprError(f"{limit:,} parameters are too few: the smallest possible total is {smallest:,}; raise the budget to that")
-
-
-def _covers(track: Track, stop: int) -> Iterator[tuple[Choice, ...]]:
-    """Every cover of the first ``stop`` positions, each once."""
-    if stop == 0:
-        yield ()
-    for cut in range(stop):
-        ends = [Choice(one, k) for one in track.candidates.get((cut, stop), ()) for k in range(len(one.choices))]
-        if ends:
-            yield from ((*head, end) for head in _covers(track, cut) for end in ends)
