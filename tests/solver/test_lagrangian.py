@@ -274,6 +274,8 @@ def test_errors_name_the_value_and_the_mend():
             Candidate("lowrank", ("s",), ((1,),), parameters, damages)
     with pytest.raises(HprError, match="at least one choice"):
         Candidate("lowrank", ("s",), (), [], [])
+    with pytest.raises(HprError, match="0 picks from 1 groups"):
+        Candidate("cycle", ("s",), ((),), [10], [0.0], ((keep,),), (0,))
     with pytest.raises(HprError, match=r"\[0, 2\)"):
         Track("a", 1, {(0, 2): (keep,)})
     with pytest.raises(HprError, match="k is 0"):

@@ -24,7 +24,8 @@ class Candidate:
     ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not finite.
 
     A *composite* (see ``composite``) stands for several groups: ``partition`` has the group of each position, ``parts`` the
-    candidates of each group, and ``choices[k]`` two numbers a group, which of its candidates and which point of that.
+    candidates of each group. ``picks[k]`` says what point k takes for each group: the number of one of its candidates, and
+    the number of a point on that candidate's curve. The ranks are those of these points; ``choices[k]`` is ``()``.
     """
 
     operator: str
@@ -34,6 +35,7 @@ class Candidate:
     damages: np.ndarray
     parts: tuple[tuple[Candidate, ...], ...] = ()
     partition: tuple[int, ...] = ()
+    picks: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     def __post_init__(self) -> None:
         name = f"candidate {self.operator!r} on {', '.join(self.sites)}"
@@ -42,6 +44,10 @@ class Candidate:
             raise HprError(
                 f"{name}: {len(self.choices)} choices, parameters of shape {given.shape}, damages of shape {damages.shape}: "
                 f"give one entry each for at least one choice"
+            )
+        if len(self.picks) != (len(self.choices) if self.parts else 0):
+            raise HprError(
+                f"{name}: {len(self.picks)} picks from {len(self.parts)} groups: give one for each choice of a composite"
             )
         if not np.isfinite(damages).all() or damages.min() < 0:
             worst = damages[~np.isfinite(damages) | (damages < 0)][0]
@@ -82,7 +88,7 @@ class Choice:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks chosen, ``()`` for an operator without any."""
+        """The ranks chosen, ``()`` for an operator without any and for a composite (see ``leaves``)."""
         return self.candidate.choices[self.index]
 
     @property
@@ -99,8 +105,8 @@ class Choice:
         """The same as choices of plain candidates: one or more for every group of a composite, else itself."""
         if not self.candidate.parts:
             return (self,)
-        chosen = zip(self.candidate.parts, self.ranks[::2], self.ranks[1::2], strict=True)
-        return tuple(leaf for options, number, index in chosen for leaf in Choice(options[number], index).leaves)
+        picked = zip(self.candidate.parts, self.candidate.picks[self.index], strict=True)
+        return tuple(leaf for options, (number, index) in picked for leaf in Choice(options[number], index).leaves)
 
 
 @dataclass(frozen=True)

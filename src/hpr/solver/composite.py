@@ -51,15 +51,18 @@ def compose(operator: str, partition: Sequence[int], parts: Sequence[tuple[Candi
     steps[np.arange(1, len(order) + 1), owners[order]] = 1
     vertices = steps.cumsum(axis=0)
     vertices = vertices[np.unique(np.linspace(0, len(vertices) - 1, POINTS).round().astype(int))]
-    columns = [column for one, at in zip(hulls, vertices.T, strict=True) for column in (one.numbers[at], one.indices[at])]
+    picks = [
+        zip(one.numbers[at].tolist(), one.indices[at].tolist(), strict=True) for one, at in zip(hulls, vertices.T, strict=True)
+    ]
     return Candidate(
         operator,
         tuple(site for options in parts for site in options[0].sites),
-        tuple(map(tuple, np.stack(columns, axis=1).tolist())),
+        ((),) * len(vertices),
         np.sum([one.parameters[at] for one, at in zip(hulls, vertices.T, strict=True)], axis=0),
         np.sum([one.damages[at] for one, at in zip(hulls, vertices.T, strict=True)], axis=0),
         tuple(parts),
         tuple(partition),
+        tuple(zip(*picks, strict=True)),
     )
 
 
