@@ -233,6 +233,15 @@ def test_one_matrix_for_several_is_tried_where_weights_are_alike_or_it_is_named(
     assert offered(draft(looped, found, operators=NAMES, align=False)) == shared
 
 
+def test_a_budget_in_bytes_counts_the_models_own_dtype(model, sketch: Draft) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    profile = hpr.profile(half, [{"input_ids": torch.randint(3, 200, (8, 10))}], "embedding")
+    drafted = draft(half, profile, operators=["low rank"])
+    assert drafted.budget("113.536KB").parameters == 24_000
+    assert sketch.budget("113.536KB").parameters == 12_000
+    assert drafted.narrowed("encoder.*").budget("113.536KB").parameters == 24_000
+
+
 def test_boundaries_are_probabilities(sketch: Draft) -> None:
     plan = sketch.best(sketch.budget("50%"))
     found = boundary_probabilities(sketch.tracks, plan.diagnostics["solver"]["multiplier"], 0.05 * plan.damage)

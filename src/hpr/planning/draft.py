@@ -36,6 +36,7 @@ class Draft:
     anatomy: Anatomy
     tracks: tuple[Track, ...]
     fixed: tuple[Site, ...]
+    bytes_per_parameter: float
     only: str | None = None
     alignment: tuple[Aim, ...] = ()
     turned: Draft | None = None
@@ -57,7 +58,8 @@ class Draft:
         tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
         planned = {name for track in tracks for name in _sites(track)}
         fixed = tuple(site for site in self.anatomy.sites if site.name not in planned)
-        return Draft(self.anatomy, tracks, fixed, only, self.alignment, self.turned and self.turned.narrowed(only))
+        turned = self.turned and self.turned.narrowed(only)
+        return replace(self, tracks=tracks, fixed=fixed, only=only, turned=turned, reuse=None)
 
     def limit(self, budget: Budget) -> int:
         """Parameters left for the sites on the tracks. Raises ``HprError`` where nothing is left, naming the least budget."""
@@ -77,7 +79,7 @@ class Draft:
 
     def budget(self, text: str) -> Budget:
         """A budget as text (50%, 11M, 45MB) for this model."""
-        return parse_budget(text, self.anatomy, self.only)
+        return parse_budget(text, self.anatomy, self.bytes_per_parameter, self.only)
 
     def best(self, budget: Budget) -> Plan:
         """The plan of least predicted damage, of all searches: all operators together and each one alone."""
