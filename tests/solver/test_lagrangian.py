@@ -1,54 +1,17 @@
 import itertools
-import math
 
 import numpy as np
 import pytest
 from oracle import exhaustive, exhaustive_at
+from tracks import cheapest_at, every_structure, random_track
 
 from hpr.errors import HprError
-from hpr.solver.boundaries import boundaries
 from hpr.solver.candidates import Candidate, Choice, Track, solution, tabulate
-from hpr.solver.composite import compose, restrict
+from hpr.solver.composite import restrict
 from hpr.solver.lagrangian import k_best, plan_candidates, smallest, solve
-from hpr.solver.lattice import least_costs, structures, trace
+from hpr.solver.lattice import least_costs, structures
 
 CLOSE = 1e-9
-
-
-def curve(rng, operator, sites, sizes, scale, most=3):
-    count = int(rng.integers(1, most + 1))
-    parameters = rng.integers(1, max(2, sizes), count)
-    damages = scale * rng.exponential(size=count) * (rng.random(count) < 0.9)
-    return Candidate(operator, sites, tuple((int(rank),) for rank in range(1, count + 1)), parameters, damages)
-
-
-def random_track(rng, name, length, scale=1.0, most=3, density=0.6):
-    """Keep on every position, low rank on some, shared candidates on some intervals."""
-    candidates = {}
-    for start, stop in itertools.combinations(range(length + 1), 2):
-        sites = tuple(f"{name}.{i}" for i in range(start, stop))
-        own = [Candidate("keep", sites, ((),), [20], [0.0])] if stop - start == 1 else []
-        names = ["lowrank"] if stop - start == 1 else ["tie", "basis"]
-        own += [curve(rng, one, sites, 15 * len(sites), scale, most) for one in names if rng.random() < density]
-        if own:
-            candidates[start, stop] = tuple(own)
-    if length > 2 and rng.random() < density:
-        candidates[0, length] = (*candidates.get((0, length), ()), random_cycle(rng, name, length, candidates, scale, most))
-    return Track(name, length, candidates)
-
-
-def random_cycle(rng, name, length, candidates, scale, most):
-    """Every other position in one group: shared by an operator of its own, or each position alone."""
-    partition = [index % 2 for index in range(length)]
-    parts = []
-    for group in range(2):
-        members = [index for index in range(length) if partition[index] == group]
-        options = [candidates[index, index + 1] for index in members]
-        if len(members) > 1:
-            shared = curve(rng, "basis", tuple(f"{name}.{i}" for i in members), 15 * len(members), scale, most)
-            options = [(shared, compose("alone", range(len(members)), options))]
-        parts += options
-    return compose("cycle", partition, parts)
 
 
 def plain(track):
@@ -67,38 +30,6 @@ def limits(tracks):
     smallest = exhaustive_at(tracks, 1e30).parameters
     dense = exhaustive_at(tracks, 0.0).parameters
     return [smallest, *(int(smallest + share * (dense - smallest)) for share in (0.3, 0.6, 0.9)), dense + 7]
-
-
-def cheapest_at(tracks, multiplier):
-    """The least damage + multiplier · parameters, by the lattice."""
-    points = [point for track in tracks for point in trace(least_costs(tabulate(track), 1.0, multiplier))]
-    owners = [int(table.owners[point]) for table, point in points]
-    return solution(
-        Choice(table.candidates[owner], int(point - table.first_points[owner]))
-        for (table, point), owner in zip(points, owners, strict=True)
-    )
-
-
-def every_structure(track, multiplier):
-    """Test-only enumeration, written another way: (cost, set of starts of groups) of every structure."""
-    for mask in itertools.product([False, True], repeat=track.length - 1):
-        cuts = [0, *(1 + i for i, cut in enumerate(mask) if cut), track.length]
-        options = []
-        for arc in itertools.pairwise(cuts):
-            options.append(
-                [
-                    (float((one.damages + multiplier * one.parameters).min()), starts_inside(one, arc[0]))
-                    for one in track.candidates.get(arc, ())
-                ]
-            )
-        for chosen in itertools.product(*options):
-            starts = set(cuts[:-1]).union(*(inner for _, inner in chosen))
-            yield sum(cost for cost, _ in chosen), starts
-
-
-def starts_inside(one, start):
-    """Where a composite on [start, …) starts new groups."""
-    return {start + 1 + i for i, (a, b) in enumerate(itertools.pairwise(one.partition)) if a != b}
 
 
 def sites_of(track):
@@ -208,31 +139,6 @@ def test_k_best_finds_every_structure_of_a_small_track():
     assert len(found) == count
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_boundaries_and_entropy_equal_enumeration(seed):
-    rng = np.random.default_rng(seed)
-    track = random_track(rng, "a", int(rng.integers(2, 6)))
-    multiplier, temperature = 0.05 * rng.random(), 0.1 + rng.random()
-    every = list(every_structure(track, multiplier))
-    weights = np.exp([-cost / temperature for cost, _ in every])
-    weights /= weights.sum()
-    found = boundaries(track, multiplier, temperature)
-    assert found.entropy == pytest.approx(-(weights * np.log(weights)).sum(), rel=1e-9)
-    expected = [sum(w for w, (_, starts) in zip(weights, every, strict=True) if i in starts) for i in range(1, track.length)]
-    np.testing.assert_allclose(found.probabilities, expected, rtol=1e-9, atol=1e-12)
-
-
-def test_boundaries_turn_sharp_as_the_temperature_falls():
-    track = random_track(np.random.default_rng(3), "a", 5)
-    groups = {choice.candidate.sites[0] for choice in cheapest_at([track], 0.03).choices}
-    found = boundaries(track, 0.03, 1e-6)
-    np.testing.assert_allclose(found.probabilities, [f"a.{i}" in groups for i in range(1, 5)], atol=1e-6)
-    assert found.entropy == pytest.approx(0, abs=1e-6)
-    assert boundaries(track, 0.03, 1e6).entropy == pytest.approx(
-        math.log(sum(1 for _ in every_structure(track, 0.0))), abs=1e-4
-    )
-
-
 @pytest.mark.parametrize("factor", [1e-9, 1e9])
 def test_scale_invariance(factor):
     def scaled(track):
@@ -280,8 +186,6 @@ def test_errors_name_the_value_and_the_mend():
         Track("a", 1, {(0, 2): (keep,)})
     with pytest.raises(HprError, match="k is 0"):
         k_best([Track("a", 1, {(0, 1): (keep,)})], 10, 0)
-    with pytest.raises(HprError, match="multiplier"):
-        boundaries(Track("a", 1, {(0, 1): (keep,)}), -1.0, 1.0)
     uncovered = Track("a", 3, {(0, 1): (keep,), (2, 3): (keep,)})
     for call in (solve, lambda tracks, limit: k_best(tracks, limit, 2), plan_candidates):
         with pytest.raises(HprError, match="position 1"):
@@ -290,12 +194,6 @@ def test_errors_name_the_value_and_the_mend():
             call([Track("a", 1, {(0, 1): (keep,)})], 9)
         with pytest.raises(HprError, match="no tracks"):
             call([], 9)
-    with pytest.raises(HprError, match="position 1"):
-        boundaries(uncovered, 0.0, 1.0)
-    with pytest.raises(HprError, match="position 0"):
-        boundaries(Track("a", 2, {}), 0.0, 1.0)
-    with pytest.raises(HprError, match="temperature"):
-        boundaries(Track("a", 1, {(0, 1): (keep,)}), 0.0, 0.0)
     with pytest.raises(HprError, match="smallest possible total is 10"):
         exhaustive([Track("a", 1, {(0, 1): (keep,)})], 9)
     assert solution([Choice(keep, 0)]).gap == 0

@@ -22,7 +22,6 @@ from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, Entry
 from hpr.solver import lagrangian
-from hpr.solver.boundaries import boundaries
 from hpr.solver.candidates import Candidate, Choice, Solution, Track
 from hpr.solver.composite import restrict
 
@@ -37,6 +36,7 @@ class Draft:
     anatomy: Anatomy
     tracks: tuple[Track, ...]
     fixed: tuple[Site, ...]
+    bytes_per_parameter: float
     only: str | None = None
     alignment: tuple[Aim, ...] = ()
     turned: Draft | None = None
@@ -58,7 +58,8 @@ class Draft:
         tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
         planned = {name for track in tracks for name in _sites(track)}
         fixed = tuple(site for site in self.anatomy.sites if site.name not in planned)
-        return Draft(self.anatomy, tracks, fixed, only, self.alignment, self.turned and self.turned.narrowed(only))
+        turned = self.turned and self.turned.narrowed(only)
+        return replace(self, tracks=tracks, fixed=fixed, only=only, turned=turned, reuse=None)
 
     def limit(self, budget: Budget) -> int:
         """Parameters left for the sites on the tracks. Raises ``HprError`` where nothing is left, naming the least budget."""
@@ -78,7 +79,7 @@ class Draft:
 
     def budget(self, text: str) -> Budget:
         """A budget as text (50%, 11M, 45MB) for this model."""
-        return parse_budget(text, self.anatomy, self.only)
+        return parse_budget(text, self.anatomy, self.bytes_per_parameter, self.only)
 
     def best(self, budget: Budget) -> Plan:
         """The plan of least predicted damage, of all searches: all operators together and each one alone."""
@@ -137,7 +138,7 @@ class Draft:
             entries |= _entries(choice, self.anatomy)
         entries |= _segmented(solution.choices, self.anatomy)
         entries |= {name: Entry(KEEP) for name in (self.reuse.vanishing.rows if self.reuse else ())}  # give way below
-        diagnostics = {"label": solution.label, "solver": _account(solution), "boundaries": self._boundaries(solution)}
+        diagnostics = {"label": solution.label, "solver": _account(solution)}
         plan = Plan(
             model_class=self.anatomy.model_class,
             fingerprint=self.anatomy.fingerprint,
@@ -163,18 +164,6 @@ class Draft:
             f"the smallest plan of this model needs {smallest:,} ({share:.1f}% of all): "
             f"{self.untouched:,} of them are biases, norms and sites that are not to be changed. Raise the budget"
         )
-
-    def _boundaries(self, solution: Solution) -> dict[str, Any]:
-        """Group-boundary probabilities of a semi-Markov CRF at the solution's multiplier, for tracks of several layers."""
-        if not solution.multiplier:
-            return {}
-        temperature = 0.05 * solution.damage / max(1, len(self.tracks))
-        found = {}
-        for track in self.tracks:
-            if len(_sites(track)) > 1 and temperature > 0:
-                one = boundaries(track, solution.multiplier, temperature)
-                found[track.name] = {"probabilities": one.probabilities.tolist(), "entropy": one.entropy}
-        return found
 
 
 def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:

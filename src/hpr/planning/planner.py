@@ -13,6 +13,7 @@ from typing import Literal
 from torch import nn
 
 from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.anatomy.swappable import unshareable
 from hpr.anatomy.symmetry import Aim
 from hpr.errors import HprError
@@ -70,7 +71,7 @@ def draft(
     for index, row in enumerate(every):
         tracks.append(curves(row))
         progress("curves", index + 1, total)
-    plain = Draft(anatomy, tuple(tracks), fixed, only)
+    plain = Draft(anatomy, tuple(tracks), fixed, bytes_per_parameter(model), only)
     if not aims:
         return plain
     turn_all(anatomy, measured, dict(profile.sites), aims)
@@ -80,7 +81,7 @@ def draft(
             tracks[index] = curves(row)
             done += 1
             progress("curves", done, total)
-    return replace(plain, turned=Draft(anatomy, tuple(tracks), fixed, only, aims))
+    return replace(plain, turned=replace(plain, tracks=tuple(tracks), alignment=aims))
 
 
 def known_operators(names: Iterable[str] | None) -> set[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpr.errors import HprError
 from hpr.solver.candidates import Track, tabulate
 from hpr.solver.lattice import uncovered
+
+_EXACT = 1e-12  # a residual below this share of the measured damages is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,3 +68,58 @@ def boundaries(track: Track, multiplier: float, temperature: float) -> Boundarie
                 if partition := table.candidates[arc].partition:
                     inside[start + 1 : stop] += probability * (np.diff(partition) != 0)
     return Boundaries((reached + inside)[1:-1], float(entropy))
+
+
+def fitted_temperature(predicted: Sequence[float], measured: Sequence[float], tracks: int) -> float | None:
+    """The temperature (predicted nats) for ``boundaries``, from plans of a model that were run end to end.
+
+    ``predicted`` and ``measured``: the damage of each plan in nats, (plans,) each; ``tracks``: how many tracks a plan covers.
+    None for fewer than three plans, for a prediction that is exact up to one scale, and for one that is not positively related
+    to what was measured. Raises ``HprError`` for unequal lengths, values that are not finite and ``tracks`` below 1.
+
+    The model is measured = scale · (predicted + error), where the error is the sum of one independent error per track, each of
+    standard deviation σ. Least squares gives the scale, and the residuals, with n - 1 degrees of freedom, have a standard
+    deviation of scale · √tracks · σ. If the errors of the structures of a track follow a Gumbel distribution of scale τ, a
+    structure is the best one after its error with a probability proportional to exp(-cost / τ) (McFadden 1974), which is what
+    ``boundaries`` computes. Such errors have σ = τ π / √6. So τ = √6 / π · residual / (scale · √tracks).
+
+    Plans that agree in most tracks have most of their errors in common. The scale absorbs these, and τ comes out too small.
+
+    >>> round(fitted_temperature([1.0, 2.0, 3.0], [1.1, 1.9, 3.1], tracks=4), 4)
+    0.0448
+    """
+    if len(predicted) != len(measured) or tracks < 1:
+        raise HprError(
+            f"{len(predicted)} predicted and {len(measured)} measured damages of plans with {tracks} tracks: "
+            f"give one pair per plan and at least one track"
+        )
+    known, found = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
+    if not (np.isfinite(known).all() and np.isfinite(found).all()):
+        raise HprError("a predicted or measured damage is not a finite number: leave that plan out")
+    if len(known) < 3 or not known @ found > 0:
+        return None
+    scale = (known @ found) / (known @ known)
+    residual = math.sqrt(((found - scale * known) ** 2).sum() / (len(known) - 1))
+    if residual <= _EXACT * np.abs(found).max():
+        return None
+    return math.sqrt(6) / math.pi * residual / (float(scale) * math.sqrt(tracks))
+
+
+def boundary_probabilities(tracks: Iterable[Track], multiplier: float, temperature: float) -> dict[str, dict[str, Any]]:
+    """Boundary probabilities and entropy of each track over several sites, as JSON values for ``metrics.json``.
+
+    The keys are names of tracks, the values ``{"probabilities": [...], "entropy": nats}`` (see ``boundaries``, which also says
+    what is raised). A track over the rows of one table has no layers to group and is left out.
+    """
+    found = {}
+    for track in tracks:
+        if len(_sites_of(track)) > 1:
+            one = boundaries(track, multiplier, temperature)
+            found[track.name] = {"probabilities": one.probabilities.tolist(), "entropy": one.entropy}
+    return found
+
+
+def _sites_of(track: Track) -> set[str]:
+    """Names of the sites of a track; the rows in a label (``table[64:128]``) are left out."""
+    labels = {label for options in track.candidates.values() for one in options for label in one.sites}
+    return {label.rpartition("[")[0] if label.endswith("]") else label for label in labels}

@@ -60,9 +60,9 @@ def compose(operator: str, partition: Sequence[int], parts: Sequence[tuple[Candi
         ((),) * len(vertices),
         np.sum([one.parameters[at] for one, at in zip(hulls, vertices.T, strict=True)], axis=0),
         np.sum([one.damages[at] for one, at in zip(hulls, vertices.T, strict=True)], axis=0),
-        tuple(parts),
-        tuple(partition),
-        tuple(zip(*picks, strict=True)),
+        parts=tuple(parts),
+        partition=tuple(partition),
+        picks=tuple(zip(*picks, strict=True)),
     )
 
 
