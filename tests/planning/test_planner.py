@@ -12,9 +12,8 @@ import hpr
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site
-from hpr.operators import vocab_segments
 from hpr.operators.alignment import align
-from hpr.operators.registry import OPERATORS
+from hpr.operators.registry import OPERATORS, plannable
 from hpr.planning.draft import Draft
 from hpr.planning.options import LONGEST_GROUP
 from hpr.planning.planner import draft, known_operators
@@ -26,7 +25,7 @@ from hpr.solver import lagrangian
 from hpr.solver.boundaries import boundary_probabilities
 from hpr.solver.composite import operators, restrict
 
-NAMES = (*OPERATORS, vocab_segments.NAME)
+NAMES = plannable()
 
 
 @pytest.fixture(scope="module")

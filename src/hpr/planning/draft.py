@@ -15,9 +15,8 @@ from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import Aim, Symmetry
 from hpr.errors import HprError
 from hpr.layer_reuse.reuse import Reuse, with_layers
-from hpr.operators import vocab_segments
 from hpr.operators.alignment import units
-from hpr.operators.registry import OPERATORS
+from hpr.operators.registry import OPERATORS, plannable
 from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, Entry
@@ -111,9 +110,9 @@ class Draft:
 
     def _alternatives(self, budget: Budget, count: int) -> list[Plan]:
         found = [self._guarded(lagrangian.plan_candidates, budget)[0]]
-        used = sorted({choice.candidate.operator for choice in found[0].choices} - {KEEP, vocab_segments.NAME})
+        used = {choice.candidate.operator for choice in found[0].choices if choice.candidate.rows is None} - {KEEP}
         if len(used) > 1:
-            for operator in used:
+            for operator in sorted(used):
                 with suppress(HprError):  # the budget cannot be met without it
                     found.append(self._without(operator, budget))
         found += self._guarded(lagrangian.k_best, budget, count)
@@ -127,7 +126,7 @@ class Draft:
         return min((one.plan(one._without(operator, budget), budget) for one in self._either), key=lambda plan: plan.damage)
 
     def _without(self, operator: str, budget: Budget) -> Solution:
-        others = {name for name in (*OPERATORS, vocab_segments.NAME) if name != operator}
+        others = set(plannable()) - {operator}
         best = lagrangian.plan_candidates(restrict(self.tracks, others), self.limit(budget))[0]
         return replace(best, label=f"without {operator}")
 
@@ -135,8 +134,9 @@ class Draft:
         """Write a solution down, one entry per site in model order."""
         entries = {site.name: Entry(KEEP) for site in self.fixed}
         for choice in solution.choices:
-            entries |= _entries(choice, self.anatomy)
-        entries |= _segmented(solution.choices, self.anatomy)
+            if choice.candidate.rows is None:
+                entries |= _entries(choice, self.anatomy)
+        entries |= _entries_by_rows(solution.choices, self.anatomy)
         entries |= {name: Entry(KEEP) for name in (self.reuse.vanishing.rows if self.reuse else ())}  # give way below
         diagnostics = {"label": solution.label, "solver": _account(solution)}
         plan = Plan(
@@ -208,30 +208,29 @@ def _sites(track: Track) -> set[str]:
 
 
 def _labelled(candidates: Iterable[Candidate]) -> set[str]:
-    labels = {label for one in candidates for label in one.sites}
-    return {label.rpartition("[")[0] if label.endswith("]") else label for label in labels}
+    return {site for one in candidates for site in one.sites}
 
 
 def _entries(choice: Choice, anatomy: Anatomy) -> dict[str, Entry]:
     candidate = choice.candidate
-    if candidate.sites[0].endswith("]"):
-        return {}
     terms = OPERATORS[candidate.operator].terms([anatomy[name] for name in candidate.sites], choice.ranks)
     share = choice.damage / len(terms)
     return {name: Entry(candidate.operator, own, share) for name, own in terms.items()}
 
 
-def _segmented(choices: Sequence[Choice], anatomy: Anatomy) -> dict[str, Entry]:
-    """Entries of the embedding tables, each put together from its runs of rows."""
+def _entries_by_rows(choices: Sequence[Choice], anatomy: Anatomy) -> dict[str, Entry]:
+    """Entries of the embedding tables, each put together from the choices for its runs of rows."""
     runs: dict[str, list[Choice]] = {}
     for choice in choices:
-        label = choice.candidate.sites[0]
-        if label.endswith("]"):
-            runs.setdefault(label.rpartition("[")[0], []).append(choice)
+        if choice.candidate.rows is not None:
+            runs.setdefault(choice.candidate.sites[0], []).append(choice)
     entries = {}
-    for name, own in runs.items():
-        terms = vocab_segments.merge(anatomy[name], [(one.candidate.sites[0], one.ranks) for one in own])
-        entries[name] = Entry(vocab_segments.NAME if terms else KEEP, terms, sum(one.damage for one in own))
+    for name, several in runs.items():
+        operator = next((one.candidate.operator for one in several if one.candidate.operator != KEEP), KEEP)
+        chosen = [(one.candidate.rows, one.ranks) for one in several if one.candidate.rows is not None]
+        by_rows = OPERATORS[operator].rows
+        terms = () if by_rows is None else by_rows.terms(anatomy[name], chosen)
+        entries[name] = Entry(operator if terms else KEEP, terms, sum(one.damage for one in several))
     return entries
 
 

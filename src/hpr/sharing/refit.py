@@ -27,7 +27,7 @@ from hpr.operators.fitting import groups, product
 from hpr.operators.identity_block import store
 from hpr.operators.low_rank import truncate
 from hpr.operators.metric import Measured, Side, measure
-from hpr.operators.registry import FITS
+from hpr.operators.registry import OPERATORS
 from hpr.operators.shared_basis import best_private
 from hpr.plans.plan import Plan
 from hpr.profiling.layer_features import real_positions
@@ -307,7 +307,7 @@ def _resolve_shared(bank: FactorBank, plan: Plan, targets: dict[str, Measured]) 
         low_rank = all(term.v is not None for name in names for term in plan.entries[name].terms)
         if len(names) > 1 and low_rank and all(name in targets for name in names):  # a full matrix follows its text too closely
             terms = {name: plan.entries[name].terms for name in names}
-            values = FITS[operator]([targets[name] for name in names], terms)
+            values = OPERATORS[operator].fit([targets[name] for name in names], terms)
             _put(bank, store(values, [term for name in names for term in terms[name]]))
 
 

@@ -36,6 +36,7 @@ class Candidate:
     parts: tuple[tuple[Candidate, ...], ...] = ()
     partition: tuple[int, ...] = ()
     picks: tuple[tuple[tuple[int, int], ...], ...] = ()
+    rows: tuple[int, int] | None = None  # [start, stop) of the one site, if the candidate is for a run of its rows
 
     def __post_init__(self) -> None:
         name = f"candidate {self.operator!r} on {', '.join(self.sites)}"
@@ -135,9 +136,10 @@ class Solution:
         return self.gap / self.damage if self.damage > 0 else 0.0
 
     @property
-    def structure(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """The groups and their operators, ranks left out: (operator, sites), sorted."""
-        return tuple(sorted((choice.candidate.operator, choice.candidate.sites) for choice in self.choices))
+    def structure(self) -> tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...]:
+        """The groups and their operators, ranks left out: (operator, sites, rows or ()), sorted."""
+        groups = (choice.candidate for choice in self.choices)
+        return tuple(sorted((one.operator, one.sites, one.rows or ()) for one in groups))
 
 
 @dataclass(frozen=True, eq=False)
