@@ -17,7 +17,7 @@ from hpr.healing.optimizer import groups
 from hpr.healing.recipe import Recipe
 from hpr.healing.train import train
 from hpr.nn.bank import FactorBank, bank_of, parameters
-from hpr.nn.linear import SharedLinear
+from hpr.nn.routed import RoutedLinear
 from hpr.nn.router import weighed
 from hpr.planning.planner import draft
 from hpr.plans.plan import Plan, keep_all
@@ -286,7 +286,7 @@ def test_whole_matrices_are_merged_for_a_sequence_where_that_is_cheaper(bias: bo
     shapes = {"a": FactorShape(6, 5), "b": FactorShape(6, 5), "r": FactorShape(2, 6)}
     bank = FactorBank(shapes)
     terms = tuple(Term(name, route=Route("r", 2, "sequence", place)) for place, name in enumerate("ab"))
-    site = SharedLinear(bank, terms, nn.Linear(5, 6, bias=bias), "x").double()
+    site = RoutedLinear(bank, terms, nn.Linear(5, 6, bias=bias), "x").double()
     bank.double()
     with torch.no_grad():
         for name in shapes:
@@ -303,7 +303,7 @@ def test_whole_matrices_are_merged_for_a_sequence_where_that_is_cheaper(bias: bo
     assert not site.merges(2)
     torch.testing.assert_close(site(x), expected)
     gradients = torch.autograd.grad(site(x).sum(), list(bank.parameters()))
-    monkeypatch.setattr(SharedLinear, "merges", lambda self, positions: False)
+    monkeypatch.setattr(RoutedLinear, "merges", lambda self, positions: False)
     torch.testing.assert_close(site(x), expected)
     for one, other in zip(gradients, torch.autograd.grad(site(x).sum(), list(bank.parameters())), strict=True):
         torch.testing.assert_close(one, other)

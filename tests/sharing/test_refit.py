@@ -17,6 +17,7 @@ from hpr.operators.registry import plannable
 from hpr.planning.planner import draft
 from hpr.plans.plan import keep_all
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.runtime.progress import reporting_to
 from hpr.sharing import refit
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40, "vocab_size": 60, "max_position_embeddings": 16}
@@ -126,15 +127,9 @@ def test_modes_hooks_and_modules_are_as_before(made) -> None:
     plan = sketch.best(sketch.budget("60%"))
     student = hpr.share(model, plan, profile)
     calls = []
-    refit.refit_stacks(
-        student,
-        model,
-        sketch.anatomy,
-        plan,
-        hpr.operators.metric.measure(model, sketch.anatomy, profile),
-        batches,
-        lambda stage, done, total: calls.append((stage, done, total)),
-    )
+    with reporting_to(lambda stage, done, total: calls.append((stage, done, total))):
+        hpr.refit(student, model, plan, profile, batches)
+    calls = [call for call in calls if call[0] == "refit"]
     for one in (model, student):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in one.modules())
         assert not any(m.training for m in one.modules())

@@ -29,11 +29,15 @@ class SharedSite(nn.Module):
         nn.Module.__init__(self)  # not super(): with a subclass of nn.Embedding mixed in, that one would come next
         self._bank = (bank,)
         self._shell = (shell_of(source),)
-        self.terms = tuple(terms)
         self.path = path
         self.out_features, self.in_features = weight_of(source).shape
+        self.set_terms(terms)
         self.register_buffer("weight", torch.zeros(1, dtype=bank.dtype))
         self.train(source.training)
+
+    def set_terms(self, terms: Sequence[Term]) -> None:
+        """Read these terms from now on."""
+        self.terms = tuple(terms)
 
     @property
     def bank(self) -> FactorBank:
