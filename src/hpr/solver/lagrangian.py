@@ -55,10 +55,11 @@ def solve(tracks: Sequence[Track], limit: int) -> Solution:
     Raises ``BudgetError`` for a limit below the smallest possible total, which it names, and ``HprError`` for no tracks and
     for a track that its candidates do not cover.
 
+    >>> from hpr.solver.candidates import Candidate, Track
     >>> keep = Candidate("keep", ("a.0",), ((),), [100], [0.0])
     >>> low_rank = Candidate("low rank", ("a.0",), ((1,), (2,)), [20, 40], [0.5, 0.1])
-    >>> solution = solve([Track("a", 1, {(0, 1): (keep, low_rank)})], limit=50)
-    >>> solution.choices[0].ranks, solution.damage, solution.parameters
+    >>> best = solve([Track("a", 1, {(0, 1): (keep, low_rank)})], limit=50)
+    >>> best.choices[0].ranks, best.damage, best.parameters
     ((2,), 0.1, 40)
     """
     return _search(tracks, limit, BREADTH)[0]
