@@ -21,7 +21,7 @@ from hpr.anatomy.describe import describe
 from hpr.anatomy.swappable import unshareable
 from hpr.nn.bank import bank_of
 from hpr.plans.plan import keep_all
-from hpr.runtime.hooks import call
+from hpr.runtime.hooks import run
 
 Batch = dict[str, Tensor]
 
@@ -212,7 +212,7 @@ def check(family: Family) -> dict[str, Any]:
 @torch.no_grad()
 def answer(model: nn.Module, batch: Batch) -> Tensor:
     """The model's main output, one tensor."""
-    return output_of(call(model, batch))
+    return output_of(run(model, batch))
 
 
 def output_of(outputs: Any) -> Tensor:
@@ -248,7 +248,7 @@ def cached(model: Any, batch: Batch) -> bool | None:
 def gradients_reach(student: nn.Module, batch: Batch) -> bool:
     """Whether a loss on the outputs moves every factor of the bank."""
     trained = copy.deepcopy(student)
-    output = output_of(call(trained, batch))
+    output = output_of(run(trained, batch))
     (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
     bank = bank_of(trained)
     assert bank is not None

@@ -27,7 +27,7 @@ from hpr.data.batches import text_batches
 from hpr.data.splits import open_data
 from hpr.evaluation.divergence import compare
 from hpr.profiling.objectives import OBJECTIVES
-from hpr.runtime.hooks import beside, call
+from hpr.runtime.hooks import run, to_device_of
 
 GOAL = OBJECTIVES["embedding"]
 FIRST, SECOND = "docstrings", "reviews"
@@ -103,7 +103,7 @@ def speed(model: nn.Module, healer: hpr.OnlineHealer, stream: list[Any], count: 
         start = time.perf_counter()
         healer.update(batch)
         middle = time.perf_counter()
-        call(model, beside(batch, model)).last_hidden_state.square().mean().backward()
+        run(model, to_device_of(batch, model)).last_hidden_state.square().mean().backward()
         solver.step()
         solver.zero_grad()
         seconds["update"] += middle - start

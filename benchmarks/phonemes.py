@@ -23,7 +23,7 @@ from common.paths import shared
 from common.tables import markdown, say
 from hpr.data.batches import text_batches
 from hpr.data.files import read_texts
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import open_splits
 from hpr.data.targets import own_answers
 from hpr.evaluation.divergence import compare
@@ -52,12 +52,12 @@ class Speller:
         return "".join(self.sounds[number] for number in inside if number > UNKNOWN)
 
 
-def opened(folder: Path) -> OpenModel:
+def opened(folder: Path) -> LoadedModel:
     """The model with its characters."""
     known: Mapping[str, str] = json.loads((folder / "characters.json").read_text(encoding="utf-8"))
     model = BartForConditionalGeneration.from_pretrained(folder).eval()
     speller = Speller(known["grapheme_chars"], known["phoneme_chars"])
-    return OpenModel(model, speller, GOAL.name, folder, folder.name)
+    return LoadedModel(model, speller, GOAL.name, folder, folder.name)
 
 
 def exact_match(model: nn.Module, speller: Any, words: Sequence[str], phonemes: Sequence[str]) -> float:

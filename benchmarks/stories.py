@@ -24,7 +24,7 @@ from common.paths import shared
 from common.tables import markdown, say
 from hpr.checkpoints.open import open_model
 from hpr.data.files import read_texts
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import open_splits
 from hpr.profiling.objectives import OBJECTIVES
 
@@ -108,7 +108,7 @@ def measured(name: str, documents: Sequence[str], examples: int) -> list[dict[st
 
 
 def report(
-    name: str, opened: OpenModel, made: Made, budget: float | None, dense: int, documents: Sequence[str]
+    name: str, opened: LoadedModel, made: Made, budget: float | None, dense: int, documents: Sequence[str]
 ) -> dict[str, Any]:
     """Measure one model and print its row and what it writes."""
     context = opened.model.config.max_position_embeddings

@@ -26,7 +26,7 @@ from hpr.data.files import sts_pairs
 from hpr.healing.loss import Weights
 from hpr.nn.bank import parameters
 from hpr.runtime.batch import Batch
-from hpr.runtime.hooks import beside, evaluating
+from hpr.runtime.hooks import eval_mode, to_device_of
 
 OUTPUTS = {"sst2": 2, "mrpc": 2, "sts-b": 1}
 Parts = dict[str, list[Batch]]
@@ -54,8 +54,8 @@ def read(data: Path, task: str, tokenizer: PreTrainedTokenizerBase, most: int) -
 @torch.no_grad()
 def score(model: hpr.ManyHeads, task: str, batches: list[Batch]) -> float:
     """Accuracy, or the rank correlation of scores."""
-    with evaluating(model):
-        logits = torch.cat([model(**beside(batch, model))["logits"].cpu() for batch in model.batches(task, batches)])
+    with eval_mode(model):
+        logits = torch.cat([model(**to_device_of(batch, model))["logits"].cpu() for batch in model.batches(task, batches)])
     labels = torch.cat([batch["labels"] for batch in batches])
     if logits.shape[-1] == 1:
         return float(spearmanr(logits.squeeze(-1), labels).statistic)

@@ -234,7 +234,7 @@ def test_own_answers_to_sound():
         decoder_start_token_id=3,
     )
     model = tf.WhisperForConditionalGeneration(config).eval()
-    opened = hpr.data.loaded_model.OpenModel(model, None, "seq2seq", None, "tiny")
+    opened = hpr.data.loaded_model.LoadedModel(model, None, "seq2seq", None, "tiny")
     batches = hpr.data.splits._batches(
         hpr.data.splits.Rows(np.random.default_rng(0).normal(size=(3, 8, 40)), "x"), opened, examples=3
     )

@@ -95,12 +95,12 @@ def test_another_time_is_another_run(pair, tmp_path) -> None:  # noqa: F811
 def test_numbers_vary_and_texts_stay(opened) -> None:
     teacher, _ = opened
     assert changes_for(teacher) is None
-    change = changes_for(hpr.data.loaded_model.OpenModel(teacher.model, None, "hidden", None, "of numbers"))
+    change = changes_for(hpr.data.loaded_model.LoadedModel(teacher.model, None, "hidden", None, "of numbers"))
     batch = {"input_values": torch.randn(4, 9, 3), "labels": torch.randn(4, 2), "attention_mask": torch.ones(4, 9)}
     changed = change(batch, torch.Generator().manual_seed(0))
     assert not torch.allclose(changed["input_values"], batch["input_values"], atol=0.1)
     assert all(torch.equal(changed[name], batch[name]) for name in ("labels", "attention_mask"))
     mels = torch.zeros(2, 4, 40)
     mels[:, 2, 20] = 1
-    shifted = change(mels, torch.Generator().manual_seed(0)).abs().amax(-1).argmax(-1)
+    shifted = change({"input": mels}, torch.Generator().manual_seed(0))["input"].abs().amax(-1).argmax(-1)
     assert shifted.tolist() == [2, 2]  # along time, the longest axis, and not from band to band

@@ -32,7 +32,7 @@ from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
 from hpr.plans.plan import Plan, keep_all
 from hpr.plans.terms import Entry, Term
 from hpr.runtime.batch import example_batch
-from hpr.runtime.hooks import call
+from hpr.runtime.hooks import run
 from hpr.sharing.refit import refit_stacks
 from hpr.sharing.share import share
 from hpr.sharing.unshare import unshare
@@ -78,7 +78,7 @@ def made(name: str, state: str) -> tuple[nn.Module, nn.Module]:
 
 def out(model: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
-        output = call(model, batch)
+        output = run(model, batch)
         return output if isinstance(output, Tensor) else next(value for value in output.values() if value.dim() > 1)
 
 
@@ -232,7 +232,7 @@ def test_gradients_reach_all_that_stays(name: str, state: str) -> None:
 
     def gradients(one: nn.Module) -> dict[str, Tensor]:
         one.zero_grad()
-        outputs = call(one, batch)
+        outputs = run(one, batch)
         (next(value for value in outputs.values() if value.dim() > 1) * direction).sum().backward()
         return {key: parameter.grad.clone() for key, parameter in one.named_parameters() if parameter.grad is not None}
 
@@ -281,7 +281,7 @@ def test_copies_and_threads_do_not_meet() -> None:
 def test_what_an_earlier_pass_left_is_never_taken() -> None:
     _, student = made("Llama", WEIGHTS)
     batch = batch_of("Llama")
-    call(student, batch)  # gradients are recorded, so the weights are still held
+    run(student, batch)  # gradients are recorded, so the weights are still held
     holders = [module.hpr_role.takes_weights for module in student.modules() if getattr(module, "hpr_role", None)]
     kept = {id(holder): holder for holder in holders if holder is not None}.values()
     assert all(holder.get() is not None for holder in kept)
@@ -289,7 +289,7 @@ def test_what_an_earlier_pass_left_is_never_taken() -> None:
     assert all(holder.get() is None for holder in kept)
     student.model.layers[0].forward = lambda hidden, *more, **named: hidden  # as layerdrop does
     with pytest.raises(HprError, match=r"layers\.1 finds nothing to reuse.*layerdrop to 0"):
-        call(student, batch)
+        run(student, batch)
 
 
 def test_compiled() -> None:

@@ -19,7 +19,7 @@ from hpr.operators.registry import OPERATORS
 from hpr.planning.planner import draft
 from hpr.plans.plan import Plan
 from hpr.profiling.profile import Profile
-from hpr.runtime.hooks import call
+from hpr.runtime.hooks import run
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32}
 TEXT = {"vocab_size": 40, "max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -60,7 +60,7 @@ def data(family: str) -> dict[str, torch.Tensor]:
 
 def outputs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        found = call(model, batch)
+        found = run(model, batch)
     return found.logits if "logits" in found else found[0]
 
 

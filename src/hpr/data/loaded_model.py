@@ -12,7 +12,7 @@ from hpr.profiling.objectives import objective_for
 
 
 @dataclass(frozen=True)
-class OpenModel:
+class LoadedModel:
     """A model in evaluation mode with what belongs to it.
 
     ``objective`` is a key of ``hpr.profiling.objectives.OBJECTIVES``; ``folder`` holds the files it was read from (None for
@@ -26,6 +26,6 @@ class OpenModel:
     label: str
 
 
-def as_opened(model: nn.Module, tokenizer: Any | None = None, objective: str | None = None) -> OpenModel:
+def as_opened(model: nn.Module, tokenizer: Any | None = None, objective: str | None = None) -> LoadedModel:
     """A model that is in memory already, with what belongs to it; its objective is that of its class unless named."""
-    return OpenModel(model, tokenizer, objective or objective_for(model).name, None, type(model).__name__)
+    return LoadedModel(model, tokenizer, objective or objective_for(model).name, None, type(model).__name__)

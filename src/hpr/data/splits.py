@@ -15,7 +15,7 @@ from hpr.data.batches import Batches, array_batches, input_batches, text_batches
 from hpr.data.datasets import read_columns
 from hpr.data.docstrings import Split, docstrings
 from hpr.data.files import read_array, read_labels, read_texts
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.data.sources import fractions, interleaved, named
 from hpr.data.targets import _positions, own_answers
 from hpr.errors import HprError
@@ -66,7 +66,7 @@ def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Ro
 
 def open_data(
     data: Any,
-    opened: OpenModel,
+    opened: LoadedModel,
     split: Split = "calibration",
     examples: int = 4096,
     batch_size: int = 64,
@@ -109,7 +109,7 @@ class Splits:
     own: bool
 
 
-def open_splits(data: Any, opened: OpenModel, examples: int = 4096, labels: bool = False, share: float = 1.0) -> Splits:
+def open_splits(data: Any, opened: LoadedModel, examples: int = 4096, labels: bool = False, share: float = 1.0) -> Splits:
     """Data for a whole compression: at most ``examples`` to profile, 256 to re-score on and 1,024 held out; or a ``share`` of
     these.
 
@@ -134,7 +134,7 @@ def open_splits(data: Any, opened: OpenModel, examples: int = 4096, labels: bool
 
 
 def split_sources(
-    data: Any, opened: OpenModel, examples: int = 4096, labels: bool = False, shares: Mapping[str, float] | None = None
+    data: Any, opened: LoadedModel, examples: int = 4096, labels: bool = False, shares: Mapping[str, float] | None = None
 ) -> dict[str, Splits]:
     """The splits of every source by name (``data`` where there is only one); the limits are parted by ``shares``."""
     sources = named(data)
@@ -155,7 +155,7 @@ def joined(parts: Sequence[Splits]) -> Splits:
     )
 
 
-def _batches(rows: Rows, opened: OpenModel, examples: int, batch_size: int = 64, max_length: int = 256) -> Batches:
+def _batches(rows: Rows, opened: LoadedModel, examples: int, batch_size: int = 64, max_length: int = 256) -> Batches:
     """The first examples, as the model takes them."""
     rows = rows.take(range(min(examples, len(rows))))
     if isinstance(rows.values, np.ndarray):
@@ -168,8 +168,7 @@ def _batches(rows: Rows, opened: OpenModel, examples: int, batch_size: int = 64,
         windows = examples if opened.objective == "causal-lm" else None
         length = min(max_length, _positions(opened.model))
         batches = text_batches(rows.values, opened.tokenizer, batch_size, length, windows, rows.labels)
-    if opened.objective == "seq2seq":
-        for batch in batches:
-            if "labels" not in batch:
-                batch["labels"] = own_answers(opened.model, batch)
-    return batches
+    if opened.objective != "seq2seq":
+        return batches
+    answered = [batch if "labels" in batch else {**batch, "labels": own_answers(opened.model, batch)} for batch in batches]
+    return Batches(answered, batches.order)

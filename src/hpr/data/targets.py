@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from hpr.errors import HprError
-from hpr.runtime.hooks import beside
+from hpr.runtime.hooks import to_device_of
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32)
     """
     if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
         raise HprError(f"{type(model).__name__} cannot write its own targets: give batches with labels to hpr.profile")
-    given = beside({key: batch[key] for key in (model.main_input_name, "attention_mask") if key in batch}, model)
+    given = to_device_of({key: batch[key] for key in (model.main_input_name, "attention_mask") if key in batch}, model)
     length = min(batch[model.main_input_name].shape[1] + longer, _positions(model) - 1)
     settings: dict[str, Any] = {"max_new_tokens": length, "num_beams": 1, "do_sample": False, "return_dict_in_generate": False}
     # past the generate of speech models, which cuts recordings and strips what the decoder reads first

@@ -26,7 +26,7 @@ from hpr.nn.embedding import SharedEmbedding
 from hpr.nn.site import SharedSite
 from hpr.plans.terms import Term, factors_of
 from hpr.runtime.batch import Batch
-from hpr.runtime.hooks import beside, call, evaluating
+from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 OTHER = "biases, norms and other"
 _DTYPES = {  # in the order in which safetensors lays tensors out: the last first
@@ -118,10 +118,10 @@ def forward_flops(model: nn.Module, batch: Batch) -> int:
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts the others by itself
     with (
         torch.no_grad(),
-        evaluating(model),
+        eval_mode(model),
         FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops}) as counter,
     ):
-        call(model, beside(batch, model))
+        run(model, to_device_of(batch, model))
     return counter.get_total_flops()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from hpr.errors import HprError
 from hpr.evaluation.cost import resident_bytes
 from hpr.runtime.batch import Batch
-from hpr.runtime.hooks import beside, call, evaluating
+from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ def latency(student: nn.Module, teacher: nn.Module, batch: Batch, repeats: int =
     if repeats < 1:
         raise HprError(f"repeats {repeats} must be at least 1")
     times: dict[int, list[float]] = {0: [], 1: []}
-    models, batch = (teacher, student), beside(batch, teacher)
-    with torch.no_grad(), evaluating(teacher), evaluating(student):
+    models, batch = (teacher, student), to_device_of(batch, teacher)
+    with torch.no_grad(), eval_mode(teacher), eval_mode(student):
         for turn in range(-1, repeats):
             for which in (0, 1) if turn % 2 else (1, 0):  # neither always goes second, on a warm or throttled machine
                 elapsed = _seconds(models[which], batch)
@@ -56,10 +55,10 @@ def peak_memory(model: nn.Module, batch: Batch) -> int:
     its own (a process's peak never falls, so it cannot tell two models apart). Python, libraries, the input, and what a
     single kernel takes for itself are not in it.
     """
-    batch = beside(batch, model)
+    batch = to_device_of(batch, model)
     watch = _AliveBytes(model, batch)
-    with torch.no_grad(), evaluating(model), watch:
-        call(model, batch)
+    with torch.no_grad(), eval_mode(model), watch:
+        run(model, batch)
     return resident_bytes(model) + watch.peak
 
 
@@ -68,7 +67,7 @@ class _AliveBytes(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, batch: Batch):
         super().__init__()
-        given = [value for value in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(value, Tensor)]
+        given = [value for value in batch.values() if isinstance(value, Tensor)]
         self.storages = {self._key(tensor) for tensor in (*model.parameters(), *model.buffers(), *given)}
         self.alive = 0
         self.peak = 0
@@ -102,7 +101,7 @@ def _seconds(model: nn.Module, batch: Batch) -> float:
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    call(model, batch)
+    run(model, batch)
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start

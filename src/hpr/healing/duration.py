@@ -13,7 +13,7 @@ from hpr.errors import HprError
 from hpr.healing.distributed import agreed
 from hpr.healing.loss import GlobalLoss
 from hpr.runtime.batch import Batch
-from hpr.runtime.hooks import beside, evaluating
+from hpr.runtime.hooks import eval_mode, to_device_of
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|s|min|h)?")
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -39,11 +39,11 @@ def steps_within(seconds: float, student: nn.Module, loss: GlobalLoss, batches: 
     The first of several processes says it for all of them.
     """
     places = [number * (len(batches) - 1) // _TIMED for number in range(_TIMED + 1)]
-    with evaluating(student):
+    with eval_mode(student):
         for number, place in enumerate(places):
             if number == 1:
                 start = time.perf_counter()
-            loss(student, beside(batches[place], student))[0].backward()
+            loss(student, to_device_of(batches[place], student))[0].backward()
             student.zero_grad(set_to_none=True)
     found = max(1, int(seconds * _TIMED / (time.perf_counter() - start) / accumulate))
     PartialState(cpu=next(student.parameters()).device.type == "cpu")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpr.anatomy.describe import describe
-from hpr.data.loaded_model import OpenModel, as_opened
+from hpr.data.loaded_model import LoadedModel, as_opened
 from hpr.data.sources import fractions, named
 from hpr.data.splits import Splits, open_splits
 from hpr.errors import HprError
@@ -24,7 +24,7 @@ from hpr.healing.recipe import Recipe
 from hpr.healing.resume import steps_begun
 from hpr.healing.train import Healing, train
 from hpr.profiling.objectives import objective_for
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import Batch, as_batch
 
 HEALED = 65536  # examples of a source at most
 WRITTEN = 4096  # the same where the teacher first has to write what is to be answered
@@ -33,7 +33,7 @@ _GUARDED = 8  # of so many batches that come as they are, one is a guard
 
 def heal(
     student: nn.Module,
-    teacher: nn.Module | OpenModel,
+    teacher: nn.Module | LoadedModel,
     data: Any = None,
     how_long: str = "300steps",
     *,
@@ -75,7 +75,7 @@ def heal(
 
 
 def opened_data(
-    data: Any, teacher: OpenModel, labels: bool = False, shares: Mapping[str, float] | None = None
+    data: Any, teacher: LoadedModel, labels: bool = False, shares: Mapping[str, float] | None = None
 ) -> tuple[dict[str, list[Batch]], list[Batch]]:
     """Batches to train on, by source, and those of all sources that guard."""
     batches: dict[str, list[Batch]] = {}
@@ -87,8 +87,8 @@ def opened_data(
         if isinstance(source, list | tuple) and source and _is_batch(source[0]):
             if len(source) < _GUARDED:
                 raise HprError(f"{len(source)} batches in {name!r}: at least {_GUARDED} are needed, one of them to guard")
-            batches[name] = [batch for place, batch in enumerate(source) if place % _GUARDED]
-            guard += source[::_GUARDED]
+            batches[name] = [as_batch(batch) for place, batch in enumerate(source) if place % _GUARDED]
+            guard += [as_batch(batch) for batch in source[::_GUARDED]]
             continue
         most = WRITTEN if teacher.objective == "seq2seq" else HEALED
         found = source if isinstance(source, Splits) else open_splits(source, teacher, most, labels, parts[name])
@@ -97,7 +97,7 @@ def opened_data(
     return batches, guard
 
 
-def changes_for(opened: OpenModel) -> Augmentation | None:
+def changes_for(opened: LoadedModel) -> Augmentation | None:
     """How to change the inputs of a model: numbers vary, texts stay as they are.
 
     A teacher's answers to texts with strange tokens in them teach less than its answers to more texts (``experiments.md``).

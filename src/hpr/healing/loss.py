@@ -25,7 +25,7 @@ from hpr.nn.bank import bank_of
 from hpr.nn.router import Taken, recorded, spread
 from hpr.profiling.objectives import Objective
 from hpr.runtime.batch import IGNORED, Batch, examples_in, mask_of
-from hpr.runtime.hooks import beside, call, emitted, evaluating
+from hpr.runtime.hooks import captured_hidden_states, eval_mode, run, to_device_of
 
 DECIDED = 0.5  # of the entropy of even routes: what a router may keep at the end of a run
 
@@ -77,8 +77,8 @@ class GlobalLoss:
         taught = self.taught(batch, paths, kept=not forced) if wanted else None  # labels alone need no teacher
         bank = bank_of(inner) if self.weights.routing else None
         routes: AbstractContextManager[Taken] = nullcontext({}) if bank is None else recorded(bank.routing)
-        with emitted(inner, paths) as found, routes as taken:
-            learnt = call(student, batch)
+        with captured_hidden_states(inner, paths) as found, routes as taken:
+            learnt = run(student, batch)
         parts = {}
         if taken:
             by_router = entropies(taken)
@@ -115,8 +115,8 @@ class GlobalLoss:
         """What the teacher gives on a batch; where it is ``kept`` in a cache it runs once only."""
         if kept and self.cache is not None:
             return self.cache(batch, lambda: self.taught(batch, paths))
-        with torch.no_grad(), evaluating(self.teacher), emitted(self.teacher, paths) as hidden:
-            predictions, weight = self.objective.read(call(self.teacher, batch), batch)
+        with torch.no_grad(), eval_mode(self.teacher), captured_hidden_states(self.teacher, paths) as hidden:
+            predictions, weight = self.objective.read(run(self.teacher, batch), batch)
         return Taught(predictions, weight, hidden)
 
     def guard(self, student: nn.Module, batches: Sequence[Batch]) -> Estimate:
@@ -126,8 +126,8 @@ class GlobalLoss:
         """
         if not self.weights.labels:
             return divergence(student, self.teacher, batches, self.objective)
-        with torch.no_grad(), evaluating(student):
-            parts = [self(student, beside(batch, student))[1] for batch in batches]
+        with torch.no_grad(), eval_mode(student):
+            parts = [self(student, to_device_of(batch, student))[1] for batch in batches]
         values = [sum(value for name, value in own.items() if name != "routing") for own in parts]
         found = list(zip(values, map(examples_in, batches), strict=True))
         return Estimate(sum(value * count for value, count in found) / sum(count for _, count in found), None)
@@ -192,7 +192,7 @@ def labelled(outputs: Any, batch: Batch) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is not None:
         return loss
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    labels = batch.get("labels")
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if labels is None or logits is None:
         raise HprError("labels count in the loss, but this batch or model has none: set their weight to 0, or bring 'labels'")

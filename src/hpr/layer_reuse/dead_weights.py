@@ -21,13 +21,13 @@ from hpr.layer_reuse.attention import Holder, role_of
 from hpr.layer_reuse.install import attention_at, paths_of, reading_the_same, with_states
 from hpr.layer_reuse.reuse import Runs, Vanishing
 from hpr.plans.layer_states import DROPPED, site_layer
-from hpr.runtime.batch import Batch, example_batch
-from hpr.runtime.hooks import beside, call
+from hpr.runtime.batch import Batch, BatchLike, example_batch
+from hpr.runtime.hooks import run, to_device_of
 
 TOLERANCE = 1e-3  # how far attention computed here may move an output, as a share of its largest value
 
 
-def vanishing(model: nn.Module, states: Mapping[str, str], batch: Batch | None = None) -> Vanishing:
+def vanishing(model: nn.Module, states: Mapping[str, str], batch: BatchLike | None = None) -> Vanishing:
     """What vanishes from a model under some states of its layers (see ``reuse.with_states``).
 
     The gradients are those of a random projection of the output for one ``batch``, by default ``example_batch(model)``. Raises
@@ -41,7 +41,7 @@ def vanishing(model: nn.Module, states: Mapping[str, str], batch: Batch | None =
     inside = _weighted_modules(probe, taking)
     if not inside:
         return Vanishing(rows, removed)
-    batch = example_batch(model) if batch is None else beside(batch, model)
+    batch = example_batch(model) if batch is None else to_device_of(batch, model)
     original = reading_the_same(model, torch.float32)
     before, after = _effects(original, inside, batch), _effects(probe, inside, batch)
     _check_attention(original, anatomy, states, batch)
@@ -92,7 +92,7 @@ def _effects(model: nn.Module, paths: Sequence[str], batch: Batch) -> dict[str, 
     owners = [(path, name) for path in paths for name, _ in module_at(model, path).named_parameters(recurse=False)]
     parameters = [getattr(module_at(model, path), name) for path, name in owners]
     with torch.enable_grad():
-        output = _output(call(model, _as_float(batch)))
+        output = _output(run(model, _as_float(batch)))
         direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         gradients = torch.autograd.grad((output * direction).sum(), parameters, allow_unused=True)
     found: dict[str, dict[str, Tensor]] = {path: {} for path in paths}
@@ -114,7 +114,7 @@ def _check_attention(original: nn.Module, anatomy: Anatomy, states: Mapping[str,
                 for name, module in attention_at(through, path).items():
                     role_of(module, name).gives_weights = Holder()
     with torch.no_grad():
-        expected, found = (_output(call(model.eval(), _as_float(batch))) for model in (original, through))
+        expected, found = (_output(run(model.eval(), _as_float(batch))) for model in (original, through))
     error = (expected - found).abs().max()
     if not error <= TOLERANCE * expected.abs().max():
         raise HprError(
@@ -134,9 +134,10 @@ def _output(outputs: Any) -> Tensor:
 
 
 def _as_float(batch: Batch) -> Batch:
-    if isinstance(batch, Mapping):
-        return {key: _as_float(value) for key, value in batch.items()}
-    return batch.float() if isinstance(batch, Tensor) and batch.is_floating_point() else batch
+    def widened(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {key: widened(value) for key, value in batch.items()}
 
 
 def _runs(mask: Tensor) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Anatomy
 from hpr.checkpoints import save
 from hpr.checkpoints.open import open_model
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.layer_reuse.install import paths_of
 from hpr.planning.rules import ByRule, Replication, Rules
 from hpr.profiling.objectives import objective_for
@@ -102,7 +102,7 @@ def copy_below(student: nn.Module, anatomy: Anatomy, found: Replication) -> None
                 parameter.copy_(given[path])
 
 
-def _opened(base: str | os.PathLike[str] | nn.Module | None) -> OpenModel:
+def _opened(base: str | os.PathLike[str] | nn.Module | None) -> LoadedModel:
     if isinstance(base, nn.Module):
-        return OpenModel(base, None, objective_for(base).name, None, type(base).__name__)
+        return LoadedModel(base, None, objective_for(base).name, None, type(base).__name__)
     return open_model(base)

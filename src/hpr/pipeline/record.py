@@ -13,12 +13,11 @@ from torch import nn
 from hpr.anatomy.describe import describe
 from hpr.anatomy.model import Anatomy
 from hpr.checkpoints import save
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits
 from hpr.errors import HprError
 from hpr.evaluation.divergence import Comparison
-from hpr.operators import vocab_segments
-from hpr.operators.registry import OPERATORS
+from hpr.operators.registry import plannable
 from hpr.planning.draft import Draft
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP
@@ -30,7 +29,7 @@ from hpr.runtime.environment import versions
 from hpr.runtime.files import write_text
 
 
-def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], opened: OpenModel) -> Path:
+def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], opened: LoadedModel) -> Path:
     """Write a folder at once: model, tokenizer, plan.json, metrics.json, report.html, README.md."""
     as_dict = plan.to_dict()
 
@@ -46,7 +45,7 @@ def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str,
     return save.save(student, output, opened.tokenizer, texts, opened.folder)
 
 
-def heading(opened: OpenModel, plan: Plan) -> dict[str, Any]:
+def heading(opened: LoadedModel, plan: Plan) -> dict[str, Any]:
     """What metrics.json says of a model and its plan, however it came about."""
     return {
         "format": 1,
@@ -59,7 +58,7 @@ def heading(opened: OpenModel, plan: Plan) -> dict[str, Any]:
 
 
 def record(
-    opened: OpenModel, plan: Plan, found: Profile, texts: Splits, figures: dict[str, Any], timing: dict[str, float], seed: int
+    opened: LoadedModel, plan: Plan, found: Profile, texts: Splits, figures: dict[str, Any], timing: dict[str, float], seed: int
 ) -> dict[str, Any]:
     """What metrics.json keeps of a compression, the plans tried and what came after apart."""
     return {
@@ -105,7 +104,7 @@ def plan_rows(
 
 def operator_gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
     """What the best plan without each operator, and without alignment, would cost, for those that the plan uses."""
-    used = {entry.operator for entry in plan.entries.values()} & {*OPERATORS, vocab_segments.NAME} - {KEEP}
+    used = {entry.operator for entry in plan.entries.values()} & set(plannable()) - {KEEP}
     best = sketch.best(plan.budget).damage
     gains = []
     for operator in sorted(used):
@@ -119,7 +118,7 @@ def operator_gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
     return gains
 
 
-def check_original(folder: Path, original: OpenModel) -> None:
+def check_original(folder: Path, original: LoadedModel) -> None:
     """Raise where the plan in a folder was made for another model than this one."""
     if not (folder / "plan.json").is_file():
         return
@@ -131,13 +130,13 @@ def check_original(folder: Path, original: OpenModel) -> None:
         )
 
 
-def note_metrics(folder: Path, original: OpenModel, figures: Mapping[str, Any]) -> None:
+def note_metrics(folder: Path, original: LoadedModel, figures: Mapping[str, Any]) -> None:
     """Put new figures into the metrics.json beside a plan.json (see ``with_figures``)."""
     if (folder / "plan.json").is_file():
         write_text(folder / "metrics.json", json.dumps(with_figures(folder, original, figures), indent=1) + "\n")
 
 
-def with_figures(folder: Path, original: OpenModel, figures: Mapping[str, Any]) -> dict[str, Any]:
+def with_figures(folder: Path, original: LoadedModel, figures: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of a folder with new figures: a measure on other data is added, on the same replaced."""
     plan = Plan.load(folder / "plan.json")
     metrics = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else heading(original, plan)

@@ -15,13 +15,13 @@ from hpr.nn.bank import Factor, bank_of, module_name
 from hpr.nn.routed import RoutedLinear
 from hpr.nn.router import forget_masks, recorded
 from hpr.plans.terms import FactorShape
-from hpr.runtime.batch import Batch
-from hpr.runtime.hooks import beside, call, evaluating
+from hpr.runtime.batch import BatchLike
+from hpr.runtime.hooks import eval_mode, run, to_device_of
 from hpr.sharing.specification import specification
 
 
 @torch.no_grad()
-def collapse(student: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+def collapse(student: nn.Module, batches: Sequence[BatchLike]) -> nn.Module:
     """A static copy: every router gives what it gives on average over the positions of some batches.
 
     Exporters need it, and ``unshare`` can go on from it. What it costs is ``hpr.evaluate(static, student, …)``. Raises
@@ -51,16 +51,16 @@ def collapse(student: nn.Module, batches: Sequence[Batch]) -> nn.Module:
 
 
 @torch.no_grad()
-def mean_routes(student: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def mean_routes(student: nn.Module, batches: Sequence[BatchLike]) -> dict[str, Tensor]:
     """Router → its mean α (experts,), float64, over all positions of some batches that count."""
     bank = bank_of(student)
     assert bank is not None
     sums: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
-    with evaluating(student):
+    with eval_mode(student):
         for batch in batches:
             with recorded(bank.routing) as taken:
-                call(student, beside(batch, student))
+                run(student, to_device_of(batch, student))
             for (_, router), calls in taken.items():
                 for weights, counted in calls:
                     rows = weights.flatten(0, -2) if counted is None else weights[counted.bool()]

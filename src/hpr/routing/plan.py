@@ -24,7 +24,7 @@ from hpr.plans.budget import Budget
 from hpr.plans.plan import Plan
 from hpr.plans.terms import Route
 from hpr.runtime.batch import example_batch
-from hpr.runtime.hooks import call, emitted, entering, evaluating
+from hpr.runtime.hooks import captured_hidden_states, entering, eval_mode, run
 
 View = Literal["token", "sequence"]  # what a router sees of the input
 _TRIES = 20  # of lowering a budget by what the routers cost
@@ -130,8 +130,8 @@ def seeing_all(model: nn.Module, anatomy: Anatomy) -> set[str]:
         for stack in anatomy.stacks
     ]
     try:
-        with torch.enable_grad(), evaluating(model), emitted(model, list(last.values())) as left:
-            call(model, batch)
+        with torch.enable_grad(), eval_mode(model), captured_hidden_states(model, list(last.values())) as left:
+            run(model, batch)
         return {name for name, path in last.items() if path in left and _sees_last(entered[name], left[path])}
     finally:
         for handle in handles:

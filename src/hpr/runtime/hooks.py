@@ -13,12 +13,12 @@ from transformers.utils import logging as transformers_logging
 
 from hpr.anatomy.lookup import module_at
 from hpr.errors import HprError
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batch
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """No bars and no warnings from transformers while it loads or trains; its errors stay."""
+def transformers_quiet() -> Iterator[None]:
+    """Silence the bars and warnings of transformers while it loads or trains; its errors stay."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -36,26 +36,26 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     try:
-        with torch.enable_grad(), evaluating(model):
+        with torch.enable_grad(), eval_mode(model):
             yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on a batch: keyword inputs for a mapping, one argument otherwise."""
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+def run(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch: by keywords, or with one argument if ``POSITIONAL`` is all that the batch holds."""
+    return model(batch[POSITIONAL]) if batch.keys() == {POSITIONAL} else model(**batch)
 
 
-def beside(batch: Batch, model: nn.Module) -> Batch:
-    """The batch on the model's device."""
+def to_device_of(batch: BatchLike, model: nn.Module) -> Batch:
+    """The batch as a mapping (see ``as_batch``), on the model's device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return send_to_device(batch, device)
+    return send_to_device(as_batch(batch), device)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, every module's own flag restored afterwards."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -67,7 +67,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def emitted(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def captured_hidden_states(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Path → the hidden states that the layer there emits in the passes made inside, those of the last pass."""
     found: dict[str, Tensor] = {}
 

@@ -27,14 +27,14 @@ from hpr.operators.fitting import groups, product
 from hpr.operators.identity_block import store
 from hpr.operators.low_rank import truncate
 from hpr.operators.metric import Measured, Side, measure
-from hpr.operators.registry import FITS
+from hpr.operators.registry import OPERATORS
 from hpr.operators.shared_basis import best_private
 from hpr.plans.owners import owners
 from hpr.plans.plan import Plan
 from hpr.profiling.layer_features import real_positions
 from hpr.profiling.profile import Profile
-from hpr.runtime.batch import Batch, mask_of
-from hpr.runtime.hooks import beside, call
+from hpr.runtime.batch import Batch, BatchLike, mask_of
+from hpr.runtime.hooks import run, to_device_of
 from hpr.runtime.progress import progress
 
 RIDGE = 1e-3  # pulls the regression towards the original weight, as a share of the inputs' mean variance
@@ -158,7 +158,7 @@ def _enter(model: nn.Module, stack: Stack, batch: Batch) -> _Entry:
 
     handles = [module_at(model, path).register_forward_pre_hook(note, with_kwargs=True) for path in stack.blocks]
     try:
-        call(model, batch)
+        run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -308,7 +308,7 @@ def _resolve_shared(bank: FactorBank, plan: Plan, targets: dict[str, Measured]) 
         low_rank = all(term.v is not None for name in names for term in plan.entries[name].terms)
         if len(names) > 1 and low_rank and all(name in targets for name in names):  # a full matrix follows its text too closely
             terms = {name: plan.entries[name].terms for name in names}
-            values = FITS[operator]([targets[name] for name in names], terms)
+            values = OPERATORS[operator].fit([targets[name] for name in names], terms)
             _put(bank, store(values, [term for name in names for term in terms[name]]))
 
 
@@ -325,7 +325,7 @@ def refit(
     teacher: nn.Module,
     plan: Plan,
     profile: Profile,
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
 ) -> None:
     """Fit private factors and biases anew to what the compressed layers below emit, in place (see ``refitting``).
 
@@ -335,5 +335,5 @@ def refit(
     if plan.alignment:  # the student's insides are those of the turned model
         teacher, profile, _ = alignment.align(teacher, profile, plan.alignment)
     anatomy = describe(teacher)
-    moved = [beside(batch, teacher) for batch in batches]
+    moved = [to_device_of(batch, teacher) for batch in batches]
     refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), moved)

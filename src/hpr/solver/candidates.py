@@ -6,10 +6,9 @@ a curve of (parameters, damage) points, one for each rank it could have. A solut
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,7 +24,8 @@ class Candidate:
     ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not finite.
 
     A *composite* (see ``composite``) stands for several groups: ``partition`` has the group of each position, ``parts`` the
-    candidates of each group, and ``choices[k]`` two numbers a group, which of its candidates and which point of that.
+    candidates of each group. ``picks[k]`` says what point k takes for each group: the number of one of its candidates, and
+    the number of a point on that candidate's curve. The ranks are those of these points; ``choices[k]`` is ``()``.
     """
 
     operator: str
@@ -35,6 +35,8 @@ class Candidate:
     damages: np.ndarray
     parts: tuple[tuple[Candidate, ...], ...] = ()
     partition: tuple[int, ...] = ()
+    picks: tuple[tuple[tuple[int, int], ...], ...] = ()
+    rows: tuple[int, int] | None = None  # [start, stop) of the one site, if the candidate is for a run of its rows
 
     def __post_init__(self) -> None:
         name = f"candidate {self.operator!r} on {', '.join(self.sites)}"
@@ -43,6 +45,10 @@ class Candidate:
             raise HprError(
                 f"{name}: {len(self.choices)} choices, parameters of shape {given.shape}, damages of shape {damages.shape}: "
                 f"give one entry each for at least one choice"
+            )
+        if len(self.picks) != (len(self.choices) if self.parts else 0):
+            raise HprError(
+                f"{name}: {len(self.picks)} picks from {len(self.parts)} groups: give one for each choice of a composite"
             )
         if not np.isfinite(damages).all() or damages.min() < 0:
             worst = damages[~np.isfinite(damages) | (damages < 0)][0]
@@ -58,17 +64,13 @@ class Candidate:
 class Track:
     """``length`` positions to be cut into intervals [start, stop), each covered by one candidate registered for it.
 
-    With ``subtracks`` (all of this length) an interval may instead be solved by every subtrack alone, each with its own
-    segmentation: the parent holds what shares a factor among several slots, a subtrack one slot. Register ``keep`` once,
-    in the subtracks. A site outside the layer stacks is a track of length 1; groups that are not contiguous (a cycle) are a
-    composite for the interval that they fill. Raises ``HprError`` for intervals outside the track and for subtracks of
-    another length.
+    A site outside the layer stacks is a track of length 1; groups that are not contiguous (a cycle) are a composite for the
+    interval that they fill. Raises ``HprError`` for a length below 1 and for intervals outside the track.
     """
 
     name: str
     length: int
     candidates: Mapping[tuple[int, int], tuple[Candidate, ...]]
-    subtracks: tuple[Track, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -76,13 +78,6 @@ class Track:
         for start, stop in self.candidates:
             if not 0 <= start < stop <= self.length:
                 raise HprError(f"track {self.name!r}: [{start}, {stop}) is no interval of its {self.length} positions")
-        if len({self.name, *(track.name for track in self.subtracks)}) <= len(self.subtracks):
-            raise HprError(f"track {self.name!r} and its subtracks need names of their own: rename those that are equal")
-        for track in self.subtracks:
-            if track.length != self.length:
-                raise HprError(
-                    f"track {self.name!r} has {self.length} positions, subtrack {track.name!r} {track.length}: make them equal"
-                )
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Choice:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks chosen, ``()`` for an operator without any."""
+        """The ranks chosen, ``()`` for an operator without any and for a composite (see ``leaves``)."""
         return self.candidate.choices[self.index]
 
     @property
@@ -111,8 +106,8 @@ class Choice:
         """The same as choices of plain candidates: one or more for every group of a composite, else itself."""
         if not self.candidate.parts:
             return (self,)
-        chosen = zip(self.candidate.parts, self.ranks[::2], self.ranks[1::2], strict=True)
-        return tuple(leaf for options, number, index in chosen for leaf in Choice(options[number], index).leaves)
+        picked = zip(self.candidate.parts, self.candidate.picks[self.index], strict=True)
+        return tuple(leaf for options, (number, index) in picked for leaf in Choice(options[number], index).leaves)
 
 
 @dataclass(frozen=True)
@@ -141,9 +136,10 @@ class Solution:
         return self.gap / self.damage if self.damage > 0 else 0.0
 
     @property
-    def structure(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """The groups and their operators, ranks left out: (operator, sites), sorted."""
-        return tuple(sorted((choice.candidate.operator, choice.candidate.sites) for choice in self.choices))
+    def structure(self) -> tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...]:
+        """The groups and their operators, ranks left out: (operator, sites, rows or ()), sorted."""
+        groups = (choice.candidate for choice in self.choices)
+        return tuple(sorted((one.operator, one.sites, one.rows or ()) for one in groups))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,11 +155,10 @@ class Table:
     interval_points: np.ndarray  # (intervals + 1,) where each interval's points begin
     damages: np.ndarray  # (points,) nats
     parameters: np.ndarray  # (points,)
-    subtables: tuple[Table, ...]
 
 
 def tabulate(track: Track) -> Table:
-    """Flatten a track and its subtracks, once for all the multipliers that will be tried."""
+    """Flatten a track, once for all the multipliers that will be tried."""
     intervals = sorted(interval for interval, several in track.candidates.items() if several)
     candidates = tuple(one for interval in intervals for one in track.candidates[interval])
     counts = [len(track.candidates[interval]) for interval in intervals]
@@ -179,30 +174,7 @@ def tabulate(track: Track) -> Table:
         interval_points=first_points[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])],
         damages=np.concatenate([np.zeros(0), *(one.damages for one in candidates)]),
         parameters=np.concatenate([np.zeros(0, np.int64), *(one.parameters for one in candidates)]),
-        subtables=tuple(tabulate(subtrack) for subtrack in track.subtracks),
     )
-
-
-def exhaustive_at(tracks: Sequence[Track], multiplier: float) -> Solution:
-    """The least damage + multiplier · parameters by enumeration. Exponential in everything: for tests."""
-    best = [
-        min(_covers(track, 0, track.length), key=lambda cover: sum(one.damage + multiplier * one.parameters for one in cover))
-        for track in tracks
-    ]
-    return solution(choice for cover in best for choice in cover)
-
-
-def exhaustive(tracks: Sequence[Track], limit: int) -> Solution:
-    """The least damage within ``limit`` parameters by enumeration. Exponential in everything: for tests and tiny models."""
-    covers = [list(_covers(track, 0, track.length)) for track in tracks]
-    damages, parameters = np.zeros(()), np.zeros((), np.int64)
-    for several in covers:
-        damages = np.add.outer(damages, [sum(one.damage for one in cover) for cover in several])
-        parameters = np.add.outer(parameters, [sum(one.parameters for one in cover) for cover in several])
-    if parameters.min() > limit:
-        raise impossible(limit, int(parameters.min()))
-    best = np.unravel_index(np.where(parameters <= limit, damages, np.inf).argmin(), damages.shape)
-    return solution(choice for several, number in zip(covers, best, strict=True) for choice in several[number])
 
 
 def solution(choices: Iterable[Choice]) -> Solution:
@@ -215,19 +187,3 @@ def solution(choices: Iterable[Choice]) -> Solution:
 def impossible(limit: int, smallest: int) -> HprError:
     """The error for a budget below the smallest possible total."""
     return HprError(f"{limit:,} parameters are too few: the smallest possible total is {smallest:,}; raise the budget to that")
-
-
-def _covers(track: Track, start: int, stop: int, after_own: bool = False) -> Iterator[tuple[Choice, ...]]:
-    """Every cover of [start, stop), each once: with ``after_own`` the last arc is not "every subtrack alone"."""
-    if start == stop:
-        yield ()
-    for cut in range(start, stop):
-        ends: list[tuple[Choice, ...]] = [
-            (Choice(one, k),) for one in track.candidates.get((cut, stop), ()) for k in range(len(one.choices))
-        ]
-        if ends:
-            yield from (head + end for head in _covers(track, start, cut) for end in ends)
-        if track.subtracks and not after_own:
-            parts = [list(_covers(subtrack, cut, stop)) for subtrack in track.subtracks]
-            ends = [tuple(choice for part in parts for choice in part) for parts in itertools.product(*parts)]
-            yield from (head + end for head in _covers(track, start, cut, after_own=True) for end in ends)

@@ -51,15 +51,18 @@ def compose(operator: str, partition: Sequence[int], parts: Sequence[tuple[Candi
     steps[np.arange(1, len(order) + 1), owners[order]] = 1
     vertices = steps.cumsum(axis=0)
     vertices = vertices[np.unique(np.linspace(0, len(vertices) - 1, POINTS).round().astype(int))]
-    columns = [column for one, at in zip(hulls, vertices.T, strict=True) for column in (one.numbers[at], one.indices[at])]
+    picks = [
+        zip(one.numbers[at].tolist(), one.indices[at].tolist(), strict=True) for one, at in zip(hulls, vertices.T, strict=True)
+    ]
     return Candidate(
         operator,
         tuple(site for options in parts for site in options[0].sites),
-        tuple(map(tuple, np.stack(columns, axis=1).tolist())),
+        ((),) * len(vertices),
         np.sum([one.parameters[at] for one, at in zip(hulls, vertices.T, strict=True)], axis=0),
         np.sum([one.damages[at] for one, at in zip(hulls, vertices.T, strict=True)], axis=0),
-        tuple(parts),
-        tuple(partition),
+        parts=tuple(parts),
+        partition=tuple(partition),
+        picks=tuple(zip(*picks, strict=True)),
     )
 
 
@@ -95,8 +98,8 @@ def hull(options: tuple[Candidate, ...]) -> Hull:
 
 def operators(tracks: Sequence[Track]) -> list[str]:
     """Names of all operators registered anywhere in the tracks, sorted; a composite has those of its groups."""
-    own = {name for track in tracks for several in track.candidates.values() for one in several for name in _operators(one)}
-    return sorted(own.union(*(operators(track.subtracks) for track in tracks)))
+    candidates = (one for track in tracks for options in track.candidates.values() for one in options)
+    return sorted({name for one in candidates for name in _operators(one)})
 
 
 def restrict(tracks: Sequence[Track], operators: Set[str]) -> tuple[Track, ...]:
@@ -111,7 +114,7 @@ def restrict(tracks: Sequence[Track], operators: Set[str]) -> tuple[Track, ...]:
         for interval, several in track.candidates.items():
             if chosen := tuple(one for every in several if (one := _restricted(every, allowed)) is not None):
                 candidates[interval] = chosen
-        restricted.append(Track(track.name, track.length, candidates, restrict(track.subtracks, operators)))
+        restricted.append(Track(track.name, track.length, candidates))
     return tuple(restricted)
 
 

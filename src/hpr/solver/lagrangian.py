@@ -7,7 +7,7 @@ easy, track by track; the right λ meets the budget but for a gap, which greedy 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -40,17 +40,6 @@ class _Bracket:
     above: _Allocation
     multiplier: float
     bound: float
-
-
-def solve_at(tracks: Sequence[Track], multiplier: float) -> Solution:
-    """The least damage + multiplier · parameters, exactly; ``multiplier`` in nats per parameter.
-
-    By Everett's theorem it is also the least damage of all solutions that are not larger: its gap is 0.
-    """
-    if not (multiplier >= 0 and math.isfinite(multiplier)):
-        raise HprError(f"multiplier {multiplier} is no finite number from 0 up")
-    points = _cheapest(_tabulate(tracks), 1.0, multiplier).points
-    return replace(solution(_choices(points)), multiplier=multiplier)
 
 
 def smallest(track: Track) -> int:
@@ -93,31 +82,6 @@ def plan_candidates(tracks: Sequence[Track], limit: int) -> list[Solution]:
         # what bounds the whole problem bounds its parts; each part's own bound says little about the whole
         found.append(replace(alone, label=name, multiplier=whole.multiplier, bound=min(whole.bound, alone.damage)))
     return sorted(found, key=lambda one: one.damage)
-
-
-def greedy(tracks: Sequence[Track], limit: int) -> Solution:
-    """Start at least damage; take the move of least extra damage per parameter saved until within ``limit``.
-
-    A move gives a group another point of its interval or puts one candidate in the place of adjacent groups. Groups are
-    never split again, so the last resort, where no move is left, is the smallest solution. What is left is filled.
-    """
-    roots = _tabulate(tracks)
-    least = _cheapest(roots, 0.0, 1.0)
-    if least.parameters > limit:
-        raise impossible(limit, least.parameters)
-    states = [trace(least_costs(root, 1.0, 0.0), 0, root.track.length) for root in roots]
-    moves = [_best_move(root, state) for root, state in zip(roots, states, strict=True)]
-    while sum(int(table.parameters[point]) for state in states for table, point in state) > limit:
-        rates = [rate for rate, _ in moves]
-        number = int(np.argmin(rates))
-        if rates[number] == np.inf:
-            states = [least.points]
-            break
-        states[number] = moves[number][1]
-        moves[number] = _best_move(roots[number], states[number])
-    filled = _adjust([point for state in states for point in state], limit, swap=True)
-    assert filled is not None  # it began within the limit
-    return replace(solution(_choices(filled.points)), bound=0.0)
 
 
 def _search(tracks: Sequence[Track], limit: int, breadth: int) -> list[Solution]:
@@ -174,7 +138,7 @@ def _bracket(cheapest: Callable[[float, float], _Allocation], limit: int) -> _Br
 def _cheapest(roots: Sequence[Table], damage_weight: float, parameter_weight: float) -> _Allocation:
     points: Points = []
     for root in roots:
-        points += trace(least_costs(root, damage_weight, parameter_weight), 0, root.track.length)
+        points += trace(least_costs(root, damage_weight, parameter_weight))
     return _allocation(points)
 
 
@@ -232,44 +196,6 @@ def _adjust(points: Points, limit: int, swap: bool) -> _Allocation | None:
             return _allocation([(table, int(numbers[position])) for (table, _), position in zip(points, now, strict=True)])
         slack -= int(extra[move])
         now[owner[move]] = move
-
-
-def _best_move(root: Table, state: Points) -> tuple[float, Points]:
-    """(extra nats per parameter saved, the state after it) of the best move within a root; inf where there is none."""
-    best: tuple[float, Points] = (np.inf, state)
-    spans = np.array([table.intervals[table.intervals_of[table.owners[point]]] for table, point in state])
-    damages = np.array([table.damages[point] for table, point in state])
-    parameters = np.array([table.parameters[point] for table, point in state])
-    for table, above in _family(root, ()):
-        if not table.candidates:
-            continue
-        # a move of this table replaces groups of its own and of its subtables, never part of one, none of its parents'
-        within = {id(member) for member, _ in _family(table, ())}
-        mine = np.array([id(owner) in within for owner, _ in state])
-        theirs = np.array([any(owner is parent for parent in above) for owner, _ in state])
-        starts, stops = table.intervals[:, :1], table.intervals[:, 1:]
-        overlaps = (spans[:, 0] < stops) & (spans[:, 1] > starts)  # (intervals, groups)
-        inside = (spans[:, 0] >= starts) & (spans[:, 1] <= stops) & mine
-        allowed = ~(overlaps & (theirs | (mine & ~inside))).any(axis=1)
-        interval = table.intervals_of[table.owners]
-        saved = (inside @ parameters)[interval] - table.parameters
-        lost = table.damages - (inside @ damages)[interval]
-        rates = np.where(allowed[interval] & (saved > 0), lost / np.maximum(saved, 1), np.inf)
-        point = int(rates.argmin())
-        if rates[point] < best[0]:
-            replaced = inside[interval[point]]
-            best = (
-                float(rates[point]),
-                [one for one, gone in zip(state, replaced, strict=True) if not gone] + [(table, point)],
-            )
-    return best
-
-
-def _family(table: Table, above: tuple[Table, ...]) -> Iterator[tuple[Table, tuple[Table, ...]]]:
-    """A table and everything under it, each with its parents."""
-    yield table, above
-    for subtable in table.subtables:
-        yield from _family(subtable, (*above, table))
 
 
 def _tabulate(tracks: Sequence[Track]) -> list[Table]:

@@ -15,7 +15,7 @@ from hpr.profiling.curvature import measure_curvature
 from hpr.profiling.objectives import objective_for
 from hpr.profiling.profile import Profile, SiteStatistics, pooled, trace
 from hpr.runtime.batch import Batch
-from hpr.runtime.hooks import beside
+from hpr.runtime.hooks import to_device_of
 from hpr.sharing.share import share
 
 _PARTS = ("left", "right", "mean")
@@ -41,7 +41,7 @@ class Moments:
 
     def add(self, batches: Sequence[Batch], seed: int = 0) -> None:
         """Measure some batches on the original, and let them count; the labels of curvature are drawn by the seed."""
-        given = [beside(batch, self.teacher) for batch in batches]
+        given = [to_device_of(batch, self.teacher) for batch in batches]
         found, _ = measure_curvature(self.teacher, self.anatomy, given, self.goal, seed)
         part = 1 - (1 - self.forget) ** len(given)
         sites = {name: blended(known, found[name], part) for name, known in self.profile.sites.items()}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hpr.data.batches import text_batches
 from hpr.data.files import as_label
-from hpr.data.loaded_model import OpenModel
+from hpr.data.loaded_model import LoadedModel
 from hpr.data.targets import own_answers
 from hpr.errors import HprError
 from hpr.healing.online.healer import Update
@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
     line: int
 
 
-def chunks(lines: Iterable[str], opened: OpenModel, size: int = 16, labels: bool = False, after: int = 0) -> Iterator[Chunk]:
+def chunks(lines: Iterable[str], opened: LoadedModel, size: int = 16, labels: bool = False, after: int = 0) -> Iterator[Chunk]:
     """A batch for every ``size`` lines that come after some number of them.
 
     A line is an object with a ``text``, and a ``label`` where those are wanted. Where none of them serves the batch is
@@ -86,13 +86,11 @@ def _read(line: str, number: int, labels: bool) -> tuple[str, float]:
     return text, as_label(row.get("label"), number, "the stream") if labels else 0
 
 
-def _batch(texts: list[str], labels: list[float] | None, opened: OpenModel) -> Batch:
+def _batch(texts: list[str], labels: list[float] | None, opened: LoadedModel) -> Batch:
     if not texts:
         return {}
     (batch,) = text_batches(texts, opened.tokenizer, len(texts), LONGEST, None, labels, ratio=math.inf)
-    if opened.objective == "seq2seq":
-        batch["labels"] = own_answers(opened.model, batch)
-    return batch
+    return {**batch, "labels": own_answers(opened.model, batch)} if opened.objective == "seq2seq" else batch
 
 
 def _row(line: str) -> dict[str, Any] | None:
