@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpr.nn.linear import SharedLinear
-from hpr.nn.router import weighed
+from hpr.plans.product import component_weights
 from hpr.plans.terms import Route, Term
 
 
@@ -33,7 +33,7 @@ class RoutedLinear(SharedLinear):
         for number, (term, padding) in enumerate(zip(self.terms, self.paddings, strict=True)):
             y = self.inner(x, term)
             if term.route is not None:
-                y = y * weighed(alphas[term.route.router], term.route, term.rank)
+                y = y * component_weights(alphas[term.route.router], term.route, term.rank)
             y = self.outer(y, term, self.bias if number == self.adds_bias else None)
             y = F.pad(y, padding) if padding else y
             total = y if total is None else total + y

@@ -18,7 +18,9 @@ from hpr.operators.identity_block import store
 from hpr.operators.metric import Measured, measure
 from hpr.operators.operator import Terms, TermsError
 from hpr.operators.registry import OPERATORS
+from hpr.plans.owners import connected
 from hpr.plans.plan import Plan
+from hpr.plans.product import product as terms_product
 from hpr.plans.terms import Term, routers_of, validate_entry
 from hpr.profiling.profile import Profile
 
@@ -87,35 +89,10 @@ def _covered(terms: Sequence[Term], one: Measured) -> Tensor:
 
 def groups(plan: Plan) -> list[tuple[str, list[str]]]:
     """(operator, site names in plan order) for every set of sites tied together by common factors."""
-    owner: dict[str, str] = {}
-    leader: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while leader[name] != name:
-            name = leader[name]
-        return name
-
-    for name, entry in plan.entries.items():
-        leader[name] = name
-        for term in entry.terms:
-            for factor in term.factors:
-                leader[root(name)] = root(owner.setdefault(factor, name))
-    found: dict[str, list[str]] = {}
-    for name, entry in plan.entries.items():
-        if entry.terms:
-            found.setdefault(root(name), []).append(name)
-    return [(plan.entries[names[0]].operator, names) for names in found.values()]
+    sets = connected({name: entry.terms for name, entry in plan.entries.items()})
+    return [(plan.entries[names[0]].operator, names) for names in sets]
 
 
 def product(terms: Sequence[Term], values: Mapping[str, Tensor], site: Site) -> Tensor:
     """The (out, in) matrix that terms of plain factors add up to."""
-    total = values[terms[0].u].new_zeros(site.out_features, site.in_features)
-    for term in terms:
-        matrix = values[term.u] if term.v is None else values[term.u] @ values[term.v]
-        if term.row_scale is not None:
-            matrix = values[term.row_scale].T * matrix
-        if term.column_scale is not None:
-            matrix = matrix * values[term.column_scale]
-        start, stop = term.rows or (0, site.out_features)
-        total[start:stop] += matrix
-    return total
+    return terms_product(terms, values, site.out_features, site.in_features)

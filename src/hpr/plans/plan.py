@@ -14,6 +14,7 @@ from hpr.anatomy.symmetry import Aim, layers_of
 from hpr.errors import HprError, PlanError
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import check_entries, check_states
+from hpr.plans.owners import owners
 from hpr.plans.terms import KEEP, Entry, FactorShape, entry_from_dict, entry_to_dict, spelled, validate_entry
 from hpr.runtime.files import write_text
 
@@ -77,14 +78,8 @@ class Plan:
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
         """Names of sites that share factors → names of these factors."""
-        owners: dict[str, list[str]] = {}
-        for name, entry in self.entries.items():
-            for term in entry.terms:
-                for factor in term.factors:
-                    if name not in owners.setdefault(factor, []):
-                        owners[factor].append(name)
         shared: dict[tuple[str, ...], list[str]] = {}
-        for factor, sites in owners.items():
+        for factor, sites in owners({name: entry.terms for name, entry in self.entries.items()}).items():
             if len(sites) > 1:
                 shared.setdefault(tuple(sites), []).append(factor)
         return shared

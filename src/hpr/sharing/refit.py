@@ -29,6 +29,7 @@ from hpr.operators.low_rank import truncate
 from hpr.operators.metric import Measured, Side, measure
 from hpr.operators.registry import OPERATORS
 from hpr.operators.shared_basis import best_private
+from hpr.plans.owners import owners
 from hpr.plans.plan import Plan
 from hpr.profiling.layer_features import real_positions
 from hpr.profiling.profile import Profile
@@ -283,18 +284,18 @@ def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Meas
     """New private factors for one site, then its bias."""
     terms = plan.entries[target.site.name].terms
     values = {name: bank[name].dense().detach().double() for term in terms for name in term.factors}
-    owners = _owners(plan)
+    users = owners({name: entry.terms for name, entry in plan.entries.items()})
     own = terms[-1]
     if own.v is not None and own.rank is not None:
         others = product(terms[:-1], values, target.site) if len(terms) > 1 else 0.0
         rest = Measured(target.site, target.weight - others, target.left, target.right, target.rows)
-        if owners[own.u] == owners[own.v] == 1:
+        if len(users[own.u]) == len(users[own.v]) == 1:
             values[own.u], values[own.v] = truncate(rest, own.rank)
             _put(bank, store({own.u: values[own.u], own.v: values[own.v]}, [own]))
-        elif owners[own.u] == 1:
+        elif len(users[own.u]) == 1:
             values[own.u] = best_private(rest, values[own.v])
             _put(bank, {own.u: values[own.u]})
-        elif owners[own.v] == 1:
+        elif len(users[own.v]) == 1:
             values[own.v] = best_private(rest.transposed, values[own.u].T).T
             _put(bank, {own.v: values[own.v]})
     if module.bias is not None:
@@ -317,15 +318,6 @@ def _put(bank: FactorBank, values: dict[str, Tensor]) -> None:
             bank[name.removesuffix(".order")].order.copy_(value)
         else:
             bank[name].weight.copy_(value)
-
-
-def _owners(plan: Plan) -> dict[str, int]:
-    owners: dict[str, set[str]] = {}
-    for name, entry in plan.entries.items():
-        for term in entry.terms:
-            for factor in term.factors:
-                owners.setdefault(factor, set()).add(name)
-    return {factor: len(sites) for factor, sites in owners.items()}
 
 
 def refit(
