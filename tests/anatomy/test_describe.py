@@ -62,10 +62,11 @@ def test_families(build: Build, family: str) -> None:
         for slot in slots:
             assert [site.layer for site in anatomy.slots()[name, slot]] == list(range(layers))
     assert {site.name: site.aliases for site in anatomy.sites if site.aliases} == ties
-    names = [site.name for site in anatomy.sites]
-    assert len(names) == len(set(names))
+    for key in ("name", "label"):
+        names = [getattr(site, key) for site in anatomy.sites]
+        assert len(names) == len(set(names))
     for site in anatomy.sites:
-        module = module_at(model, site.path)
+        module = module_at(model, site.name)
         assert weight_of(module).shape == (site.out_features, site.in_features)
         assert (getattr(module, "bias", None) is not None) == site.has_bias
         assert anatomy[site.name] is site
@@ -93,7 +94,7 @@ def test_names_below_a_head_are_those_of_the_base(build: Build, family: str) -> 
 def test_task_heads_hang_outside_the_base(build: Build) -> None:
     model = build("bert", tf.AutoModelForSequenceClassification)
     site = describe(model)["classifier"]
-    assert (site.path, site.stack, site.layer) == ("classifier", None, None)
+    assert (site.name, site.stack, site.layer) == ("classifier", None, None)
     assert module_at(model, "classifier") is model.classifier
 
 
@@ -144,6 +145,14 @@ def test_select() -> None:
     assert {site.name for site in anatomy.select("table, blocks.1.*")} == {"table", "blocks.1.up", "blocks.1.down"}
     with pytest.raises(HprError, match="matches no site of Toy"):
         anatomy.select("encoder.*")
+
+
+def test_a_site_is_chosen_by_its_path_or_by_its_label(build: Build) -> None:
+    anatomy = describe(build("bert"))
+    by_label, by_path = anatomy.select("encoder.2.*"), anatomy.select("encoder.layer.2.*")
+    assert by_label == by_path
+    assert {site.name: site.label for site in by_path}["encoder.layer.2.output.dense"] == "encoder.2.output.dense"
+    assert anatomy["embeddings.word_embeddings"].label == "embeddings.word_embeddings"
 
 
 def test_errors_name_what_is_missing() -> None:

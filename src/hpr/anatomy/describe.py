@@ -1,10 +1,10 @@
 """What is in a Transformer, found by structure: stacks of repeated blocks, their layers, slots and sites.
 
-A *site* is one weight matrix W of shape (out, in), named ``stack.layer.slot`` (``encoder.3.intermediate.dense``). No table
-of architectures is consulted: a stack is a numbered container whose children repeat the same weight matrices, and a slot
-is a weight's path inside its block. An embedding table of V rows is a site of shape (V, d), just as the
-output head that is often tied to it. The experts of a mixture are often slices of one three-dimensional parameter: each is a
-site, named ``stack.layer.slot.expert``.
+A *site* is one weight matrix W of shape (out, in). Its name is the path of its module (``encoder.layer.3.intermediate.dense``).
+No table of architectures is used: a stack is a numbered container whose children repeat the same weight matrices, and a slot
+is the path of a weight inside its block. An embedding table of V rows is a site of shape (V, d), and so is the output head that
+is often tied to it. The experts of a mixture are often slices of one three-dimensional parameter. Each expert is a site: its
+name is the path of the parameter and its number.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def _sites(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator
         out_features, in_features = weight_of(module).shape
         stack, layer, slot = _place(path, stacks)
         yield Site(
-            name=path if stack is None else f"{stack.name}.{layer}.{slot}",
-            path=path,
+            name=path,
             kind="embedding" if isinstance(module, nn.Embedding) else "linear",
             out_features=out_features,
             in_features=in_features,
@@ -100,12 +99,10 @@ def _experts(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterat
     for owners in paths_of.values():
         path, *others = owners
         stack, layer, slot = _place(path, stacks)
-        name = path if stack is None else f"{stack.name}.{layer}.{slot}"
         count, out_features, in_features = getattr(owners[path], path.rpartition(".")[2]).shape
         for number in range(count):
             yield Site(
-                name=f"{name}.{number}",
-                path=f"{path}.{number}",
+                name=f"{path}.{number}",
                 kind="linear",
                 out_features=out_features,
                 in_features=in_features,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpr.anatomy.model import Anatomy
+from hpr.anatomy.model import Anatomy, Stack
 from hpr.anatomy.symmetry import Aim, layers_of
 from hpr.errors import HprError
 from hpr.plans.budget import Budget
@@ -17,7 +17,7 @@ from hpr.plans.layer_states import check_entries, check_states
 from hpr.plans.terms import KEEP, Entry, FactorShape, entry_from_dict, entry_to_dict, spelled, validate_entry
 from hpr.runtime.files import write_text
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Plan:
 
     ``layers``: layer name (``encoder.3``) → its state, where it does not compute all by itself (see ``planning.layers``);
     ``removed``: how many parameters besides the weights of sites go with such layers (see ``vanishing.Vanishing``).
+
+    ``stacks``: those of the model, for reports that are made from the plan alone.
 
     With an ``alignment`` the model's layers are turned before they share: the entries are of the turned weights. The turns
     follow from the original weights, the profile and these aims.
@@ -41,6 +43,7 @@ class Plan:
     layers: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, int] = field(default_factory=dict)
     alignment: tuple[Aim, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     @property
     def damage(self) -> float:
@@ -115,6 +118,7 @@ class Plan:
                 "dense_parameters": self.dense_parameters,
                 "other_parameters": self.other_parameters,
             },
+            "stacks": {stack.name: {"path": stack.path, "layers": stack.layers} for stack in self.stacks},
             "budget": asdict(self.budget),
             "predicted_damage": self.damage,
             **({"layers": dict(self.layers), "removed": dict(self.removed)} if self.layers else {}),
@@ -141,6 +145,7 @@ class Plan:
                 layers=dict(data.get("layers", {})),
                 removed=dict(data.get("removed", {})),
                 alignment=tuple(Aim.from_list(values) for values in data.get("alignment", ())),
+                stacks=tuple(Stack(name, str(of["path"]), int(of["layers"])) for name, of in data["stacks"].items()),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, HprError):
@@ -172,6 +177,7 @@ def keep_all(anatomy: Anatomy) -> Plan:
         dense_parameters=anatomy.total_parameters,
         other_parameters=anatomy.other_parameters,
         entries={site.name: Entry(KEEP) for site in anatomy.sites},
+        stacks=anatomy.stacks,
     )
 
 
