@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 from torch import nn
 
+from hpr.anatomy import describe as describing
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import base_of, module_at, weight_of
 from hpr.errors import HprError
@@ -113,6 +114,21 @@ def test_the_fingerprint_follows_the_weights(build: Build) -> None:
     with torch.no_grad():
         model.encoder.layer[1].output.dense.weight[0, 0] += 1
     assert describe(model).fingerprint != before
+    anatomy = describe(model)
+    found = anatomy.fingerprint
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] += 1
+    assert anatomy.fingerprint == found != describe(model).fingerprint
+
+
+def test_weights_are_read_for_the_fingerprint_alone(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    hashed = describing._fingerprint
+    monkeypatch.setattr(describing, "_fingerprint", lambda *given: read.append(1) or hashed(*given))
+    anatomy = describe(build("bert"))
+    assert not read
+    assert anatomy.fingerprint == anatomy.fingerprint
+    assert len(read) == 1
 
 
 class Block(nn.Module):

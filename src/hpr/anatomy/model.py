@@ -6,8 +6,10 @@ A *site* is one weight matrix W of shape (out, in). Its name is the path of its 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Literal
 
 from hpr.errors import HprError
@@ -80,13 +82,27 @@ class Stack:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Stacks, sites and parameter counts of a model. ``other_parameters``: biases, norms and all that is no site."""
+    """Stacks, sites and parameter counts of a model. ``other_parameters``: biases, norms and everything that is no site.
+
+    ``read_fingerprint`` computes the fingerprint from the weights; two descriptions are equal without it.
+
+    >>> anatomy = describe(model)
+    >>> anatomy["encoder.layer.3.output.dense"].parameters
+    2359296
+    >>> [site.label for site in anatomy.select("encoder.3.output.*")]
+    ['encoder.3.output.dense']
+    """
 
     model_class: str
     stacks: tuple[Stack, ...]
     sites: tuple[Site, ...]
     total_parameters: int
-    fingerprint: str
+    read_fingerprint: Callable[[], str] = field(compare=False, repr=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of names, shapes and a sample of the weights as they are when this is first asked for."""
+        return self.read_fingerprint()
 
     @property
     def site_parameters(self) -> int:
@@ -102,10 +118,13 @@ class Anatomy:
         return tuple(path for stack in self.stacks for path in stack.blocks)
 
     def __getitem__(self, name: str) -> Site:
-        for site in self.sites:
-            if site.name == name:
-                return site
+        if (site := self._by_name.get(name)) is not None:
+            return site
         raise HprError(f"no site named {name!r} in {self.model_class}; its sites are listed by `hpr inspect`")
+
+    @cached_property
+    def _by_name(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sites}
 
     def select(self, pattern: str | None) -> tuple[Site, ...]:
         """Sites whose name or label matches a shell pattern (``encoder.3.*``); several patterns are separated by commas."""
