@@ -50,7 +50,7 @@ def group_of(
     group = []
     for layer in range(members):
         name = f"stack.{layer}.slot"
-        site = Site(name, name, "linear", out, columns, True, stack="stack", layer=layer, slot="slot")
+        site = Site(name, "linear", out, columns, True, stack="stack", layer=layer, slot="slot")
         own = 100 * seed + 10 * layer
         group.append(
             Measured(
@@ -249,7 +249,7 @@ def test_hierarchy_terms() -> None:
 
 
 def table(rows: int = 96, columns: int = 8) -> Measured:
-    site = Site("table", "table", "embedding", rows, columns, False, slot="table")
+    site = Site("table", "embedding", rows, columns, False, slot="table")
     frequencies = 1 / torch.arange(1, rows + 1).double()
     return Measured(site, drawn(rows, columns), Side(frequencies / frequencies.sum()), Side(moment(columns, False, 3)), 5.0)
 
@@ -393,7 +393,7 @@ def test_bias_change_makes_the_mean_output_exact(name: str) -> None:
     bank = FactorBank(plan.factors(anatomy), torch.float64)
     bank.load(fitted.factors)
     for site, own in terms.items():
-        mean, linear = profile.sites[site].mean, model.get_submodule(anatomy[site].path)
+        mean, linear = profile.sites[site].mean, model.get_submodule(anatomy[site].name)
         assert mean is not None
         found = SharedLinear(bank, own, nn.Linear(6, 6, bias=False).double())(mean) + linear.bias + fitted.bias_changes[site]
         torch.testing.assert_close(found, linear(mean), rtol=1e-9, atol=1e-9)

@@ -22,7 +22,7 @@ from hpr.plans.plan import Plan, keep_all
 from hpr.plans.terms import KEEP, Entry, FactorShape, Term, terms_from_list, terms_to_list
 from hpr.runtime.files import write_text
 
-NAME = "encoder.1.output.dense"  # (16, 32)
+NAME = "encoder.layer.1.output.dense"  # (16, 32)
 
 
 @pytest.fixture
@@ -84,10 +84,10 @@ def test_save_and_load(anatomy: Anatomy, tmp_path: Path) -> None:
 def test_counts(anatomy: Anatomy) -> None:
     assert keep_all(anatomy).parameters(anatomy) == anatomy.total_parameters
     assert keep_all(anatomy).damage == 0
-    plan = plan_of(anatomy, {NAME: low_rank_terms(NAME, 3), "encoder.0.output.dense": low_rank_terms(NAME, 3)})
+    plan = plan_of(anatomy, {NAME: low_rank_terms(NAME, 3), "encoder.layer.0.output.dense": low_rank_terms(NAME, 3)})
     assert plan.parameters(anatomy) == anatomy.total_parameters - 2 * 16 * 32 + 3 * (16 + 32)
     assert plan.damage == 0.5
-    assert plan.groups() == {("encoder.0.output.dense", NAME): [f"{NAME}:u", f"{NAME}:v"]}
+    assert plan.groups() == {("encoder.layer.0.output.dense", NAME): [f"{NAME}:u", f"{NAME}:v"]}
     plan.validate(anatomy)
 
 
@@ -160,8 +160,9 @@ def test_bad_entries(anatomy: Anatomy) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda data: data.update(format=2), "plan format 2 is not the 1"),
+        (lambda data: data.update(format=3), "plan format 3 is not the 2"),
         (lambda data: data.pop("format"), "plan format None"),
+        (lambda data: data.pop("stacks"), "not a plan.*stacks"),
         (lambda data: data.pop("budget"), "KeyError at 'budget'"),
         (lambda data: data["model"].pop("class"), "KeyError at 'class'"),
         (lambda data: data.update(sites=[]), "not a plan"),

@@ -327,7 +327,7 @@ def test_weights_of_components_and_of_whole_terms() -> None:
     ],
 )
 def test_bad_routes_are_named(route, message) -> None:
-    anatomy, name = describe(BUILDS["bert"]()), "encoder.0.intermediate.dense"
+    anatomy, name = describe(BUILDS["bert"]()), "encoder.layer.0.intermediate.dense"
     term = {"u": "u", "v": "v", "rank": 4, "route": route}
     with pytest.raises(HprError, match=message):
         validate_entry(anatomy[name], entry_from_dict(name, {"operator": "low rank", "terms": [term]}))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpr.anatomy.model import Anatomy
+from hpr.anatomy.model import Anatomy, Stack
 from hpr.anatomy.symmetry import Aim, layers_of
 from hpr.errors import HprError, PlanError
 from hpr.plans.budget import Budget
@@ -18,7 +18,7 @@ from hpr.plans.owners import owners
 from hpr.plans.terms import KEEP, Entry, FactorShape, entry_from_dict, entry_to_dict, spelled, validate_entry
 from hpr.runtime.files import write_text
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Plan:
     model, all of them and those outside the sites. ``layers``: name (``encoder.3``) → state of each layer that is dropped or
     reuses attention (see ``plans.layer_states``); ``removed``: path → number of parameters outside the sites that such layers
     no longer need.
+
+    ``stacks``: those of the model, for reports that are made from the plan alone.
 
     With an ``alignment`` the model's layers are transformed before they share, and the entries describe the transformed
     weights. The transforms follow from the original weights, the profile and these aims.
@@ -51,6 +53,7 @@ class Plan:
     layers: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, int] = field(default_factory=dict)
     alignment: tuple[Aim, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     @property
     def damage(self) -> float:
@@ -119,6 +122,7 @@ class Plan:
                 "dense_parameters": self.dense_parameters,
                 "other_parameters": self.other_parameters,
             },
+            "stacks": {stack.name: {"path": stack.path, "layers": stack.layers} for stack in self.stacks},
             "budget": asdict(self.budget),
             "predicted_damage": self.damage,
             **({"layers": dict(self.layers), "removed": dict(self.removed)} if self.layers else {}),
@@ -145,6 +149,7 @@ class Plan:
                 layers=dict(data.get("layers", {})),
                 removed=dict(data.get("removed", {})),
                 alignment=tuple(Aim.from_list(values) for values in data.get("alignment", ())),
+                stacks=tuple(Stack(name, str(of["path"]), int(of["layers"])) for name, of in data["stacks"].items()),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, HprError):
@@ -177,6 +182,7 @@ def keep_all(anatomy: Anatomy) -> Plan:
         dense_parameters=anatomy.total_parameters,
         other_parameters=anatomy.other_parameters,
         entries={site.name: Entry(KEEP) for site in anatomy.sites},
+        stacks=anatomy.stacks,
     )
 
 

@@ -75,7 +75,7 @@ def refit_stacks(
                     sites = [site for site in sites if site.expert is None]  # the two models may route a row differently
                     for stage in _stages(blocks[0], stack, layer, sites, hidden[0]):
                         for site, sums in _observe(blocks, stack, layer, stage, hidden).items():
-                            site_student = module_at(student, site.path)
+                            site_student = module_at(student, site.name)
                             assert isinstance(site_student, SharedLinear)
                             targets[site.name] = sums.target(measured[site.name])
                             _refit_site(site_student, bank, plan, targets[site.name], sums)
@@ -277,7 +277,7 @@ def _watching(block: nn.Module, stack: Stack, layer: int, stage: Sequence[Site])
 
 
 def _within(site: Site, stack: Stack, layer: int) -> str:
-    return site.path.removeprefix(f"{stack.block(layer)}.")
+    return site.name.removeprefix(f"{stack.block(layer)}.")
 
 
 def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Measured, sums: _Sums) -> None:
