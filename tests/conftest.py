@@ -69,7 +69,7 @@ def plan_of(anatomy: Anatomy, changed: Mapping[str, Sequence[Term]]) -> Plan:
     entries |= {name: Entry("test", tuple(terms), 0.25) for name, terms in changed.items()}
     budget = Budget("100%", anatomy.total_parameters)
     dense, other = anatomy.total_parameters, anatomy.other_parameters
-    return Plan(anatomy.model_class, anatomy.fingerprint, budget, dense, other, entries)
+    return Plan(anatomy.model_class, anatomy.fingerprint, budget, dense, other, entries, stacks=anatomy.stacks)
 
 
 def plan_everything(model: nn.Module, rank: int = 3) -> Plan:

@@ -87,8 +87,8 @@ class Net(nn.Module):
 
 
 class Fixed(Objective):
-    def loss(self, outputs: Tensor, batch: Tensor, generator: torch.Generator) -> Tensor:
-        return (outputs * direction(batch)).sum()
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        return (outputs * direction(batch["input"])).sum()
 
 
 def direction(batch: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from hpr.errors import HprError
 from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
 from hpr.nn.experts import SharedExperts
 from hpr.nn.site import SharedSite
-from hpr.plans.terms import FactorShape, entry_from_dict, factors_of
+from hpr.plans.terms import FactorShape, factors_of, terms_from_list
 from hpr.runtime.files import CONFIG
 from hpr.sharing.attach import attach
 from hpr.sharing.specification import specification
@@ -108,7 +108,7 @@ def rebuild(model: nn.Module, config: HprConfig) -> FactorBank | None:
     where the description contradicts itself or the model.
     """
     try:
-        terms = {path: entry_from_dict(path, {"operator": "", "terms": raw}).terms for path, raw in config.sites.items()}
+        terms = {path: terms_from_list(path, raw) for path, raw in config.sites.items()}
         shapes = {name: FactorShape(*shape) for name, shape in config.factors.items()}
         terms = {path: listed for path, listed in terms.items() if _has(model, path)}
         aliases = {path: [alias for alias in config.aliases.get(path, ()) if _has(model, alias)] for path in terms}

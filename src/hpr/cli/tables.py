@@ -67,9 +67,9 @@ def operators_table(plan: Mapping[str, Any]) -> Table:
     return grid
 
 
-def plan_table(plan: Mapping[str, Any], stacks: Sequence[str] = ()) -> Table:
+def plan_table(plan: Mapping[str, Any]) -> Table:
     """The plan, one line for each slot: layers, operator and rank of every group."""
-    found = read_plan(plan, stacks)
+    found = read_plan(plan)
     grid = _grid("Plan (layers: operator rank)", "part", "groups")
     for stack in found.stacks:
         for row in stack.rows:

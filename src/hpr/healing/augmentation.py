@@ -6,7 +6,7 @@ and images are mixed (mixup, Zhang et al. 2018), shifted along their longest axi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ def augmentation(vocabulary: Sequence[int] = (), replaced: float = REPLACED) -> 
     allowed = torch.tensor(sorted(vocabulary), dtype=torch.long)
 
     def changed(batch: Batch, draw: torch.Generator) -> Batch:
-        if not isinstance(batch, Mapping):
-            return vary(batch, draw) if batch.is_floating_point() else batch
         if "input_ids" in batch:
             if not len(allowed):
                 return batch

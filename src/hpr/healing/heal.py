@@ -24,7 +24,7 @@ from hpr.healing.recipe import Recipe
 from hpr.healing.resume import steps_begun
 from hpr.healing.train import Healing, train
 from hpr.profiling.objectives import objective_for
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import Batch, as_batch
 
 HEALED = 65536  # examples of a source at most
 WRITTEN = 4096  # the same where the teacher first has to write what is to be answered
@@ -87,8 +87,8 @@ def opened_data(
         if isinstance(source, list | tuple) and source and _is_batch(source[0]):
             if len(source) < _GUARDED:
                 raise HprError(f"{len(source)} batches in {name!r}: at least {_GUARDED} are needed, one of them to guard")
-            batches[name] = [batch for place, batch in enumerate(source) if place % _GUARDED]
-            guard += source[::_GUARDED]
+            batches[name] = [as_batch(batch) for place, batch in enumerate(source) if place % _GUARDED]
+            guard += [as_batch(batch) for batch in source[::_GUARDED]]
             continue
         most = WRITTEN if teacher.objective == "seq2seq" else HEALED
         found = source if isinstance(source, Splits) else open_splits(source, teacher, most, labels, parts[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from hpr.errors import HprError
 from hpr.healing.distributed import whole
 from hpr.nn.bank import BANK, bank_of, module_name, terms_of
+from hpr.plans.owners import owners
 from hpr.plans.terms import factors_of, routers_of
 
 ROUTER_RATE = 1.0
@@ -54,8 +54,7 @@ def _roles(student: nn.Module) -> tuple[set[str], set[str], set[str]]:
     if bank_of(student) is None:
         return set(), set(), set()
     sites = terms_of(student)
-    readers = Counter(factor for terms in sites.values() for factor in factors_of(terms))
-    shared = {factor for factor, count in readers.items() if count > 1}
+    shared = {factor for factor, users in owners(sites).items() if len(users) > 1}
     deltas: set[str] = set()
     for terms in sites.values():
         private = [term for term in terms if shared.isdisjoint(term.factors)]

@@ -64,14 +64,14 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def key_of(batch: Batch) -> str:
     """A hash of all that a batch holds."""
     digest = hashlib.sha256()
-    for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]:
+    for name, value in sorted(batch.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _read(path: Path, batch: Batch) -> Taught:
-    device = next(iter(batch.values())).device if isinstance(batch, Mapping) else batch.device
+    device = next(iter(batch.values())).device
     found = load_file(path, device=str(device))
     hidden = {name.removeprefix(_HIDDEN): value for name, value in found.items() if name.startswith(_HIDDEN)}
     return Taught(found["predictions"], found["weight"], hidden)

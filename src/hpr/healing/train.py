@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hpr.anatomy.describe import describe
+from hpr.data.sources import named
 from hpr.errors import HprError
 from hpr.evaluation.divergence import Estimate
 from hpr.healing.augmentation import Augmentation
@@ -31,7 +32,7 @@ from hpr.healing.stages import Course, gains
 from hpr.healing.teacher_cache import Cache
 from hpr.healing.trainer import HealingTrainer, last_checkpoint, load_weights
 from hpr.profiling.objectives import Objective, objective_for
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import BatchLike, as_batches
 from hpr.runtime.hooks import eval_mode, transformers_quiet
 
 TARGETS = "targets"  # what the teacher gives, beside the checkpoints
@@ -69,8 +70,8 @@ class Healing:
 def train(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Sequence[Batch] | Mapping[str, Sequence[Batch]],
-    guard: Sequence[Batch],
+    batches: Sequence[BatchLike] | Mapping[str, Sequence[BatchLike]],
+    guard: Sequence[BatchLike],
     recipe: Recipe | None = None,
     objective: Objective | None = None,
     augment: Augmentation | None = None,
@@ -91,6 +92,7 @@ def train(
     finite, and for a folder with the checkpoints of another run.
     """
     recipe, goal, start = recipe or Recipe(), objective or objective_for(teacher), time.perf_counter()
+    data, guard = {name: as_batches(source) for name, source in named(batches).items()}, as_batches(guard)
     anatomy, device, initial = describe(teacher), next(student.parameters()).device, copy.deepcopy(student.state_dict())
     loss = GlobalLoss(teacher, anatomy, goal, recipe.weights)
     before = loss.guard(student, guard)
@@ -98,12 +100,12 @@ def train(
     with ExitStack() as outer:
         place = folder or agreed(Path(outer.enter_context(tempfile.TemporaryDirectory(prefix="hpr-heal-"))))
         with processes.main_process_first():
-            claim(place, facts_of(recipe, student, loss, batches, guard, shares, augment, original))
+            claim(place, facts_of(recipe, student, loss, data, guard, shares, augment, original))
             checkpoint = last_checkpoint(place)
         with ExitStack() as stack:
             stack.enter_context(eval_mode(student))  # for its end: every module is left in the mode that it was in
             args = arguments(recipe, place.resolve(), device)
-            schedule = Schedule(batches, recipe.steps * recipe.accumulate * args.world_size, recipe.seed, augment, shares)
+            schedule = Schedule(data, recipe.steps * recipe.accumulate * args.world_size, recipe.seed, augment, shares)
             if schedule.repeats:
                 loss.cache = Cache(place / TARGETS)
                 stack.callback(setattr, loss, "cache", None)

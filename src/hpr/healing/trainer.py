@@ -165,6 +165,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     return whole[max(whole)] if whole else None
 
 
-def _only(items: list[Batch]) -> Batch:
+def _only(items: list[Any]) -> Any:
     (item,) = items
     return item

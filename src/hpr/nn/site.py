@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hpr.anatomy.lookup import weight_of
 from hpr.nn.bank import FactorBank
-from hpr.nn.router import fixed, weighed
-from hpr.plans.terms import Term, routers_of
+from hpr.plans.product import product
+from hpr.plans.terms import Term, factors_of, routers_of
 
 
 class SharedSite(nn.Module):
@@ -29,11 +29,15 @@ class SharedSite(nn.Module):
         nn.Module.__init__(self)  # not super(): with a subclass of nn.Embedding mixed in, that one would come next
         self._bank = (bank,)
         self._shell = (shell_of(source),)
-        self.terms = tuple(terms)
         self.path = path
         self.out_features, self.in_features = weight_of(source).shape
+        self.set_terms(terms)
         self.register_buffer("weight", torch.zeros(1, dtype=bank.dtype))
         self.train(source.training)
+
+    def set_terms(self, terms: Sequence[Term]) -> None:
+        """Read these terms from now on."""
+        self.terms = tuple(terms)
 
     @property
     def bank(self) -> FactorBank:
@@ -66,20 +70,8 @@ class SharedSite(nn.Module):
 
 def dense(bank: FactorBank, terms: Sequence[Term], shape: Sequence[int], like: Tensor) -> Tensor:
     """The (out, in) matrix that terms add up to, with dtype and device of another tensor."""
-    total = torch.zeros(*shape, dtype=like.dtype, device=like.device)
-    for term in terms:
-        product = bank[term.u].dense()
-        if term.route is not None:
-            product = product * weighed(fixed(term.route, bank[term.route.router].weight), term.route, term.rank)
-        if term.v is not None:
-            product = product @ bank[term.v].dense()
-        if term.row_scale is not None:
-            product = product * bank[term.row_scale].weight.T
-        if term.column_scale is not None:
-            product = product * bank[term.column_scale].weight
-        start, stop = term.rows or (0, shape[0])
-        total[start:stop] = total[start:stop] + product
-    return total
+    values = {name: bank[name].dense() for name in factors_of(terms)}
+    return product(terms, values, shape[0], shape[1]).to(like)
 
 
 def shell_of(source: nn.Module) -> nn.Module:

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from hpr.anatomy.model import Anatomy, Site
-from hpr.errors import HprError
+from hpr.errors import PlanError
 from hpr.operators.identity_block import store
 from hpr.operators.metric import Measured, measure
-from hpr.operators.registry import FITS
+from hpr.operators.operator import Terms, TermsError
+from hpr.operators.registry import OPERATORS
+from hpr.plans.owners import connected
 from hpr.plans.plan import Plan
-from hpr.plans.terms import Term, routers_of
+from hpr.plans.product import product as terms_product
+from hpr.plans.terms import Term, routers_of, validate_entry
 from hpr.profiling.profile import Profile
 
 
@@ -41,19 +44,16 @@ def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None)
     measured = measure(model, anatomy, profile)
     raw: dict[str, Tensor] = {}
     for operator, names in groups(plan):
-        if operator not in FITS:
-            raise HprError(f"{names[0]}: no operator {operator!r}; there are {', '.join(FITS)}")
+        if operator not in OPERATORS:
+            raise PlanError(f"{names[0]}: no operator {operator!r}; there are {', '.join(OPERATORS)}")
         terms = {name: plan.entries[name].terms for name in names}
+        for name in names:
+            validate_entry(anatomy[name], plan.entries[name])
         try:
-            values = FITS[operator]([measured[name] for name in names], terms)
-            for name in names:
-                for term in terms[name]:
-                    shapes = term.shapes(anatomy[name])
-                    for factor, shape in ((factor, shapes[factor]) for factor in term.factors):
-                        if values[factor].shape != shape[:2]:
-                            raise ValueError(f"{factor} would be {tuple(values[factor].shape)}, not {shape[:2]}")
-        except (ValueError, AssertionError, IndexError, KeyError) as error:
-            raise HprError(f"{names[0]}: its terms are not those of {operator!r} ({error}); plan this site anew") from error
+            values = OPERATORS[operator].fit([measured[name] for name in names], terms)
+            _check_shapes(values, terms, anatomy)
+        except TermsError as error:
+            raise PlanError(f"{names[0]}: its terms are not those of {operator!r} ({error}); plan this site anew") from error
         raw |= values
     changes = {}
     for name, entry in plan.entries.items():
@@ -64,6 +64,18 @@ def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None)
     routers = routers_of(every_term)
     even = {name: torch.zeros(shape.stored).double() for name, shape in plan.factors(anatomy).items() if name in routers}
     return Fitted({**store(raw, every_term), **even}, changes)
+
+
+def _check_shapes(values: Mapping[str, Tensor], terms: Terms, anatomy: Anatomy) -> None:
+    """Raise ``TermsError`` if a factor that the terms name is missing or has another shape."""
+    for name, several in terms.items():
+        for term in several:
+            shapes = term.shapes(anatomy[name])
+            for factor in term.factors:
+                if factor not in values:
+                    raise TermsError(f"nothing gives {factor}")
+                if values[factor].shape != shapes[factor][:2]:
+                    raise TermsError(f"{factor} would be {tuple(values[factor].shape)}, not {shapes[factor][:2]}")
 
 
 def _covered(terms: Sequence[Term], one: Measured) -> Tensor:
@@ -77,35 +89,10 @@ def _covered(terms: Sequence[Term], one: Measured) -> Tensor:
 
 def groups(plan: Plan) -> list[tuple[str, list[str]]]:
     """(operator, site names in plan order) for every set of sites tied together by common factors."""
-    owner: dict[str, str] = {}
-    leader: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while leader[name] != name:
-            name = leader[name]
-        return name
-
-    for name, entry in plan.entries.items():
-        leader[name] = name
-        for term in entry.terms:
-            for factor in term.factors:
-                leader[root(name)] = root(owner.setdefault(factor, name))
-    found: dict[str, list[str]] = {}
-    for name, entry in plan.entries.items():
-        if entry.terms:
-            found.setdefault(root(name), []).append(name)
-    return [(plan.entries[names[0]].operator, names) for names in found.values()]
+    sets = connected({name: entry.terms for name, entry in plan.entries.items()})
+    return [(plan.entries[names[0]].operator, names) for names in sets]
 
 
 def product(terms: Sequence[Term], values: Mapping[str, Tensor], site: Site) -> Tensor:
     """The (out, in) matrix that terms of plain factors add up to."""
-    total = values[terms[0].u].new_zeros(site.out_features, site.in_features)
-    for term in terms:
-        matrix = values[term.u] if term.v is None else values[term.u] @ values[term.v]
-        if term.row_scale is not None:
-            matrix = values[term.row_scale].T * matrix
-        if term.column_scale is not None:
-            matrix = matrix * values[term.column_scale]
-        start, stop = term.rows or (0, site.out_features)
-        total[start:stop] += matrix
-    return total
+    return terms_product(terms, values, site.out_features, site.in_features)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.checkpoints.open import open_model
 from hpr.checkpoints.save import check_folder
 from hpr.data.batches import first_batches
@@ -187,7 +188,7 @@ def _checked(
     if output is not None:
         check_folder(output)
     loaded = open_model(model)
-    limit = parse_budget(budget, describe(loaded.model), options.only)
+    limit = parse_budget(budget, describe(loaded.model), bytes_per_parameter(loaded.model), options.only)
     return _Run(loaded, objective_for(loaded.model, loaded.objective), limit, options), recipe
 
 

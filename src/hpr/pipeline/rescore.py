@@ -10,7 +10,7 @@ from hpr.evaluation.divergence import Comparison, compare
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import Profile
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import Batch, BatchLike
 from hpr.runtime.progress import progress
 from hpr.sharing.share import share
 
@@ -19,7 +19,7 @@ def rescore(
     model: nn.Module,
     profile: Profile,
     plans: Sequence[Plan],
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
     objective: Objective,
 ) -> list[Comparison]:
     """Compare each plan with the model: its true divergence in nats per example, and more. Students are not kept."""
@@ -30,7 +30,7 @@ def students(
     model: nn.Module,
     profile: Profile,
     plans: Sequence[Plan],
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
     objective: Objective,
 ) -> Iterator[tuple[nn.Module, Comparison]]:
     """Yield, for each plan in turn, the student that it gives and how it compares with the model."""

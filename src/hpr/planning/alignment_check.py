@@ -12,7 +12,7 @@ import numpy as np
 
 from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import Aim, Symmetry, layers_of
-from hpr.operators import low_rank, shared_basis, tie
+from hpr.operators import low_rank
 from hpr.operators.alignment import goals, turn_all, units
 from hpr.operators.metric import Measured
 from hpr.operators.registry import OPERATORS
@@ -21,8 +21,6 @@ from hpr.profiling.profile import Profile
 SHARES = (0.5, 0.25)  # of a pair's parameters
 MARGIN = 0.02
 Damages = dict[str, np.ndarray]
-_HELPED = {"match": {tie.TIE}, "principal": {shared_basis.INPUT, shared_basis.OUTPUT}}  # only these are looked at again
-_QUICK = (tie.TIE, shared_basis.INPUT, shared_basis.OUTPUT)  # others lie between these, and cost more to look at
 
 
 def worthwhile(
@@ -38,8 +36,9 @@ def worthwhile(
     ``chosen``: names of the sites that are planned; ``operators``: names of those that may be used. The pair is that in the
     middle of its stack. Damage is the least at half and at a quarter of the pair's parameters, summed over its slots.
     """
-    names = [name for name in _QUICK if name in operators]
-    names = names or [name for name, operator in OPERATORS.items() if operator.shared and name in operators]
+    every = [operator for name, operator in OPERATORS.items() if operator.shared and name in operators]
+    tried = [operator for operator in every if operator.quick] or every
+    names = [operator.name for operator in tried]
     found: list[Aim] = []
     for unit in units(profile.symmetries):
         pairs = _middle_pairs(anatomy, unit, chosen)
@@ -55,7 +54,7 @@ def worthwhile(
         for goal in goals(unit):
             state = dict(measured)
             turn_all(anatomy, state, dict(profile.sites), goal, layers)
-            helped = [name for name in names if name in _HELPED[goal[0].goal]] or names
+            helped = [operator.name for operator in tried if goal[0].goal in operator.helped_by] or names
             turned = [_least([state[site.name] for site in pair], helped) for pair in pairs]
             after = _total([old | new for old, new in zip(shared, turned, strict=True)], alone)
             known = np.isfinite(before) & (before > 0)

@@ -13,14 +13,14 @@ from typing import Literal
 from torch import nn
 
 from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.anatomy.swappable import unshareable
 from hpr.anatomy.symmetry import Aim
-from hpr.errors import HprError
-from hpr.operators import vocab_segments
+from hpr.errors import HprError, PlanError
 from hpr.operators.alignment import turn_all
 from hpr.operators.metric import Measured, measure
-from hpr.operators.registry import OPERATORS
-from hpr.operators.tie import alike
+from hpr.operators.registry import OPERATORS, plannable
+from hpr.operators.tie import Group, alike
 from hpr.planning.alignment_check import MARGIN, worthwhile
 from hpr.planning.draft import Draft
 from hpr.planning.groupings import Groups, Similar, composites
@@ -70,7 +70,7 @@ def draft(
     for index, row in enumerate(every):
         tracks.append(curves(row))
         progress("curves", index + 1, total)
-    plain = Draft(anatomy, tuple(tracks), fixed, only)
+    plain = Draft(anatomy, tuple(tracks), fixed, bytes_per_parameter(model), only)
     if not aims:
         return plain
     turn_all(anatomy, measured, dict(profile.sites), aims)
@@ -80,14 +80,15 @@ def draft(
             tracks[index] = curves(row)
             done += 1
             progress("curves", done, total)
-    return replace(plain, turned=Draft(anatomy, tuple(tracks), fixed, only, aims))
+    return replace(plain, turned=replace(plain, tracks=tuple(tracks), alignment=aims))
 
 
 def known_operators(names: Iterable[str] | None) -> set[str]:
     """The operators to consider, all for None. Raises ``HprError`` for one that does not exist."""
-    allowed = set((*OPERATORS, vocab_segments.NAME) if names is None else names)
-    if unknown := sorted(allowed - {*OPERATORS, vocab_segments.NAME}):
-        raise HprError(f"no operator {unknown[0]!r}; there are {', '.join((*OPERATORS, vocab_segments.NAME))}")
+    there = plannable()
+    allowed = set(there if names is None else names)
+    if unknown := sorted(allowed.difference(there)):
+        raise PlanError(f"no operator {unknown[0]!r}; there are {', '.join(there)}")
     return allowed
 
 
@@ -114,12 +115,14 @@ def _track(row: Row, group: Sequence[Measured], allowed: set[str], named: bool, 
     What makes one matrix of several is tried where these are alike, or where operators were ``named``.
     """
     whole = dict.fromkeys([*row.spans, (0, len(group))])
-    if group[0].site.kind == "embedding" and vocab_segments.NAME in allowed:
-        return vocab_segments.track(group[0])
+    if group[0].site.kind == "embedding":
+        for name, operator in OPERATORS.items():
+            if operator.rows is not None and name in allowed:
+                return operator.rows.track(group[0])
     candidates: dict[tuple[int, int], tuple[Candidate, ...]] = {}
     for start in range(len(group)):
         for stop in range(start + 1, len(group) + 1):
-            members = group[start:stop]
+            members = Group(group[start:stop])
             if len(members) > longest and (start, stop) not in whole:
                 continue
             if not row.adjacent(start, stop):
@@ -130,7 +133,7 @@ def _track(row: Row, group: Sequence[Measured], allowed: set[str], named: bool, 
                 for name, operator in OPERATORS.items()
                 if operator.shared == (len(members) > 1)
                 and (name in allowed or name == KEEP)
-                and (likely or not operator.alike)
+                and (likely or not operator.merges)
             ]
             if kept := tuple(option for option in options if option is not None):
                 candidates[start, stop] = kept

@@ -25,7 +25,8 @@ from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.embedding import SharedEmbedding
 from hpr.nn.experts import shared_experts, site_of
 from hpr.nn.linear import SharedLinear
-from hpr.nn.removed import SomeRows, Vanished, only_rows
+from hpr.nn.removed import Vanished
+from hpr.nn.routed import RoutedLinear
 from hpr.nn.router import note_masks
 from hpr.nn.site import SharedSite
 from hpr.plans.layer_states import DROPPED
@@ -127,7 +128,7 @@ def _readers(
 
 def _shared(bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str) -> SharedSite:
     if not isinstance(source, nn.Embedding):
-        return (SomeRows if only_rows(terms) else SharedLinear)(bank, terms, source, path)
+        return (RoutedLinear if routers_of(terms) else SharedLinear)(bank, terms, source, path)
     if type(source).forward is nn.Embedding.forward:
         return SharedEmbedding(bank, terms, source, path)
     kind = _embedding_like(type(source))  # type: ignore[arg-type]  # a class is hashable
@@ -169,7 +170,7 @@ def _embedding_like(source: Any) -> type[SharedEmbedding]:
 
 def _site_at(path: str, module: nn.Module) -> Site:
     out_features, in_features = weight_of(module).shape
-    return Site(path, path, "linear", out_features, in_features, has_bias=False)
+    return Site(path, "linear", out_features, in_features, has_bias=False)
 
 
 def _check_shapes(site: Site, terms: Sequence[Term], shapes: Mapping[str, FactorShape]) -> None:
@@ -177,7 +178,7 @@ def _check_shapes(site: Site, terms: Sequence[Term], shapes: Mapping[str, Factor
         for factor, needed in term.shapes(site).items():
             if shapes.get(factor) != needed:
                 raise HprError(
-                    f"{site.path} needs factor {factor!r} as {tuple(needed)}, its shape is given as {shapes.get(factor)}: "
+                    f"{site.name} needs factor {factor!r} as {tuple(needed)}, its shape is given as {shapes.get(factor)}: "
                     f"plan anew, or load the checkpoint with the model it was made from"
                 )
 

@@ -27,12 +27,13 @@ from hpr.operators.fitting import groups, product
 from hpr.operators.identity_block import store
 from hpr.operators.low_rank import truncate
 from hpr.operators.metric import Measured, Side, measure
-from hpr.operators.registry import FITS
+from hpr.operators.registry import OPERATORS
 from hpr.operators.shared_basis import best_private
+from hpr.plans.owners import owners
 from hpr.plans.plan import Plan
 from hpr.profiling.layer_features import real_positions
 from hpr.profiling.profile import Profile
-from hpr.runtime.batch import Batch, mask_of
+from hpr.runtime.batch import Batch, BatchLike, mask_of
 from hpr.runtime.hooks import run, to_device_of
 from hpr.runtime.progress import progress
 
@@ -74,7 +75,7 @@ def refit_stacks(
                     sites = [site for site in sites if site.expert is None]  # the two models may route a row differently
                     for stage in _stages(blocks[0], stack, layer, sites, hidden[0]):
                         for site, sums in _observe(blocks, stack, layer, stage, hidden).items():
-                            site_student = module_at(student, site.path)
+                            site_student = module_at(student, site.name)
                             assert isinstance(site_student, SharedLinear)
                             targets[site.name] = sums.target(measured[site.name])
                             _refit_site(site_student, bank, plan, targets[site.name], sums)
@@ -276,25 +277,25 @@ def _watching(block: nn.Module, stack: Stack, layer: int, stage: Sequence[Site])
 
 
 def _within(site: Site, stack: Stack, layer: int) -> str:
-    return site.path.removeprefix(f"{stack.block(layer)}.")
+    return site.name.removeprefix(f"{stack.block(layer)}.")
 
 
 def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Measured, sums: _Sums) -> None:
     """New private factors for one site, then its bias."""
     terms = plan.entries[target.site.name].terms
     values = {name: bank[name].dense().detach().double() for term in terms for name in term.factors}
-    owners = _owners(plan)
+    users = owners({name: entry.terms for name, entry in plan.entries.items()})
     own = terms[-1]
     if own.v is not None and own.rank is not None:
         others = product(terms[:-1], values, target.site) if len(terms) > 1 else 0.0
         rest = Measured(target.site, target.weight - others, target.left, target.right, target.rows)
-        if owners[own.u] == owners[own.v] == 1:
+        if len(users[own.u]) == len(users[own.v]) == 1:
             values[own.u], values[own.v] = truncate(rest, own.rank)
             _put(bank, store({own.u: values[own.u], own.v: values[own.v]}, [own]))
-        elif owners[own.u] == 1:
+        elif len(users[own.u]) == 1:
             values[own.u] = best_private(rest, values[own.v])
             _put(bank, {own.u: values[own.u]})
-        elif owners[own.v] == 1:
+        elif len(users[own.v]) == 1:
             values[own.v] = best_private(rest.transposed, values[own.u].T).T
             _put(bank, {own.v: values[own.v]})
     if module.bias is not None:
@@ -307,7 +308,7 @@ def _resolve_shared(bank: FactorBank, plan: Plan, targets: dict[str, Measured]) 
         low_rank = all(term.v is not None for name in names for term in plan.entries[name].terms)
         if len(names) > 1 and low_rank and all(name in targets for name in names):  # a full matrix follows its text too closely
             terms = {name: plan.entries[name].terms for name in names}
-            values = FITS[operator]([targets[name] for name in names], terms)
+            values = OPERATORS[operator].fit([targets[name] for name in names], terms)
             _put(bank, store(values, [term for name in names for term in terms[name]]))
 
 
@@ -319,21 +320,12 @@ def _put(bank: FactorBank, values: dict[str, Tensor]) -> None:
             bank[name].weight.copy_(value)
 
 
-def _owners(plan: Plan) -> dict[str, int]:
-    owners: dict[str, set[str]] = {}
-    for name, entry in plan.entries.items():
-        for term in entry.terms:
-            for factor in term.factors:
-                owners.setdefault(factor, set()).add(name)
-    return {factor: len(sites) for factor, sites in owners.items()}
-
-
 def refit(
     student: nn.Module,
     teacher: nn.Module,
     plan: Plan,
     profile: Profile,
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
 ) -> None:
     """Fit private factors and biases anew to what the compressed layers below emit, in place (see ``refitting``).
 

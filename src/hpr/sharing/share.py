@@ -91,18 +91,17 @@ def share(model: nn.Module, plan: Plan | Rule, profile: Profile | None = None) -
         student = copy.deepcopy(model)
         fitted = fitting.fit(model, anatomy, plan, profile) if rule is None else rule.fit(model, anatomy, plan)
     _check_finite(changed, fitted)
-    by_path = {anatomy[name].path: terms for name, terms in changed.items()}
-    terms, shapes, kept = with_kept(student, by_path, plan.factors(anatomy))
-    terms |= dict.fromkeys(vanished_paths(anatomy, plan), ())
+    terms, shapes, kept = with_kept(student, changed, plan.factors(anatomy))
+    terms |= dict.fromkeys(vanished_paths(plan), ())
     if not terms:
         path, shapes, kept = _guard(student, anatomy, plan)
         terms = {path: tuple(Term(factor) for factor in shapes)}
-    aliases = {anatomy[name].path: anatomy[name].aliases for name in changed}
+    aliases = {name: anatomy[name].aliases for name in changed}
     bank = attach(student, terms, shapes, aliases, layers=paths_of(anatomy, plan.layers))
     bank.load({**fitted.factors, **kept})
     for name, change in fitted.bias_changes.items():
         if anatomy[name].has_bias:
-            bias: Tensor = module_at(student, anatomy[name].path).bias  # type: ignore[assignment]
+            bias: Tensor = module_at(student, name).bias  # type: ignore[assignment]
             bias.data += change.to(bias)
     if isinstance(student, PreTrainedModel):
         student.config.quantization_config = specification(student)
@@ -122,7 +121,7 @@ def _guard(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[st
         if kept and site.kind == "linear" and site.expert is None:
             factor = f"{site.name}.kept"
             shape = FactorShape(site.out_features, site.in_features)
-            return site.path, {factor: shape}, {factor: weight_at(model, site).detach()}
+            return site.name, {factor: shape}, {factor: weight_at(model, site).detach()}
     raise HprError("no Linear weight is kept that could tell of the layers on loading: drop fewer layers")
 
 
@@ -134,7 +133,7 @@ def _check_finite(changed: Mapping[str, Sequence[Term]], fitted: fitting.Fitted)
                 raise HprError(f"{name}: its {part} is not finite: check the calibration data, or keep this site")
 
 
-def vanished_paths(anatomy: Anatomy, plan: Plan) -> list[str]:
+def vanished_paths(plan: Plan) -> list[str]:
     """Paths of the modules that lose all effect inside a block that stays: sites, and what else a plan calls removed."""
-    sites = [anatomy[name].path for name, entry in plan.entries.items() if entry.operator == REUSED and not entry.terms]
+    sites = [name for name, entry in plan.entries.items() if entry.operator == REUSED and not entry.terms]
     return sites + [path for path in plan.removed if path not in plan.entries and path not in plan.layers]

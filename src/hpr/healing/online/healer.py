@@ -15,13 +15,13 @@ from hpr.anatomy.describe import describe
 from hpr.errors import HprError
 from hpr.healing.loss import GlobalLoss, Weights
 from hpr.healing.online.drift import Drift
-from hpr.healing.online.journal import Journal, flat, named_values, optimiser_tensors, parted, set_optimiser, unflat
+from hpr.healing.online.journal import Journal, flat, optimiser_tensors, parted, set_optimiser, unflat
 from hpr.healing.online.moments import Moments
 from hpr.healing.optimizer import groups
 from hpr.healing.resume import claim
 from hpr.healing.teacher_cache import key_of
 from hpr.profiling.objectives import objective_for
-from hpr.runtime.batch import IGNORED, Batch
+from hpr.runtime.batch import IGNORED, Batch, BatchLike, as_batch
 from hpr.runtime.hooks import eval_mode, to_device_of
 
 _CLIP = 1.0
@@ -67,7 +67,7 @@ class OnlineHealer:
     def __init__(
         self,
         student: nn.Module,
-        guard: Sequence[Batch],
+        guard: Sequence[BatchLike],
         teacher: nn.Module | None = None,
         *,
         weights: Weights | None = None,
@@ -90,7 +90,7 @@ class OnlineHealer:
         if teacher is None and (weights.outputs or weights.hidden or weights.relations):
             raise HprError(f"{weights} follow a teacher: give one, or let labels alone count")
         self.student, self.every, self.tolerance, self.most, self.seed = student, every, tolerance, replay, seed
-        self.guarded = list(guard)
+        self.guarded = [as_batch(batch) for batch in guard]
         original = teacher if teacher is not None else student
         self.loss = GlobalLoss(original, describe(original), objective_for(original, objective), weights)
         self.optimiser = torch.optim.AdamW(groups(student, rate, 1.0, 0.0), lr=rate, weight_decay=0.0)
@@ -109,7 +109,7 @@ class OnlineHealer:
                 "objective": self.loss.objective.name,
                 "student": key_of(student.state_dict()),
                 "teacher": None if teacher is None else describe(teacher).fingerprint,
-                "guard": [key_of(batch) for batch in guard],
+                "guard": [key_of(batch) for batch in self.guarded],
                 "moments": None if moments is None else [moments.forget, key_of(moments.tensors())],
             }
             claim(self.journal.folder, facts)
@@ -118,11 +118,11 @@ class OnlineHealer:
         for _, batch in self.journal.after(self.step) if self.journal is not None else ():
             self._learn(batch)
 
-    def update(self, batch: Batch) -> Update:
+    def update(self, batch: BatchLike) -> Update:
         """Learn from a batch, if it serves. It is on disk before that. Raises ``HprError`` for what are no tensors."""
-        values = named_values(batch)
-        if wrong := next((name for name, value in values.items() if not isinstance(value, Tensor)), None):
-            raise HprError(f"{wrong!r} of a batch is a {type(values[wrong]).__name__}, not a tensor: convert it")
+        batch = as_batch(batch)
+        if wrong := next((name for name, value in batch.items() if not isinstance(value, Tensor)), None):
+            raise HprError(f"{wrong!r} of a batch is a {type(batch[wrong]).__name__}, not a tensor: convert it")
         if self.journal is not None:
             self.journal.note(self.step + 1, batch)
         return self._learn(batch)
@@ -178,7 +178,7 @@ class OnlineHealer:
 
     def _stepped(self, batch: Batch) -> tuple[float | None, str | None]:
         """The loss of a batch before a step along it, and why there was none."""
-        if any(value.is_floating_point() and not torch.isfinite(value).all() for value in named_values(batch).values()):
+        if any(value.is_floating_point() and not torch.isfinite(value).all() for value in batch.values()):
             return None, "the batch is not finite"
         if (wrong := _out_of_range(self.student, batch, self.loss.objective.name)) is not None:
             return None, wrong
@@ -295,7 +295,7 @@ def _out_of_range(model: nn.Module, batch: Batch, objective: str) -> str | None:
     limits = {"input_ids": tokens, "decoder_input_ids": tokens}
     limits["labels"] = tokens if objective in _TOKENS else classes if classes is not None and classes > 1 else None
     for name, limit in limits.items():
-        value = named_values(batch).get(name)
+        value = batch.get(name)
         if limit is None or value is None or value.is_floating_point():
             continue
         known = (value >= 0) & (value < limit) | (value == IGNORED if name == "labels" else False)
