@@ -23,6 +23,7 @@ from hpr.data.splits import Splits, joined, split_sources
 from hpr.errors import BudgetError
 from hpr.evaluation.divergence import Comparison, divergence
 from hpr.evaluation.evaluate import evaluate
+from hpr.operators.fitting import Fits
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import students
 from hpr.planning.draft import Draft
@@ -131,7 +132,8 @@ def compress(
         with run.step("profile"):
             measured = profile(run.loaded.model, texts.calibration, run.objective.name, options.seed)
         with run.step("plan"):
-            candidates = draft(run.loaded.model, measured, options)
+            fits = Fits(run.loaded.model, measured)
+            candidates = draft(run.loaded.model, measured, options, fits)
             plans = _plans(run, candidates)
         if options.reuse:
             with run.step("interventions"):
@@ -140,9 +142,9 @@ def compress(
         with run.step("plan"):
             curve = _curve(run, candidates) if options.curve else []
         with run.step("rescore"):
-            choice = _chosen(run, measured, plans, curve, texts)
+            choice = _chosen(run, fits, plans, curve, texts)
         with run.step("refit"):
-            refitted = _refitted(run, measured, choice, texts)
+            refitted = _refitted(run, fits, choice, texts)
         healing = None
         if recipe is not None:
             with run.step("heal"):
@@ -224,10 +226,10 @@ def _curve(run: _Run, candidates: Draft) -> list[Plan]:
     return plans
 
 
-def _chosen(run: _Run, measured: Profile, plans: list[Plan], curve: list[Plan], texts: Splits) -> _Choice:
+def _chosen(run: _Run, fits: Fits, plans: list[Plan], curve: list[Plan], texts: Splits) -> _Choice:
     """Run every plan end to end, and take the one of least divergence among those for the budget."""
     best, student, scores = 0, run.loaded.model, []
-    for plan_student, score in students(run.loaded.model, measured, plans + curve, texts.rescoring, run.objective):
+    for plan_student, score in students(fits, plans + curve, texts.rescoring, run.objective):
         number = len(scores)
         if number < len(plans) and (not scores or score.divergence.mean < scores[best].divergence.mean):
             best, student = number, plan_student
@@ -236,14 +238,14 @@ def _chosen(run: _Run, measured: Profile, plans: list[Plan], curve: list[Plan], 
     return _Choice(plans, curve, scores, best, student)
 
 
-def _refitted(run: _Run, measured: Profile, choice: _Choice, texts: Splits) -> bool:
+def _refitted(run: _Run, fits: Fits, choice: _Choice, texts: Splits) -> bool:
     """Refit the student in place if the user asks for it, or if it measures better on the user's own re-scoring text."""
     wanted = run.options.refit
     if wanted is False or (wanted is None and (not texts.own or choice.plan.layers)):
         return False
     student, teacher = choice.student, run.loaded.model
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    refit(student, teacher, choice.plan, measured, first_batches(texts.calibration, REFITTED))
+    refit(student, teacher, choice.plan, fits.profile, first_batches(texts.calibration, REFITTED), fits=fits)
     after = divergence(student, teacher, texts.rescoring, run.objective).mean
     if wanted or after < choice.score.divergence.mean:
         return True

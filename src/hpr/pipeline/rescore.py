@@ -7,34 +7,27 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from hpr.evaluation.divergence import Comparison, compare
+from hpr.operators.fitting import Fits
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import Profile
-from hpr.runtime.batch import Batch, BatchLike
+from hpr.runtime.batch import Batch
 from hpr.runtime.progress import progress
 from hpr.sharing.share import share
 
 
 def rescore(
-    model: nn.Module,
-    profile: Profile,
-    plans: Sequence[Plan],
-    batches: Sequence[BatchLike],
-    objective: Objective,
+    model: nn.Module, profile: Profile, plans: Sequence[Plan], batches: Sequence[Batch], objective: Objective
 ) -> list[Comparison]:
     """Compare each plan with the model: its true divergence in nats per example, and more. Students are not kept."""
-    return [found for _, found in students(model, profile, plans, batches, objective)]
+    return [comparison for _, comparison in students(Fits(model, profile), plans, batches, objective)]
 
 
 def students(
-    model: nn.Module,
-    profile: Profile,
-    plans: Sequence[Plan],
-    batches: Sequence[BatchLike],
-    objective: Objective,
+    fits: Fits, plans: Sequence[Plan], batches: Sequence[Batch], objective: Objective
 ) -> Iterator[tuple[nn.Module, Comparison]]:
     """Yield, for each plan in turn, the student that it gives and how it compares with the model."""
     for index, plan in enumerate(plans):
-        student = share(model, plan, profile)
-        yield student, compare(student, model, batches, objective)
+        student = share(fits.model, plan, fits.profile, fits=fits)
+        yield student, compare(student, fits.model, batches, objective)
         progress("re-score", index + 1, len(plans))
