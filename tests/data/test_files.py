@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from hpr.data.batches import Batches, array_batches, in_input_order, text_batches
 from hpr.data.files import labelled_tsv, read_array, read_texts, sts_pairs
 from hpr.errors import HprError
+from hpr.runtime.batch import POSITIONAL
 
 WORDS = ["[PAD]", "[UNK]", "a", "b", "c", "d"]
 TEXTS = ["a b c", "d", "a a a a a", "b c", "c c c", "d d"]
@@ -164,11 +165,11 @@ def test_array_batches(tmp_path: Path) -> None:
     array = np.arange(12, dtype=np.float16).reshape(6, 2)
     np.savez(tmp_path / "x.npz", mfcc=array, label=np.arange(6, dtype=np.int8))
     batches = array_batches(tmp_path / "x.npz", "mfcc", batch_size=4)
-    assert [batch.shape for batch in batches] == [(4, 2), (2, 2)]
-    assert batches[0].dtype == torch.float32
+    assert [batch[POSITIONAL].shape for batch in batches] == [(4, 2), (2, 2)]
+    assert batches[0][POSITIONAL].dtype == torch.float32
     assert batches.order == list(range(6))
-    assert torch.equal(torch.cat(list(batches)), torch.arange(12.0).reshape(6, 2))
-    assert array_batches(tmp_path / "x.npz", "label")[0].dtype == torch.int64
+    assert torch.equal(torch.cat([batch[POSITIONAL] for batch in batches]), torch.arange(12.0).reshape(6, 2))
+    assert array_batches(tmp_path / "x.npz", "label")[0][POSITIONAL].dtype == torch.int64
     assert set(array_batches(array, argument="input_values")[0]) == {"input_values"}
     np.save(tmp_path / "x.npy", array)
     assert read_array(tmp_path / "x.npy").shape == (6, 2)

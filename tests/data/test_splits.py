@@ -116,9 +116,9 @@ def test_sources_are_interleaved_and_keep_their_order(sizes: list[int], batch_si
     parts = [array_batches(np.arange(size) + 100 * number, batch_size=batch_size) for number, size in enumerate(sizes)]
     whole = interleaved(parts)
     expected = torch.cat([torch.arange(size) + 100 * number for number, size in enumerate(sizes)])
-    assert torch.equal(in_input_order(torch.cat(list(whole)), whole), expected)
+    assert torch.equal(in_input_order(torch.cat([batch["input"] for batch in whole]), whole), expected)
     for number, part in enumerate(parts):  # every source is spread over all of it
-        places = [place for place, batch in enumerate(whole) if int(batch[0]) // 100 == number]
+        places = [place for place, batch in enumerate(whole) if int(batch["input"][0]) // 100 == number]
         assert len(places) == len(part)
         assert places[0] < len(whole) / len(part) + len(sizes)
 

@@ -31,6 +31,7 @@ from hpr.healing.train import train
 from hpr.healing.trainer import last_checkpoint
 from hpr.nn.bank import module_name, terms_in
 from hpr.profiling.objectives import OBJECTIVES
+from hpr.runtime.batch import POSITIONAL, as_batch
 from hpr.runtime.progress import reporting_to
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -199,10 +200,11 @@ def test_a_model_without_gradients() -> None:
 
 @given(st.integers(0, 5), st.integers(1, 40), st.integers(1, 5), st.floats(0.1, 5))
 def test_a_step_depends_on_the_seed_alone(seed: int, length: int, count: int, share: float) -> None:
-    sources = {"one": [torch.full((1,), float(i)) for i in range(count)], "two": [torch.full((1,), -1.0 - i) for i in range(3)]}
+    sources = {"one": [as_batch(torch.full((1,), float(i))) for i in range(count)]}
+    sources["two"] = [as_batch(torch.full((1,), -1.0 - i)) for i in range(3)]
     one, other = (Schedule(sources, length, seed, shares={"one": share, "two": 1.0}) for _ in range(2))
-    forward = [float(one[step].batch) for step in range(length)]
-    assert [float(other[step].batch) for step in reversed(range(length))] == forward[::-1]
+    forward = [float(one[step].batch[POSITIONAL]) for step in range(length)]
+    assert [float(other[step].batch[POSITIONAL]) for step in reversed(range(length))] == forward[::-1]
     for name, source in sources.items():  # every epoch of a source has each of its batches once
         seen = [value for value in forward if (value >= 0) == (name == "one")]
         for start in range(0, len(seen) - len(source) + 1, len(source)):
@@ -236,7 +238,7 @@ def test_numbers_vary_and_stay_finite() -> None:
     assert torch.isfinite(one).all()
     assert not torch.allclose(one, values, atol=0.1)
     change = augmentation()
-    assert change(torch.arange(3), torch.Generator()).tolist() == [0, 1, 2]
+    assert change({"input": torch.arange(3)}, torch.Generator())["input"].tolist() == [0, 1, 2]
     pixels = {"pixel_values": values, "label": torch.arange(16)}
     assert torch.equal(change(pixels, torch.Generator().manual_seed(3))["pixel_values"], one)
     assert change(pixels, torch.Generator())["label"] is pixels["label"]

@@ -14,6 +14,7 @@ from hpr.profiling import curvature
 from hpr.profiling.curvature import measure_curvature, memory_needed
 from hpr.profiling.objectives import OBJECTIVES, Objective
 from hpr.profiling.profile import SiteStatistics
+from hpr.runtime.batch import POSITIONAL, Batch
 
 Build = Callable[..., nn.Module]
 
@@ -40,8 +41,8 @@ def fixed(name: str = "fixed") -> Objective:
     """Gaussian outputs whose drawn direction depends on the example, not on the batch; rows of zeros are not read."""
 
     class Fixed(Objective):
-        def loss(self, outputs: Tensor, batch: Tensor, generator: torch.Generator) -> Tensor:
-            return (outputs * direction_for(outputs, batch)).sum()
+        def loss(self, outputs: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+            return (outputs * direction_for(outputs, batch[POSITIONAL])).sum()
 
     return Fixed(name, lambda outputs, batch: (outputs, torch.ones(outputs.shape[:-1])), categorical=False)
 
@@ -245,7 +246,7 @@ def test_embedding_moment_against_autograd() -> None:
     model = Reader()
 
     class Summed(Objective):
-        def loss(self, outputs: Tensor, batch: Tensor, generator: torch.Generator) -> Tensor:
+        def loss(self, outputs: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
             return outputs.square().sum()
 
     objective = Summed("sum", lambda outputs, batch: (outputs, torch.ones(outputs.shape[:2])), False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpr.errors import HprError
 from hpr.profiling.objectives import OBJECTIVES, TEMPERATURES, UNCERTAIN, objective_for, softened
-from hpr.runtime.batch import examples_in, mask_of
+from hpr.runtime.batch import as_batch, examples_in, mask_of
 from hpr.runtime.hooks import run
 
 CATEGORICAL = [name for name, one in OBJECTIVES.items() if one.categorical]
@@ -87,7 +87,7 @@ def test_mask_of() -> None:
     hidden = torch.zeros(3, 5, 4)
     assert torch.equal(mask_of(BATCH, hidden), MASK.float())
     assert torch.equal(mask_of({"input_ids": MASK}, hidden), torch.ones(3, 5))
-    assert torch.equal(mask_of(torch.zeros(3, 5), hidden), torch.ones(3, 5))
+    assert torch.equal(mask_of(as_batch(torch.zeros(3, 5)), hidden), torch.ones(3, 5))
     assert torch.equal(mask_of(BATCH, torch.zeros(3, 6, 4)), torch.ones(3, 6))  # of another sequence
 
 
@@ -180,6 +180,6 @@ def test_unknown_objective() -> None:
 
 def test_calls_and_counts() -> None:
     linear = nn.Linear(2, 3)
-    assert torch.equal(run(linear, torch.ones(4, 2)), linear(torch.ones(4, 2)))
+    assert torch.equal(run(linear, as_batch(torch.ones(4, 2))), linear(torch.ones(4, 2)))
     assert torch.equal(run(linear, {"input": torch.ones(4, 2)}), linear(torch.ones(4, 2)))
-    assert examples_in(torch.ones(4, 2)) == examples_in({"input": torch.ones(4, 2)}) == 4
+    assert examples_in(as_batch(torch.ones(4, 2))) == examples_in({"input": torch.ones(4, 2)}) == 4

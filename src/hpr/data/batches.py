@@ -14,18 +14,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hpr.data.files import Source, read_array
 from hpr.errors import HprError
-from hpr.runtime.batch import IGNORED
+from hpr.runtime.batch import IGNORED, POSITIONAL, Batch, BatchLike, examples_in
 
 
-class Batches(list):
+class Batches(list[Batch]):
     """A list of batches. ``order[i]`` is the place in the user's data of the i-th example, counted through all batches."""
 
-    def __init__(self, batches: Iterable[Any], order: Sequence[int]):
+    def __init__(self, batches: Iterable[Batch], order: Sequence[int]):
         super().__init__(batches)
         self.order = list(order)
 
 
-def in_input_order(rows: Tensor, batches: Sequence[Any]) -> Tensor:
+def in_input_order(rows: Tensor, batches: Sequence[BatchLike]) -> Tensor:
     """Rows that were computed batch by batch, (n, …), in the order of the user's data; unchanged for a plain list."""
     order = getattr(batches, "order", None)
     if order is None:
@@ -37,14 +37,14 @@ def in_input_order(rows: Tensor, batches: Sequence[Any]) -> Tensor:
     return restored
 
 
-def first_batches(batches: Sequence[Any], examples: int) -> list[Any]:
+def first_batches(batches: Sequence[Batch], examples: int) -> list[Batch]:
     """The batches, whole, that hold at least the first ``examples``."""
     kept, count = [], 0
     for batch in batches:
         if count >= examples:
             break
         kept.append(batch)
-        count += len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch)
+        count += examples_in(batch)
     return kept
 
 
@@ -102,7 +102,8 @@ def array_batches(
 ) -> Batches:
     """Tensor batches of an array whose first axis counts examples, in its own order: float32, or int64 for integers.
 
-    ``key`` names the array in an ``.npz``; ``argument`` makes each batch a keyword input of that name (``input_values``).
+    ``key`` names the array in an ``.npz``; ``argument`` names the model's input (``input_values``), by default the positional
+    one.
     """
     if batch_size < 1:
         raise HprError(f"batch_size {batch_size} must be at least 1")
@@ -112,7 +113,7 @@ def array_batches(
     if not torch.isfinite(tensor).all():
         raise HprError("the array has values beyond the range of float32 (3.4e38): scale it")
     parts = tensor.split(batch_size)
-    return Batches(parts if argument is None else [{argument: part} for part in parts], range(len(tensor)))
+    return Batches([{argument or POSITIONAL: part} for part in parts], range(len(tensor)))
 
 
 def _windows(rows: Mapping[str, list[list[int]]], limit: int, most: int) -> dict[str, list[list[int]]]:

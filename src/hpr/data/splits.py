@@ -168,8 +168,7 @@ def _batches(rows: Rows, opened: LoadedModel, examples: int, batch_size: int = 6
         windows = examples if opened.objective == "causal-lm" else None
         length = min(max_length, _positions(opened.model))
         batches = text_batches(rows.values, opened.tokenizer, batch_size, length, windows, rows.labels)
-    if opened.objective == "seq2seq":
-        for batch in batches:
-            if "labels" not in batch:
-                batch["labels"] = own_answers(opened.model, batch)
-    return batches
+    if opened.objective != "seq2seq":
+        return batches
+    answered = [batch if "labels" in batch else {**batch, "labels": own_answers(opened.model, batch)} for batch in batches]
+    return Batches(answered, batches.order)

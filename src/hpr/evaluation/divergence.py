@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from hpr.data.batches import in_input_order
 from hpr.errors import HprError
 from hpr.profiling.objectives import Objective
-from hpr.runtime.batch import IGNORED, Batch
+from hpr.runtime.batch import IGNORED, POSITIONAL, Batch, BatchLike
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 
@@ -46,7 +45,7 @@ class Comparison:
     student: Tensor | None
 
 
-def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], objective: Objective) -> Comparison:
+def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> Comparison:
     """Run both models once over the batches.
 
     Raises ``HprError`` for no batches, for outputs that are not finite (naming model and batch), for outputs of different
@@ -91,12 +90,12 @@ def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], ob
     )
 
 
-def divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], objective: Objective) -> Estimate:
+def divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> Estimate:
     """Mean divergence from the teacher in nats per example (see ``hpr.profiling.objectives``) with its standard error."""
     return compare(student, teacher, batches, objective).divergence
 
 
-def embeddings(model: nn.Module, batches: Sequence[Batch], objective: Objective) -> Tensor:
+def embeddings(model: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> Tensor:
     """One output vector per example, (n, d) float32, in the order of the user's data: embeddings, or a classifier's logits.
 
     Raises ``HprError`` as ``compare`` does, and where the objective gives a vector for every position.
@@ -168,7 +167,7 @@ class _Share:
         return self.total / self.weight if self.weight else None
 
 
-def _numbered(batches: Sequence[Batch], model: nn.Module) -> Iterator[tuple[int, Batch]]:
+def _numbered(batches: Sequence[BatchLike], model: nn.Module) -> Iterator[tuple[int, Batch]]:
     """The batches with their numbers, on the model's device."""
     if not len(batches):
         raise HprError("no batches to evaluate on: at least one is needed")
@@ -200,14 +199,13 @@ def _estimate(values: Tensor) -> Estimate:
 
 def _targets(batch: Batch, objective: Objective) -> Tensor | None:
     """The token that each position predicts, (B, T), −100 where none; None where the batch does not say."""
-    inputs: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {"input_ids": batch}
     if objective.name == "causal-lm":
-        ids = inputs.get("labels", inputs.get("input_ids"))
+        ids = batch.get("labels", batch.get("input_ids", batch.get(POSITIONAL)))
         if ids is None or ids.is_floating_point() or ids.dim() != 2:
             return None
-        mask = inputs.get("attention_mask")
+        mask = batch.get("attention_mask")
         return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
-    return inputs.get("labels") if objective.name in ("seq2seq", "masked-lm") else None
+    return batch.get("labels") if objective.name in ("seq2seq", "masked-lm") else None
 
 
 def _token_losses(logits: Tensor, targets: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:

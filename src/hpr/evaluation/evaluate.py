@@ -13,13 +13,13 @@ from hpr.evaluation.cost import parts, sizes
 from hpr.evaluation.divergence import Comparison, accuracy, compare, neighbour_agreement
 from hpr.evaluation.latency import latency, peak_memory
 from hpr.profiling.objectives import Objective, objective_for
-from hpr.runtime.batch import Batch, examples_in
+from hpr.runtime.batch import BatchLike, as_batches, examples_in
 
 
 def evaluate(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
     objective: Objective | None = None,
     labels: Sequence[int] | Tensor | None = None,
     data: str | None = None,
@@ -31,7 +31,7 @@ def evaluate(
     report. Latency and peak memory are those of one full batch, the middle one; ``repeats=0`` leaves them out.
     Raises ``HprError`` for no batches, outputs that are not finite or differ in shape, and labels that do not fit.
     """
-    objective = objective or objective_for(teacher)
+    objective, batches = objective or objective_for(teacher), as_batches(batches)
     if labels is not None and objective.name != "classification":
         raise HprError(f"labels were given, but the objective is {objective.name!r}: name 'classification', or leave them out")
     found = compare(student, teacher, batches, objective)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +67,7 @@ class _AliveBytes(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, batch: Batch):
         super().__init__()
-        given = [value for value in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(value, Tensor)]
+        given = [value for value in batch.values() if isinstance(value, Tensor)]
         self.storages = {self._key(tensor) for tensor in (*model.parameters(), *model.buffers(), *given)}
         self.alive = 0
         self.peak = 0

@@ -6,7 +6,7 @@ Tokens stay as they are: answers to random tokens cost more than they teach (``d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ def augmentation() -> Augmentation:
     """
 
     def changed(batch: Batch, draw: torch.Generator) -> Batch:
-        if not isinstance(batch, Mapping):
-            return vary(batch, draw) if batch.is_floating_point() else batch
         if "input_ids" in batch:
             return batch
         numbers = [key for key, value in batch.items() if value.is_floating_point() and value.dim() > 1 and key != "labels"]

@@ -17,7 +17,7 @@ from hpr.errors import DataError
 from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.recipe import Recipe
 from hpr.healing.train import Healing, train
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import Batch, as_batch
 
 HEALED = 65536  # most examples of a source
 WRITTEN = 4096  # the same if the teacher first has to write the targets
@@ -74,8 +74,8 @@ def batches_of(
                 raise DataError(
                     f"{len(source)} batches in {name!r}: at least {_VALIDATION_EVERY} are needed, one of them for validation"
                 )
-            batches[name] = [batch for place, batch in enumerate(source) if place % _VALIDATION_EVERY]
-            validation += source[::_VALIDATION_EVERY]
+            batches[name] = [as_batch(batch) for place, batch in enumerate(source) if place % _VALIDATION_EVERY]
+            validation += [as_batch(batch) for batch in source[::_VALIDATION_EVERY]]
             continue
         most = WRITTEN if teacher.objective == "seq2seq" else HEALED
         splits = source if isinstance(source, Splits) else open_splits(source, teacher, most, labels, parts[name])

@@ -236,7 +236,7 @@ def labelled(outputs: Any, batch: Batch) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is not None:
         return loss
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    labels = batch.get("labels")
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if labels is None or logits is None:
         raise DataError("labels count in the loss, but this batch or model has none: set their weight to 0, or bring 'labels'")

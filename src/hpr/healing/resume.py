@@ -47,7 +47,7 @@ def facts_of(student: nn.Module, setup: TrainingSetup) -> dict[str, Any]:
 def hash_of(batch: Batch) -> str:
     """Return a hash of the names, dtypes, shapes and values of a batch."""
     digest = hashlib.sha256()
-    for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]:
+    for name, value in sorted(batch.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

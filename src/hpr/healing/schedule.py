@@ -75,15 +75,13 @@ class Schedule(Dataset):
             batch, number = batches[place], self.first[source] + place
         else:
             rows = torch.randperm(examples_in(pool), generator=draw).tensor_split(len(batches))[place]
-            batch = {name: value[rows] for name, value in pool.items()} if isinstance(pool, Mapping) else pool[rows]
+            batch = {name: value[rows] for name, value in pool.items()}
         batch = send_to_device(batch, "cpu")  # random numbers are drawn there
         return Shown(batch, number) if self.augment is None else Shown(self.augment(batch, _draw(self.seed, -1, step)), None)
 
 
 def pooled(batches: Sequence[Batch]) -> Batch | None:
     """Return all examples in one batch if they have the same inputs of the same shapes; else None."""
-    if not isinstance(batches[0], Mapping):
-        return torch.cat(list(batches)) if len({batch.shape[1:] for batch in batches}) == 1 else None
     shapes = [{name: value.shape[1:] for name, value in batch.items()} for batch in batches]
     if any(shape != shapes[0] for shape in shapes):
         return None

@@ -33,7 +33,7 @@ from hpr.healing.setup import TrainingSetup
 from hpr.healing.teacher_cache import TargetCache
 from hpr.healing.trainer import HealingTrainer, last_checkpoint, load_weights
 from hpr.profiling.objectives import objective_for
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import Batch, BatchLike, as_batches
 from hpr.runtime.hooks import eval_mode, transformers_quiet
 
 TARGETS = "targets"  # the folder of the teacher's targets, beside the checkpoints
@@ -83,8 +83,8 @@ class Healing:
 def train(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Sequence[Batch] | Mapping[str, Sequence[Batch]],
-    validation: Sequence[Batch],
+    batches: Sequence[BatchLike] | Mapping[str, Sequence[BatchLike]],
+    validation: Sequence[BatchLike],
     recipe: Recipe | None = None,
     shares: Mapping[str, float] | None = None,
 ) -> Healing:
@@ -99,16 +99,17 @@ def train(
     the checkpoints of another run.
     """
     start, device, initial = time.perf_counter(), next(student.parameters()).device, copy.deepcopy(student.state_dict())
-    setup = _setup(student, teacher, recipe or Recipe(), named(batches), shares, validation)
+    sources = {name: as_batches(source) for name, source in named(batches).items()}
+    setup = _setup(student, teacher, recipe or Recipe(), sources, shares, as_batches(validation))
     loss = setup.loss
-    before = loss.validate(student, validation)
+    before = loss.validate(student, setup.validation)
     processes = PartialState(cpu=device.type == "cpu")
     with _checkpoint_folder(setup.recipe) as folder:
         with processes.main_process_first():
             check_resume(folder, facts_of(student, setup))
             checkpoint = last_checkpoint(folder)
         best_step, log = _trained(student, setup, folder, checkpoint)
-        after = loss.validate(student, validation)
+        after = loss.validate(student, setup.validation)
         if not after.mean < before.mean:
             student.load_state_dict(initial)
             after, best_step = before, 0

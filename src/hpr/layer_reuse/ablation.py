@@ -17,13 +17,13 @@ from hpr.layer_reuse.install import droppable, reusable, with_states
 from hpr.layer_reuse.reuse import Interventions, Reuse
 from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
 from hpr.profiling.objectives import Objective
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import BatchLike
 from hpr.runtime.progress import progress
 
 MOST_LAYERS = 6  # that one plan drops or lets reuse, beyond the best few
 
 
-def intervene(model: nn.Module, batches: Sequence[Batch], objective: Objective) -> dict[str, dict[str, float]]:
+def intervene(model: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> dict[str, dict[str, float]]:
     """Each layer by itself in every state that it can be in: layer name → state → nats per example.
 
     Two forward passes an intervention. Layers that can be in no state are not named.
@@ -47,7 +47,7 @@ def intervene(model: nn.Module, batches: Sequence[Batch], objective: Objective) 
 def reuses(
     model: nn.Module,
     interventions: Interventions,
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
     objective: Objective,
     price: float,
 ) -> list[Reuse]:

@@ -21,13 +21,13 @@ from hpr.layer_reuse.attention import Holder, role_of
 from hpr.layer_reuse.install import attention_at, paths_of, reading_the_same, with_states
 from hpr.layer_reuse.reuse import Runs, Vanishing
 from hpr.plans.layer_states import DROPPED, site_layer
-from hpr.runtime.batch import Batch, example_batch
+from hpr.runtime.batch import Batch, BatchLike, example_batch
 from hpr.runtime.hooks import run, to_device_of
 
 TOLERANCE = 1e-3  # how far attention computed here may move an output, as a share of its largest value
 
 
-def vanishing(model: nn.Module, states: Mapping[str, str], batch: Batch | None = None) -> Vanishing:
+def vanishing(model: nn.Module, states: Mapping[str, str], batch: BatchLike | None = None) -> Vanishing:
     """What vanishes from a model under some states of its layers (see ``reuse.with_states``).
 
     The gradients are those of a random projection of the output for one ``batch``, by default ``example_batch(model)``. Raises
@@ -134,9 +134,10 @@ def _output(outputs: Any) -> Tensor:
 
 
 def _as_float(batch: Batch) -> Batch:
-    if isinstance(batch, Mapping):
-        return {key: _as_float(value) for key, value in batch.items()}
-    return batch.float() if isinstance(batch, Tensor) and batch.is_floating_point() else batch
+    def widened(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {key: widened(value) for key, value in batch.items()}
 
 
 def _runs(mask: Tensor) -> Iterator[tuple[int, int]]:

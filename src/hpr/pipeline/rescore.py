@@ -16,7 +16,7 @@ from hpr.plans.layer_states import site_layer
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import Profile
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import Batch, BatchLike
 from hpr.runtime.progress import progress
 from hpr.sharing.share import share
 
@@ -27,7 +27,7 @@ def rescore(
     model: nn.Module,
     profile: Profile,
     plans: Sequence[Plan],
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
     objective: Objective,
 ) -> list[Comparison]:
     """Every plan beside the model, its true divergence in nats per example foremost: each is shared, run and dropped."""
@@ -38,7 +38,7 @@ def students(
     model: nn.Module,
     profile: Profile,
     plans: Sequence[Plan],
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
     objective: Objective,
 ) -> Iterator[tuple[nn.Module, Comparison]]:
     """Each plan in turn: the student that it gives, and that one beside the model."""

@@ -21,7 +21,7 @@ from hpr.errors import HprError
 from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
 from hpr.profiling.weight_reads import Record, WeightsRead, experts_one_by_one, with_graph
-from hpr.runtime.batch import Batch, examples_in
+from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in
 from hpr.runtime.hooks import _frozen, run
 from hpr.runtime.progress import progress
 
@@ -40,7 +40,7 @@ def memory_needed(anatomy: Anatomy) -> int:
 def measure_curvature(
     model: nn.Module,
     anatomy: Anatomy,
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
     objective: Objective,
     seed: int = 0,
 ) -> tuple[dict[str, SiteStatistics], int]:
@@ -53,6 +53,7 @@ def measure_curvature(
     if not batches:
         raise HprError("no calibration batches: at least one is needed")
     generator = torch.Generator().manual_seed(seed)
+    batches = as_batches(batches)
     few = first_few(batches)
     total = 2 * len(few) + len(batches)
     moments = {site.name: _Moments(site) for site in anatomy.sites}

@@ -28,7 +28,7 @@ from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Anatomy, Stack
 from hpr.errors import HprError
 from hpr.profiling.profile import LayerFeatures
-from hpr.runtime.batch import Batch, examples_in, first_examples, mask_of
+from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in, first_examples, mask_of
 from hpr.runtime.hooks import entering, eval_mode, run
 from hpr.runtime.progress import progress
 
@@ -38,7 +38,7 @@ CONTEXT_EXAMPLES = 16  # of each of those batches: all layers' hidden states are
 Visit = Callable[[int, Tensor, Tensor], None]  # layer, its input and its output, both (B, T, D)
 
 
-def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], seed: int = 0) -> dict[str, LayerFeatures]:
+def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLike], seed: int = 0) -> dict[str, LayerFeatures]:
     """Features of every stack whose blocks the model calls, by stack name. The model is left as it was.
 
     At most 512 examples are read, from batches spread evenly over all (they may be sorted by length), and 16 examples of
@@ -47,6 +47,7 @@ def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch],
     """
     if not batches:
         raise HprError("no calibration batches: at least one is needed")
+    batches = as_batches(batches)
     chosen = _spread(batches, POOLED_EXAMPLES)
     watched = {stack.name: _Stack(stack, _blocks(model, stack)) for stack in anatomy.stacks}
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +73,7 @@ def cka(first: Tensor, second: Tensor) -> float:
 
 def real_positions(batch: Batch, stack: Stack, hidden: Tensor) -> Tensor:
     """(B, T) real positions, float64. A decoder beside an encoder has a mask of its own, or the labels say what is real."""
-    if isinstance(batch, Mapping) and "decoder" in stack.path:
+    if "decoder" in stack.path:
         if "decoder_attention_mask" in batch:
             batch = {"attention_mask": batch["decoder_attention_mask"]}
         elif "labels" in batch:

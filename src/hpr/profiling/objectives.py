@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from hpr.errors import HprError
-from hpr.runtime.batch import IGNORED, Batch, mask_of
+from hpr.runtime.batch import IGNORED, Batch, BatchLike, as_batches, mask_of
 from hpr.runtime.hooks import eval_mode, run
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
@@ -66,7 +66,7 @@ class Objective:
         return (distance * weight).flatten(1).sum(1) if distance.dim() > 1 else distance * weight
 
 
-def softened(objective: Objective, model: nn.Module, batches: Sequence[Batch]) -> Objective:
+def softened(objective: Objective, model: nn.Module, batches: Sequence[BatchLike]) -> Objective:
     """The objective at the lowest of ``TEMPERATURES`` at which the model's outputs on these batches are uncertain enough.
 
     That is measured as the mean of 1 − Σ p² over predictions, against its value for even outputs: the chance that two labels
@@ -77,7 +77,7 @@ def softened(objective: Objective, model: nn.Module, batches: Sequence[Batch]) -
         return objective
     differing, count = torch.zeros(len(TEMPERATURES), dtype=torch.float64), 0.0
     with torch.no_grad(), eval_mode(model):
-        for batch in batches:
+        for batch in as_batches(batches):
             predictions, weight = objective.read(run(model, batch), batch)
             for index, temperature in enumerate(TEMPERATURES):
                 same = F.softmax(predictions.float() / temperature, dim=-1).square().sum(-1)

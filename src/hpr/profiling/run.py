@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -13,14 +13,14 @@ from hpr.profiling.layer_features import measure_layers
 from hpr.profiling.objectives import objective_for, softened
 from hpr.profiling.profile import Profile
 from hpr.profiling.symmetry_search import find_symmetries
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import Batch, BatchLike
 from hpr.runtime.environment import peak_memory, versions
 from hpr.runtime.hooks import to_device_of
 
 
 def profile(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
     objective: str | None = None,
     seed: int = 0,
 ) -> Profile:
@@ -30,16 +30,16 @@ def profile(
     batches and for losses, activations or gradients that are not finite.
     """
     anatomy = describe(model)
-    start, batches = time.perf_counter(), [to_device_of(batch, model) for batch in batches]
-    goal = softened(objective_for(model, objective), model, first_few(batches))
-    sites, examples = measure_curvature(model, anatomy, batches, goal, seed)
-    layers = measure_layers(model, anatomy, batches, seed)
-    symmetries = find_symmetries(model, anatomy, batches, seed)
+    start, moved = time.perf_counter(), [to_device_of(batch, model) for batch in batches]
+    goal = softened(objective_for(model, objective), model, first_few(moved))
+    sites, examples = measure_curvature(model, anatomy, moved, goal, seed)
+    layers = measure_layers(model, anatomy, moved, seed)
+    symmetries = find_symmetries(model, anatomy, moved, seed)
     about = {
         "objective": goal.name,
         "temperature": goal.temperature,
         "examples": examples,
-        "tokens": sum(_tokens(batch) for batch in batches),
+        "tokens": sum(_tokens(batch) for batch in moved),
         "seed": seed,
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory(),
@@ -49,8 +49,5 @@ def profile(
 
 
 def _tokens(batch: Batch) -> int:
-    if isinstance(batch, Mapping):
-        mask = batch.get("attention_mask")
-        first = next(iter(batch.values()))
-        return int(mask.sum()) if mask is not None else first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)
-    return batch.shape[0] * (batch.shape[1] if batch.dim() > 1 else 1)
+    mask, first = batch.get("attention_mask"), next(iter(batch.values()))
+    return int(mask.sum()) if mask is not None else first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)

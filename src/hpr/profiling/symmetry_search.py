@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hpr.anatomy.lookup import module_at, weight_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import Stretch, Symmetry, layers_of, turn_site
-from hpr.runtime.batch import Batch, first_examples
+from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batches, first_examples
 from hpr.runtime.hooks import eval_mode, run
 
 EXAMPLES = 2  # that each guess is tried on; one, where it cannot be cut short
@@ -26,12 +26,13 @@ TOO_FEW = 4  # with fewer all heads may attend alike, and seem to be one
 EXACT = 1e-6  # what rounding may leave, as a share of what a weight turned alone changes (norms compute in float32)
 
 
-def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], seed: int = 0) -> tuple[Symmetry, ...]:
+def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLike], seed: int = 0) -> tuple[Symmetry, ...]:
     """The symmetries of every stack of two or more layers. The model is left as it was.
 
     A guess is tried in one layer first, then in all at once: some hundred passes over two short examples. Models that cannot
     run in float64, or whose outputs differ from run to run, have none; nor is anything found on examples of a few positions.
     """
+    batches = as_batches(batches)
     long_enough = [batch for batch in batches if _positions(batch) >= POSITIONS]
     chosen = min(long_enough, key=_positions) if long_enough else max(batches, key=_positions)
     if _positions(chosen) < TOO_FEW:
@@ -51,7 +52,7 @@ class _Trial:
     def __init__(self, model: nn.Module, anatomy: Anatomy, seed: int):
         self.model, self.anatomy = model, anatomy
         self.draw = torch.Generator().manual_seed(seed)
-        self.batch: Batch = None
+        self.batch: Batch = {}
         self.expected = torch.empty(0)
 
     def start(self, batch: Batch) -> bool:
@@ -217,18 +218,17 @@ def _double(batch: Batch) -> Batch:
     def widened(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return {key: widened(value) for key, value in batch.items()} if isinstance(batch, Mapping) else widened(batch)
+    return {key: widened(value) for key, value in batch.items()}
 
 
 def _positions(batch: Batch) -> int:
     """Numbers in one example of a batch's first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else (batch,)
-    return next(value.shape[1:].numel() for value in values if isinstance(value, Tensor))
+    return next(value.shape[1:].numel() for value in batch.values() if isinstance(value, Tensor))
 
 
 def _shortened(batch: Batch) -> Batch:
     """The first positions alone, where a batch is of texts: all its tensors (examples, positions)."""
-    if not isinstance(batch, Mapping):
+    if POSITIONAL in batch:  # a plain module: its second axis need not be one of positions
         return batch
     shapes = {tuple(value.shape) if isinstance(value, Tensor) else () for value in batch.values()}
     if len(shapes) > 1 or len(next(iter(shapes))) != 2:

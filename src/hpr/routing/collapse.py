@@ -15,13 +15,13 @@ from hpr.nn.bank import Factor, bank_of, module_name
 from hpr.nn.linear import SharedLinear
 from hpr.nn.router import forget_masks, recorded
 from hpr.plans.terms import FactorShape, routers_of
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import BatchLike
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 from hpr.sharing.specification import specification
 
 
 @torch.no_grad()
-def collapse(student: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+def collapse(student: nn.Module, batches: Sequence[BatchLike]) -> nn.Module:
     """A static copy: every router gives what it gives on average over the positions of some batches.
 
     Exporters need it, and ``unshare`` can go on from it. What it costs is ``hpr.evaluate(static, student, …)``. Raises
@@ -51,7 +51,7 @@ def collapse(student: nn.Module, batches: Sequence[Batch]) -> nn.Module:
 
 
 @torch.no_grad()
-def mean_routes(student: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def mean_routes(student: nn.Module, batches: Sequence[BatchLike]) -> dict[str, Tensor]:
     """Router → its mean α (experts,), float64, over all positions of some batches that count."""
     bank = bank_of(student)
     assert bank is not None

@@ -16,13 +16,13 @@ from hpr.errors import HprError
 from hpr.nn.bank import bank_of, terms_of
 from hpr.operators.metric import Measured, measure
 from hpr.profiling.profile import Profile
-from hpr.runtime.batch import Batch, mask_of
+from hpr.runtime.batch import Batch, BatchLike, mask_of
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 
 @torch.no_grad()
 def expected_gains(
-    teacher: nn.Module, student: nn.Module, profile: Profile, kinds: Mapping[str, Sequence[Batch]], experts: int = 4
+    teacher: nn.Module, student: nn.Module, profile: Profile, kinds: Mapping[str, Sequence[BatchLike]], experts: int = 4
 ) -> dict[str, float]:
     """Site → what a router that tells kinds of input apart would save there, as a share of the site's damage.
 
@@ -76,7 +76,7 @@ def _least(square: Tensor, right: Tensor) -> Tensor:
 
 
 def _moments(
-    model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], measured: Mapping[str, Measured]
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[BatchLike], measured: Mapping[str, Measured]
 ) -> dict[str, Tensor]:
     """Site → E[x xᵀ] (in, in) of its inputs at positions that count, less the mean that its bias takes up; float64."""
     sums = {site.name: measured[site.name].weight.new_zeros(site.in_features, site.in_features) for site in sites}
@@ -97,8 +97,8 @@ def _moments(
     try:
         with eval_mode(model):
             for batch in batches:
-                current[:] = [batch]
-                run(model, to_device_of(batch, model))
+                current[:] = [to_device_of(batch, model)]
+                run(model, current[0])
     finally:
         for handle in handles:
             handle.remove()

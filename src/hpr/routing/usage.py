@@ -12,7 +12,7 @@ from hpr.data.splits import Splits
 from hpr.nn.bank import bank_of, terms_of
 from hpr.nn.router import recorded, spread
 from hpr.plans.terms import routers_of
-from hpr.runtime.batch import Batch, examples_in
+from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 SHOWN = 3  # examples of a route, and routers of which examples are shown
@@ -20,7 +20,7 @@ LONGEST = 160  # characters of an example
 
 
 @torch.no_grad()
-def routes(student: nn.Module, kinds: Mapping[str, Sequence[Batch]], tokenizer: Any = None) -> dict[str, Any] | None:
+def routes(student: nn.Module, kinds: Mapping[str, Sequence[BatchLike]], tokenizer: Any = None) -> dict[str, Any] | None:
     """Shares of the experts by router and kind of input, entropies, and the examples nearest to each route as JSON values.
 
     ``kinds``: batches by name. A share is the mean over examples, each the mean over its positions that count; shares of
@@ -35,7 +35,7 @@ def routes(student: nn.Module, kinds: Mapping[str, Sequence[Batch]], tokenizer: 
     texts: list[str] = []
     with eval_mode(student):
         for kind, batches in kinds.items():
-            for batch in batches:
+            for batch in as_batches(batches):
                 with recorded(bank.routing) as found:
                     run(student, to_device_of(batch, student))
                 several: dict[str, list[Tensor]] = {}
@@ -94,6 +94,6 @@ def _nearest(rows: Tensor, texts: Sequence[str]) -> list[list[str]]:
 
 
 def _decoded(batch: Batch, tokenizer: Any) -> list[str]:
-    if tokenizer is None or not isinstance(batch, Mapping) or "input_ids" not in batch:
+    if tokenizer is None or "input_ids" not in batch:
         return []
     return [text[:LONGEST] for text in tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)]

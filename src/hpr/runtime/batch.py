@@ -1,14 +1,52 @@
-"""A batch of model inputs: its examples, its mask, its first rows."""
+"""A batch of model inputs: its examples, its mask, its first rows.
+
+Inside the package a batch is always a mapping of input names to tensors. Public functions also take one bare tensor, the
+only positional input of a plain module; ``as_batch`` gives it the reserved name ``POSITIONAL``, and ``hooks.run`` passes it
+positionally again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hpr.errors import HprError
+from hpr.errors import DataError, HprError
+
+Batch = Mapping[str, Tensor]
+BatchLike = Batch | Tensor  # what public functions take
+POSITIONAL = "input"  # the name of an input that its model takes positionally
+IGNORED = -100  # a label that transformers leaves out of the loss
+
+
+def as_batch(batch: BatchLike) -> Batch:
+    """A batch as a mapping: a bare tensor becomes ``{POSITIONAL: tensor}``.
+
+    Raises ``DataError`` for anything else.
+
+    >>> as_batch(torch.zeros(2, 3)).keys()
+    dict_keys(['input'])
+    """
+    if isinstance(batch, Mapping):
+        return batch
+    if isinstance(batch, Tensor):
+        return {POSITIONAL: batch}
+    raise DataError(f"a batch is a {type(batch).__name__}: give a tensor, or a mapping of input names to tensors")
+
+
+def as_batches(batches: Sequence[BatchLike]) -> Sequence[Batch]:
+    """The same batches as mappings. A list of mappings is returned as it is; a list keeps its class and attributes."""
+    converted = [as_batch(batch) for batch in batches]
+    if all(new is old for new, old in zip(converted, batches, strict=True)):
+        return batches  # type: ignore[return-value]
+    if not isinstance(batches, list):
+        return converted
+    same = copy.copy(batches)  # of its class: ``Batches`` know the order of their examples
+    same[:] = converted
+    return same  # type: ignore[return-value]
 
 
 def example_batch(model: nn.Module) -> dict[str, Tensor]:
@@ -42,18 +80,14 @@ def _ids(model: Any, draw: torch.Generator) -> Tensor:
     return torch.randint(model.config.get_text_config().vocab_size, (2, 8), generator=draw)
 
 
-Batch = Any  # a mapping of keyword inputs, or one tensor for a plain module
-IGNORED = -100  # a label that transformers leaves out of the loss
-
-
 def examples_in(batch: Batch) -> int:
     """Number of examples in a batch."""
-    return len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+    return len(next(iter(batch.values())))
 
 
 def mask_of(batch: Batch, positions: Tensor) -> Tensor:
     """(batch, positions) float mask of real tokens; ones, one a prediction, where the batch has none of that shape."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get("attention_mask")
     if mask is None or positions.dim() != 3 or mask.shape != positions.shape[:2]:
         return torch.ones(positions.shape[:-1], device=positions.device)
     return mask.float()
@@ -66,4 +100,4 @@ def first_examples(batch: Batch, count: int) -> Batch:
         return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
 
     size = examples_in(batch)
-    return {key: cut(value) for key, value in batch.items()} if isinstance(batch, Mapping) else cut(batch)
+    return {key: cut(value) for key, value in batch.items()}

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hpr.anatomy.lookup import module_at
 from hpr.errors import HprError
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batch
 
 
 @contextmanager
@@ -44,14 +44,14 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on a batch: keyword inputs for a mapping, one argument otherwise."""
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+    """Run a model on a batch: by keywords, or with one argument if ``POSITIONAL`` is all that the batch holds."""
+    return model(batch[POSITIONAL]) if batch.keys() == {POSITIONAL} else model(**batch)
 
 
-def to_device_of(batch: Batch, model: nn.Module) -> Batch:
-    """The batch on the model's device."""
+def to_device_of(batch: BatchLike, model: nn.Module) -> Batch:
+    """The batch as a mapping (see ``as_batch``), on the model's device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return send_to_device(batch, device)
+    return send_to_device(as_batch(batch), device)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from hpr.operators.shared_basis import best_private
 from hpr.plans.plan import Plan
 from hpr.profiling.layer_features import real_positions
 from hpr.profiling.profile import Profile
-from hpr.runtime.batch import Batch, mask_of
+from hpr.runtime.batch import Batch, BatchLike, mask_of
 from hpr.runtime.hooks import run, to_device_of
 from hpr.runtime.progress import progress
 
@@ -333,7 +333,7 @@ def refit(
     teacher: nn.Module,
     plan: Plan,
     profile: Profile,
-    batches: Sequence[Batch],
+    batches: Sequence[BatchLike],
 ) -> None:
     """Fit private factors and biases anew to what the compressed layers below emit, in place (see ``refitting``).
 

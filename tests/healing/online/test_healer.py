@@ -20,6 +20,7 @@ from hpr.healing.online.drift import WARM, Drift
 from hpr.healing.online.healer import OnlineHealer
 from hpr.healing.online.journal import Journal, flat, optimiser_tensors, unflat
 from hpr.healing.online.options import OnlineOptions
+from hpr.runtime.batch import POSITIONAL, as_batch
 
 
 def state_of(healer: OnlineHealer) -> dict[str, torch.Tensor]:
@@ -261,14 +262,14 @@ def test_the_memory_is_a_fair_sample(pair) -> None:  # noqa: F811
 def test_batches_on_disk(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.note(2, {"x": torch.ones(2, 3)})
-    journal.note(1, torch.arange(3))
+    journal.note(1, as_batch(torch.arange(3)))
     assert [step for step, _ in journal.after(0)] == [1, 2]
-    assert torch.equal(next(iter(journal.after(0)))[1], torch.arange(3))
+    assert torch.equal(next(iter(journal.after(0)))[1][POSITIONAL], torch.arange(3))
     assert [path.name for path in (tmp_path / "batches").iterdir() if "partial" in path.name] == []
-    several = [{"a": torch.ones(1), "b": torch.zeros(2)}, torch.ones(3)]
+    several = [{"a": torch.ones(1), "b": torch.zeros(2)}, as_batch(torch.ones(3))]
     again = unflat(flat(several))
     assert again[0].keys() == several[0].keys()
-    assert torch.equal(again[1], several[1])
+    assert torch.equal(again[1][POSITIONAL], torch.ones(3))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from hpr.healing.online.options import OnlineOptions
 from hpr.healing.optimizer import parameter_groups
 from hpr.healing.resume import check_resume, hash_of
 from hpr.profiling.objectives import objective_for
-from hpr.runtime.batch import Batch
+from hpr.runtime.batch import Batch, BatchLike, as_batch, as_batches
 from hpr.runtime.hooks import eval_mode, to_device_of
 
 _CLIP = 1.0
@@ -73,14 +73,14 @@ class OnlineHealer:
     def __init__(
         self,
         student: nn.Module,
-        validation: Sequence[Batch],
+        validation: Sequence[BatchLike],
         teacher: nn.Module | None = None,
         options: OnlineOptions | None = None,
         moments: Moments | None = None,
     ):
         if not validation:
             raise HprError("validation is empty: at least one batch that is not learnt from is needed")
-        self.student, self.validation, self.teacher, self.moments = student, list(validation), teacher, moments
+        self.student, self.validation, self.teacher, self.moments = student, as_batches(validation), teacher, moments
         self.options = options = options or OnlineOptions()
         self.loss = _loss(student, teacher, options)
         groups = parameter_groups(student, options.learning_rate, 1.0, 0.0)
@@ -101,7 +101,7 @@ class OnlineHealer:
         cls,
         folder: str | Path,
         student: nn.Module,
-        validation: Sequence[Batch],
+        validation: Sequence[BatchLike],
         teacher: nn.Module | None = None,
         options: OnlineOptions | None = None,
         moments: Moments | None = None,
@@ -125,11 +125,12 @@ class OnlineHealer:
         healer._resume(journal)
         return healer
 
-    def update(self, batch: Batch) -> Update:
+    def update(self, batch: BatchLike) -> Update:
         """Learn from a batch, unless it is refused. A learner with a folder writes the batch there first.
 
         Raises ``DataError`` if a value of the batch is not a tensor.
         """
+        batch = as_batch(batch)
         check_tensors(batch)
         if self.journal is not None:
             self.journal.note(self.step + 1, batch)

@@ -24,7 +24,6 @@ from hpr.healing.teacher_cache import storable
 from hpr.runtime.batch import Batch
 
 _WEIGHTS, _TENSORS, _NUMBERS = "weights.safetensors", "tensors.safetensors", "numbers.json"
-_ALONE = "the batch"  # the name of a batch that is one tensor
 
 
 class Journal:
@@ -39,7 +38,7 @@ class Journal:
     def note(self, step: int, batch: Batch) -> None:
         """Write a batch of tensors down."""
         partial = self.batches / f".{step}.{os.getpid()}.partial"
-        save_file(storable(named_values(batch)), partial)
+        save_file(storable(batch), partial)
         partial.replace(self.batches / f"{step:09d}.safetensors")
 
     def snapshot(self, step: int, model: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -78,15 +77,10 @@ class Journal:
         """The batches that were written down after a step, in order."""
         for path in sorted(self.batches.glob("*.safetensors")):
             if int(path.stem) > step:
-                yield int(path.stem), _as_batch(load_file(path))
+                yield int(path.stem), load_file(path)
 
     def _snapshots(self) -> list[Path]:
         return sorted(self.folder.glob("snapshot-*"))
-
-
-def named_values(batch: Batch) -> dict[str, Any]:
-    """What a batch holds by name, with a name for a batch that is one tensor."""
-    return dict(batch) if isinstance(batch, Mapping) else {_ALONE: batch}
 
 
 def parted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -100,13 +94,13 @@ def parted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def flat(batches: list[Batch]) -> dict[str, Tensor]:
     """Batches as tensors by number and name."""
-    return {f"{place}.{name}": value for place, batch in enumerate(batches) for name, value in named_values(batch).items()}
+    return {f"{place}.{name}": value for place, batch in enumerate(batches) for name, value in batch.items()}
 
 
 def unflat(tensors: Mapping[str, Tensor]) -> list[Batch]:
     """The inverse of ``flat``."""
     found = parted(tensors)
-    return [_as_batch(found[place]) for place in sorted(found, key=int)]
+    return [found[place] for place in sorted(found, key=int)]
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -120,7 +114,3 @@ def set_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor
     copies = {name: value.clone() for name, value in tensors.items()}  # where torch puts them: kernels differ by alignment
     state = {int(number): own for number, own in parted(copies).items()}
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-def _as_batch(tensors: dict[str, Tensor]) -> Batch:
-    return tensors[_ALONE] if set(tensors) == {_ALONE} else tensors
