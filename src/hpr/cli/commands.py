@@ -235,7 +235,6 @@ def compress(
             align="auto" if align is None else align,
             reuse=reuse,
             heal=heal,
-            watch=lambda row: err.print(tables.check_line(row)),
             shares=shares,
             device=device,
             routers=routers,
