@@ -272,7 +272,7 @@ def test_figures_of_the_run_are_stated():
 
 
 def test_healing_is_drawn():
-    rows = [{"step": step, "loss": 1 / step, "guard": 0.5 / step} for step in (10, 20, 30)]
+    rows = [{"step": step, "loss": 1 / step, "validation": 0.5 / step} for step in (10, 20, 30)]
     stages = [
         {"stage": "block by block", "steps": 10, "before": 0.5, "after": 0.05},
         {"stage": "end to end", "steps": 20, "before": 0.05, "after": 0.016},

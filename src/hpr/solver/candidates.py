@@ -22,7 +22,7 @@ class Candidate:
     ``choices[k]`` holds the ranks (``()`` for operators without one), ``parameters[k]`` (int64) the number of parameters that
     it stores and ``damages[k]`` (float64) its predicted damage in nats per example. The curve need be neither sorted nor
     convex. Raises ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not
-    finite.
+    finite. ``rows`` is the run [start, stop) of rows that the candidate covers, None for whole sites.
 
     A *composite* (see ``composite``) has several groups: ``partition`` holds the group of each position, ``parts`` the
     candidates of each group. ``picks[k]`` says what point k takes for each group: the number of one of its candidates, and
@@ -39,7 +39,7 @@ class Candidate:
     parts: tuple[tuple[Candidate, ...], ...] = ()
     partition: tuple[int, ...] = ()
     picks: tuple[tuple[tuple[int, int], ...], ...] = ()
-    rows: tuple[int, int] | None = None  # [start, stop) of the one site, if the candidate is for a run of its rows
+    rows: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         name = f"candidate {self.operator!r} on {', '.join(self.sites)}"
