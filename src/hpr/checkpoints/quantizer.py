@@ -16,8 +16,7 @@ from hpr.anatomy.lookup import has_module, slice_at
 from hpr.checkpoints.save import _check_checkpoint
 from hpr.errors import HprError
 from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
-from hpr.nn.experts import SharedExperts
-from hpr.nn.site import SharedSite
+from hpr.nn.site import BankReader
 from hpr.plans.terms import FactorShape, entry_from_dict, factors_of
 from hpr.runtime.files import CONFIG
 from hpr.sharing.attach import attach
@@ -76,7 +75,7 @@ class HprQuantizer(HfQuantizer):
         if bank is not None:
             _check_loaded(bank)
             model.config.quantization_config = specification(model)
-            _settle(bank, [module for module in model.modules() if isinstance(module, SharedSite | SharedExperts)])
+            _settle(bank, [module for module in model.modules() if isinstance(module, BankReader)])
             _align(model)
         return model
 
@@ -134,7 +133,7 @@ def _check_loaded(bank: FactorBank) -> None:
             raise HprError(f"factor {name} was not in the weights given: pass all that save_pretrained wrote")
 
 
-def _settle(bank: FactorBank, readers: Sequence[SharedSite | SharedExperts]) -> None:
+def _settle(bank: FactorBank, readers: Sequence[BankReader]) -> None:
     """Give each factor the dtype in which transformers loaded its sites (T5 keeps ``wo`` in float32), and clear placeholders.
 
     Transformers goes by names, and those of factors may contain ``wo`` by chance.

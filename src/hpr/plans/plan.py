@@ -26,7 +26,7 @@ class Plan:
     """One entry per site of a model, under a budget. ``diagnostics`` holds what the solver has to say (JSON values).
 
     ``layers``: layer name (``encoder.3``) → its state, where it does not compute all by itself (see ``planning.layers``);
-    ``removed``: how many parameters besides the weights of sites go with such layers (see ``vanishing.Vanishing``).
+    ``removed``: how many parameters besides the weights of sites go with such layers (see ``layer_reuse``).
 
     With an ``alignment`` the model's layers are turned before they share: the entries are of the turned weights. The turns
     follow from the original weights, the profile and these aims.

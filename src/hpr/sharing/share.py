@@ -93,9 +93,9 @@ def share(model: nn.Module, plan: Plan | Rule, profile: Profile | None = None) -
     _check_finite(changed, fitted)
     by_path = {anatomy[name].path: terms for name, terms in changed.items()}
     terms, shapes, kept = with_kept(student, by_path, plan.factors(anatomy))
-    terms |= dict.fromkeys(vanished_paths(anatomy, plan), ())
+    terms |= dict.fromkeys(removed_paths(anatomy, plan), ())
     if not terms:
-        path, shapes, kept = _guard(student, anatomy, plan)
+        path, shapes, kept = _placeholder(student, anatomy, plan)
         terms = {path: tuple(Term(factor) for factor in shapes)}
     aliases = {anatomy[name].path: anatomy[name].aliases for name in changed}
     bank = attach(student, terms, shapes, aliases, layers=paths_of(anatomy, plan.layers))
@@ -109,12 +109,12 @@ def share(model: nn.Module, plan: Plan | Rule, profile: Profile | None = None) -
     if plan.layers and (count := parameters(student)) != plan.parameters(anatomy):
         raise HprError(
             f"the plan counts {plan.parameters(anatomy):,} parameters, the model made from it has {count:,}: what it says of "
-            f"removed parameters is not so; take it from hpr.vanishing.vanishing"
+            f"removed parameters is not so; take it from hpr.layer_reuse.dead_weights"
         )
     return student
 
 
-def _guard(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
+def _placeholder(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
     """A kept site for the bank to hold as it is: its placeholder makes loading without hpr fail where nothing else would."""
     fixed = unshareable(model, anatomy)
     for site in anatomy.sites:
@@ -134,7 +134,7 @@ def _check_finite(changed: Mapping[str, Sequence[Term]], fitted: fitting.Fitted)
                 raise HprError(f"{name}: its {part} is not finite: check the calibration data, or keep this site")
 
 
-def vanished_paths(anatomy: Anatomy, plan: Plan) -> list[str]:
-    """Paths of the modules that lose all effect inside a block that stays: sites, and what else a plan calls removed."""
+def removed_paths(anatomy: Anatomy, plan: Plan) -> list[str]:
+    """Paths of the modules without effect inside a block that stays: sites, and other modules that a plan calls removed."""
     sites = [anatomy[name].path for name, entry in plan.entries.items() if entry.operator == REUSED and not entry.terms]
     return sites + [path for path in plan.removed if path not in plan.entries and path not in plan.layers]
