@@ -1,7 +1,7 @@
 """KWT-1, healed on its 600 calibration clips without labels: divergence and accuracy on the 1,845 evaluation clips.
 
 Plans at a share of the encoder's linear weights as kwt1_closed_form.py does, then heals; 75 of the 600 clips choose the
-plan and guard. Prints one JSON object a line:
+plan and are the validation set. Prints one JSON object a line:
 python benchmarks/heal_kwt1.py [30% 15%] [--steps 400] [options, see --help]
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("budgets", nargs="*", default=["30%", "15%"])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rate", type=float, default=hpr.Recipe.rate)
+    parser.add_argument("--rate", type=float, default=hpr.Recipe.learning_rate)
     parser.add_argument("--temperature", type=float, default=Weights.temperature)
     parser.add_argument("--hidden", type=float, default=Weights.hidden)
     parser.add_argument("--blocks", type=float, default=0.0)
@@ -45,7 +45,7 @@ def main() -> None:
     evaluation, labels = clips("evaluation")
     trained = [calibration[i] for i in range(len(calibration)) if i % 8]
     batches = list(torch.stack(trained).split(75))
-    guard = list(calibration[::8].split(75))
+    validation = list(calibration[::8].split(75))
 
     def measure(name: str, student: nn.Module, budget: str, **more: object) -> None:
         found = compare(student, model, list(evaluation.split(205)), GOAL)
@@ -61,21 +61,22 @@ def main() -> None:
                 student = hpr.share(model, plan, profile)
                 if refitted:
                     hpr.refit(student, model, plan, profile, batches)
-                students.append((divergence(student, model, guard, GOAL).mean, refitted, plan, student))
+                students.append((divergence(student, model, validation, GOAL).mean, refitted, plan, student))
         _, refitted, plan, student = min(students, key=lambda row: row[0])
         measure("compressed", student, budget, refit=refitted, operators=count(plan))
         recipe = hpr.Recipe(
-            steps=options.steps,
-            rate=options.rate,
+            duration=options.steps,
+            learning_rate=options.rate,
             blocks=options.blocks,
             ramp=options.ramp,
             seed=options.seed,
             weights=Weights(hidden=options.hidden, temperature=options.temperature),
+            objective=GOAL.name,
+            augment=None if options.plain else augmentation(),
         )
-        changes = None if options.plain else augmentation()
-        found = train(student, model, batches, guard, recipe, GOAL, changes)
-        guarded = {"before": found.before.mean, "after": found.after.mean, "best_step": found.best_step, "stages": found.gains}
-        measure("healed", student, budget, seconds=found.seconds, guard=guarded, settings=vars(options))
+        found = train(student, model, batches, validation, recipe)
+        quality = {"before": found.before.mean, "after": found.after.mean, "best_step": found.best_step, "stages": found.gains}
+        measure("healed", student, budget, seconds=found.seconds, validation=quality, settings=vars(options))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from hpr.data.files import labelled_tsv, sts_pairs
 from hpr.data.splits import open_splits
 from hpr.evaluation.divergence import compare
 from hpr.evaluation.tasks import Embed, embedder, sts_correlation
-from hpr.healing.augmentation import augmentation
 from hpr.healing.heal import HEALED
 from hpr.healing.loss import Weights
 from hpr.profiling.objectives import OBJECTIVES
@@ -73,10 +72,9 @@ def main() -> None:
     parser.add_argument("--text", choices=list(TEXTS), default="mixture")
     parser.add_argument("--folder", type=Path, required=True, help="where the compressed model is, or goes")
     parser.add_argument("--for", dest="amount", default="300steps")
-    parser.add_argument("--rate", type=float, default=hpr.Recipe.rate)
+    parser.add_argument("--rate", type=float, default=hpr.Recipe.learning_rate)
     parser.add_argument("--hidden", type=float, default=Weights.hidden)
     parser.add_argument("--relations", type=float, default=Weights.relations)
-    parser.add_argument("--replaced", type=float, default=0.0, help="share of tokens replaced by others")
     parser.add_argument("--blocks", type=float, default=0.0)
     parser.add_argument("--ramp", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -104,21 +102,18 @@ def main() -> None:
     student = open_model(options.folder).model
     measure("dense", teacher.model)
     measure("compressed", student)
-    augment = None
-    if options.replaced:
-        special = set(teacher.tokenizer.all_special_ids)
-        augment = augmentation([i for i in range(len(teacher.tokenizer)) if i not in special], options.replaced)
     recipe = hpr.Recipe(
-        rate=options.rate,
+        duration=options.amount,
+        learning_rate=options.rate,
         blocks=options.blocks,
         ramp=options.ramp,
         seed=options.seed,
         weights=Weights(hidden=options.hidden, relations=options.relations),
     )
-    found = hpr.heal(student, teacher, splits, options.amount, recipe=recipe, augment=augment)
-    guard = {"before": found.before.mean, "after": found.after.mean, "best_step": found.best_step, "stages": found.gains}
+    found = hpr.heal(student, teacher, splits, recipe)
+    quality = {"before": found.before.mean, "after": found.after.mean, "best_step": found.best_step, "stages": found.gains}
     settings = {name: value for name, value in vars(options).items() if name not in ("folder", "test", "probe")}
-    measure("healed", student, seconds=found.seconds, steps=found.recipe.steps, guard=guard, settings=settings)
+    measure("healed", student, seconds=found.seconds, steps=found.steps, validation=quality, settings=settings)
 
 
 if __name__ == "__main__":

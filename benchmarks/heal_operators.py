@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--budget", default="50%")
     parser.add_argument("--text", choices=list(TEXTS), default="docstrings")
     parser.add_argument("--for", dest="amount", default="300steps")
-    parser.add_argument("--rate", type=float, default=hpr.Recipe.rate)
+    parser.add_argument("--rate", type=float, default=hpr.Recipe.learning_rate)
     parser.add_argument("--examples", type=int, default=4096, help="to profile on; healing takes all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -92,8 +92,8 @@ def main() -> None:
     table = []
     for name, student, kept in students(teacher.model, profile, data, options.budget):
         before = measure(student)
-        recipe = hpr.Recipe(rate=options.rate, seed=options.seed, weights=Weights())
-        found = hpr.heal(student, teacher, data, options.amount, recipe=recipe)
+        recipe = hpr.Recipe(duration=options.amount, learning_rate=options.rate, seed=options.seed, weights=Weights())
+        found = hpr.heal(student, teacher, data, recipe)
         row = say(
             method=name, kept=kept, before=before, after=measure(student), seconds=found.seconds, best_step=found.best_step
         )

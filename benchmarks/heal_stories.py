@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="babyllama-tok105")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--for", dest="amount", default="500steps")
-    parser.add_argument("--rate", type=float, default=hpr.Recipe.rate)
+    parser.add_argument("--rate", type=float, default=hpr.Recipe.learning_rate)
     parser.add_argument("--temperature", type=float, default=Weights.temperature)
     parser.add_argument("--hidden", type=float, default=Weights.hidden)
     parser.add_argument("--examples", type=int, default=4096, help="windows of calibration text to profile and to heal on")
@@ -52,11 +52,14 @@ def main() -> None:
     measure("dense", opened.model)
     measure(made.method, made.student, parameters=made.parameters)
     recipe = hpr.Recipe(
-        rate=options.rate, seed=options.seed, weights=Weights(hidden=options.hidden, temperature=options.temperature)
+        duration=options.amount,
+        learning_rate=options.rate,
+        seed=options.seed,
+        weights=Weights(hidden=options.hidden, temperature=options.temperature),
     )
-    found = hpr.heal(made.student, opened, data, options.amount, recipe=recipe)
-    guarded = {"before": found.before.mean, "after": found.after.mean, "best_step": found.best_step}
-    measure("healed", made.student, seconds=found.seconds, guard=guarded, settings=vars(options))
+    found = hpr.heal(made.student, opened, data, recipe)
+    quality = {"before": found.before.mean, "after": found.after.mean, "best_step": found.best_step}
+    measure("healed", made.student, seconds=found.seconds, validation=quality, settings=vars(options))
 
 
 if __name__ == "__main__":

@@ -68,9 +68,8 @@ def main() -> None:
         for seed in range(options.seeds):
             student = hpr.share(teacher.model, plan, profile)
             before = measure(student)
-            found = hpr.heal(
-                student, teacher, data, options.amount, recipe=hpr.Recipe(seed=seed, router_rate=options.router_rate)
-            )
+            recipe = hpr.Recipe(duration=options.amount, seed=seed, router_rate=options.router_rate)
+            found = hpr.heal(student, teacher, data, recipe)
             rows.append(measure(student))
             more: dict[str, Any] = {}
             if name == "dynamic":

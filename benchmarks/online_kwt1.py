@@ -1,7 +1,7 @@
 """KWT-1 at 30 % of its encoder learns on from labelled clips that become noisy half-way, and from the same with spoilt batches.
 
-Half of the calibration clips come as they are, then the other half with noise; an eighth, clean, are the guard, which may
-not end worse than it starts. Loss and accuracy on the 1,845 evaluation clips, clean and noisy, at the start, at the change
+Half of the calibration clips come as they are, then the other half with noise; an eighth, clean, are the validation set, which
+may not end worse than it starts. Loss and accuracy on the 1,845 evaluation clips, clean and noisy, at the start, at the change
 and at the end. Of the spoilt stream every tenth batch has its labels shuffled, is not finite, or has the wrong shape. Then
 the start once more, its factors fitted to moments of the noisy half, without labels. Prints one JSON object a line:
 python benchmarks/online_kwt1.py [options, see --help]
@@ -24,6 +24,7 @@ from common.paths import shared
 from common.tables import say
 from hpr.evaluation.divergence import accuracy
 from hpr.healing.online.moments import Moments
+from hpr.healing.online.options import OnlineOptions
 from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from kwt1_closed_form import ONLY, clips
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--budget", default="30%")
     parser.add_argument("--noise", type=float, default=0.15, help="standard deviations")
     parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--every", type=int, default=4, help="batches between looks at the guard")
+    parser.add_argument("--every", type=int, default=4, help="batches between checks on the validation set")
     parser.add_argument("--forget", type=float, default=0.02, help="share that a batch takes of the moments")
     parser.add_argument("--passes", type=int, default=2, help="over the clips of each half")
     options = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
     scores = hpr.rescore(model, profile, plans, [data[guarded]], OBJECTIVES["classification"])
     plan = min(zip(scores, plans, strict=True), key=lambda pair: pair[0].divergence.mean)[1]
     student = hpr.share(model, plan, profile)
-    guard = [{"mfcc": data[guarded], "labels": known[guarded]}]
+    validation = [{"mfcc": data[guarded], "labels": known[guarded]}]
     half, stream = len(learnt) // 2, []
     for number in range(2 * options.passes):
         rows = torch.randperm(half, generator=torch.Generator().manual_seed(number))
@@ -88,23 +89,22 @@ def main() -> None:
 
     measure("original", model)
     for name in ("as it is", "spoilt"):
-        healer = hpr.OnlineHealer(
-            copy.deepcopy(student), guard, rate=options.rate, every=options.every, tolerance=0.0, objective="classification"
-        )
-        measure(f"{name}, start", healer.student, guard=healer.start)
+        settings = OnlineOptions(learning_rate=options.rate, every=options.every, tolerance=0.0, objective="classification")
+        healer = hpr.OnlineHealer(copy.deepcopy(student), validation, options=settings)
+        measure(f"{name}, start", healer.student, validation=healer.start)
         updates = []
         for place, batch in enumerate(stream):
             broken = name == "spoilt" and place % 10 == 5
             updates.append(healer.update(spoilt(batch, place // 10) if broken else batch))
             if place + 1 == len(stream) // 2:
-                measure(f"{name}, change", healer.student, guard=healer.measure())
+                measure(f"{name}, change", healer.student, validation=healer.measure())
         counts = {
             "batches": len(updates),
             "refused": sum(update.refused is not None for update in updates),
             "rolled_back": sum(update.rolled_back for update in updates),
             "drift": [update.step for update in updates if update.drift],
         }
-        measure(f"{name}, end", healer.student, guard=healer.settle(), **counts)
+        measure(f"{name}, end", healer.student, validation=healer.settle(), **counts)
     moments = Moments(model, plan, profile, forget=options.forget)
     moments.add([batch["mfcc"] for batch in stream[len(stream) // 2 :]])
     measure("fitted anew to the moments of the noisy half", moments.fitted())

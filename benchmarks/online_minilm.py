@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2, halved, learns on from a stream that changes its kind of text half-way, and from a corrupted one.
 
-Docstrings come first, then film reviews; the guard is docstrings. Divergence from the original and cosine on held-out text of
-both kinds, before, at the change and at the end; then the same stream with every tenth batch spoilt (answers of other
+Docstrings come first, then film reviews; the validation set is docstrings. Divergence from the original and cosine on held-out
+text of both kinds, before, at the change and at the end; then the same stream with every tenth batch spoilt (answers of other
 texts, not finite, wrong shape); then updates per second against plain training steps of the dense model in the same run.
 Compresses first, into --folder, unless that was done. Prints one JSON object a line:
 python benchmarks/online_minilm.py --folder FOLDER [options, see --help]
@@ -26,6 +26,7 @@ from hpr.checkpoints.open import open_model
 from hpr.data.batches import text_batches
 from hpr.data.splits import open_data
 from hpr.evaluation.divergence import compare
+from hpr.healing.online.options import OnlineOptions
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.runtime.hooks import run, to_device_of
 
@@ -63,7 +64,7 @@ def main() -> None:
     stream = [*streams[0], *streams[1]]
     held = {FIRST: open_data(None, teacher, "heldout", 1024)[0]}
     held[SECOND] = text_batches(kinds[SECOND][-1024:], teacher.tokenizer, 64, 128)
-    guard = text_batches(kinds[FIRST][-256:], teacher.tokenizer, 64, 128)
+    validation = text_batches(kinds[FIRST][-256:], teacher.tokenizer, 64, 128)
 
     def measure(label: str, model: nn.Module, **more: object) -> None:
         found = {}
@@ -74,29 +75,29 @@ def main() -> None:
 
     def learner() -> hpr.OnlineHealer:
         student = open_model(options.folder).model
-        settings = {"rate": options.rate, "tolerance": options.tolerance}
-        return hpr.OnlineHealer(student, guard, teacher.model, objective="embedding", **settings)
+        settings = OnlineOptions(learning_rate=options.rate, tolerance=options.tolerance, objective="embedding")
+        return hpr.OnlineHealer(student, validation, teacher.model, settings)
 
     for name in ("clean", "corrupted"):
         healer = learner()
-        measure(f"{name}, start", healer.student, guard=healer.start)
+        measure(f"{name}, start", healer.student, validation=healer.start)
         start, updates = time.perf_counter(), []
         for place, batch in enumerate(stream):
             updates.append(healer.update(spoilt(batch, place // 10) if name == "corrupted" and place % 10 == 5 else batch))
             if place + 1 == half:
-                measure(f"{name}, change", healer.student, guard=healer.measure())
-        guarded, seconds = healer.settle(), time.perf_counter() - start
+                measure(f"{name}, change", healer.student, validation=healer.measure())
+        value, seconds = healer.settle(), time.perf_counter() - start
         counts = {
             "refused": sum(update.refused is not None for update in updates),
             "rolled_back": sum(update.rolled_back for update in updates),
             "drift": [update.step for update in updates if update.drift],
         }
-        measure(f"{name}, end", healer.student, guard=guarded, seconds=seconds, **counts)
+        measure(f"{name}, end", healer.student, validation=value, seconds=seconds, **counts)
     speed(copy.deepcopy(teacher.model), learner(), stream)
 
 
 def speed(model: nn.Module, healer: hpr.OnlineHealer, stream: list[Any], count: int = 24) -> None:
-    """Updates per second, guard included, and plain training steps of the dense model on the same batches, in turns."""
+    """Updates per second, checks included, and plain training steps of the dense model on the same batches, in turns."""
     solver = torch.optim.AdamW(model.parameters(), lr=1e-6)
     seconds = {"update": 0.0, "dense step": 0.0}
     for batch in stream[:count]:

@@ -18,7 +18,7 @@ import transformers as tf
 import hpr
 from hpr.checkpoints.open import open_model
 from hpr.data.files import labelled_tsv, read_texts
-from hpr.healing.optimizer import groups
+from hpr.healing.optimizer import parameter_groups
 from hpr.nn.bank import parameters
 
 LONGEST = 128  # tokens
@@ -100,7 +100,7 @@ def main() -> None:
             train_dataset=rows["train"],
             data_collator=tf.DataCollatorWithPadding(opened.tokenizer),
             compute_metrics=right,
-            optimizers=(torch.optim.AdamW(groups(model, options.rate, 1.0, 0.0), weight_decay=0.0), None),
+            optimizers=(torch.optim.AdamW(parameter_groups(model, options.rate, 1.0, 0.0), weight_decay=0.0), None),
         )
         start = time.perf_counter()
         trainer.train()

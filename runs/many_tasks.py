@@ -75,15 +75,16 @@ def main() -> None:
     dense, shared = open_model(options.original), open_model(options.body)
     steps = dict(zip(OUTPUTS, options.steps, strict=True))
     data = {task: read(options.data, task, dense.tokenizer, most=40 * steps[task]) for task in OUTPUTS}
-    recipe = hpr.Recipe(rate=options.rate, dropout=True, seed=options.seed, weights=Weights(outputs=0.0, labels=1.0))
+    labels_alone = Weights(outputs=0.0, labels=1.0)
 
     def trained(body: torch.nn.Module, tasks: list[str]) -> dict:
         torch.manual_seed(options.seed)
         outputs = {task: OUTPUTS[task] for task in tasks}
         model, original = (hpr.ManyHeads(copy.deepcopy(one), outputs) for one in (body, dense.model))
         own = {task: model.batches(task, data[task]["train"]) for task in tasks}
-        amount = sum(steps[task] for task in tasks)
-        found = hpr.heal(model, original, own, f"{amount}steps", shares={task: steps[task] for task in tasks}, recipe=recipe)
+        count = sum(steps[task] for task in tasks)
+        recipe = hpr.Recipe(count, learning_rate=options.rate, dropout=True, seed=options.seed, weights=labels_alone)
+        found = hpr.heal(model, original, Mixture(own, {task: steps[task] for task in tasks}), recipe)
         scores = {task: score(model, task, data[task]["test"]) for task in tasks}
         return {**scores, "parameters": parameters(model), "best_step": found.best_step, "seconds": found.seconds}
 

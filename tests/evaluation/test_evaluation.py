@@ -249,7 +249,7 @@ def test_plain_and_half_precision_files(build: Build, tmp_path: Path) -> None:
 def test_shared_factors_are_split_among_their_users(build: Build) -> None:
     teacher = build("bert")
     anatomy = describe(teacher)
-    tied = {f"encoder.{i}.attention.self.query": (Term("q"),) for i in range(3)}
+    tied = {f"encoder.layer.{i}.attention.self.query": (Term("q"),) for i in range(3)}
     student = share(teacher, plan_of(anatomy, tied))
     found = {part["name"]: part for part in parts(teacher, student, anatomy)}
     assert found["encoder · attention.self.query"] == {"name": "encoder · attention.self.query", "before": 768, "after": 256}

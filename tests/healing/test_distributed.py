@@ -40,7 +40,7 @@ def losing(self, *args, **kwargs):
     return losses[-1]
 
 torch.optim.AdamW.step, trainer.HealingTrainer.training_step = noting, losing
-recipe = Recipe(steps=3, checks=3, rate=1e-3, accumulate=2 if kind == "one" else 1, sharded=kind == "sharded")
+recipe = Recipe(3, checks=3, learning_rate=1e-3, accumulate=2 if kind == "one" else 1, sharded=kind == "sharded")
 found = t.train(student, teacher, t.batches(), t.batches(2, seed=5), recipe)
 rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 noted = {"gradients": gradients, "losses": losses, "weights": student.state_dict(), "history": found.history}

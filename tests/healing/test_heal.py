@@ -13,7 +13,8 @@ from test_splits import TEXTS
 
 import hpr
 from hpr.checkpoints.open import open_model
-from hpr.healing.heal import changes_for, opened_data
+from hpr.data.splits import open_splits
+from hpr.healing.heal import batches_of, changes_for
 from hpr.healing.loss import Weights
 from hpr.healing.recipe import Recipe
 
@@ -38,32 +39,43 @@ def test_the_trainer_is_imported_where_something_is_healed() -> None:
 
 def test_texts_and_a_tokenizer(opened) -> None:
     teacher, student = opened
-    found = hpr.heal(student, teacher.model, TEXTS, "4steps", tokenizer=teacher.tokenizer, recipe=Recipe(checks=2))
+    found = hpr.heal(student, teacher, TEXTS, Recipe("4steps", checks=2))
     assert [row["step"] for row in found.history] == [2, 4]
     assert found.after.mean <= found.before.mean
     assert found.as_metrics()["recipe"]["steps"] == 4
+
+
+def test_splits_are_used_as_they_are(opened, monkeypatch) -> None:
+    teacher, student = opened
+    splits = open_splits(TEXTS, teacher)
+    monkeypatch.setattr("hpr.healing.heal.open_splits", None)  # nothing is read again
+    trained, validation = batches_of({"data": splits}, teacher)
+    assert trained["data"] is splits.calibration
+    assert validation == list(splits.rescoring)
+    assert len(hpr.heal(student, teacher, splits, Recipe(2)).history) == 2
+    assert len(hpr.heal(student, teacher, {"one": splits, "other": splits}, Recipe(2)).history) == 2
 
 
 def test_several_sources_with_shares(opened, tmp_path) -> None:
     teacher, student = opened
     (tmp_path / "more.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     sources = {"texts": TEXTS, "file": tmp_path / "more.txt"}
-    hpr.heal(student, teacher, sources, "2steps", shares={"texts": 3, "file": 1})
+    hpr.heal(student, teacher, Mixture(sources, {"texts": 3, "file": 1}), Recipe(2))
     with pytest.raises(hpr.HprError, match="one for each of texts, file"):
-        hpr.heal(student, teacher, sources, "2steps", shares={"texts": 3})
+        hpr.heal(student, teacher, Mixture(sources, {"texts": 3}), Recipe(2))
 
 
 def test_batches_arrays_and_what_can_be_run_through_once(pair) -> None:  # noqa: F811
     teacher, student = pair
     student = copy_of(student)
     given = batches(16)
-    trained, guard = opened_data(given, None)
-    assert (len(trained["data"]), len(guard)) == (14, 2)
-    assert not any(torch.equal(one["input_ids"], other["input_ids"]) for one in trained["data"] for other in guard)
-    hpr.heal(student, teacher, (batch for batch in given), "2steps")
-    hpr.heal(student, teacher, np.random.default_rng(0).integers(3, 60, (16, 12)), "2steps")
+    trained, validation = batches_of({"data": given}, None)
+    assert (len(trained["data"]), len(validation)) == (14, 2)
+    assert not any(torch.equal(one["input_ids"], other["input_ids"]) for one in trained["data"] for other in validation)
+    hpr.heal(student, teacher, (batch for batch in given), Recipe(2))
+    hpr.heal(student, teacher, np.random.default_rng(0).integers(3, 60, (16, 12)), Recipe(2))
     with pytest.raises(hpr.HprError, match="3 batches in 'data': at least 8 are needed"):
-        hpr.heal(student, teacher, given[:3], "2steps")
+        hpr.heal(student, teacher, given[:3], Recipe(2))
 
 
 def test_labels_count_where_they_are_wanted() -> None:
@@ -71,23 +83,25 @@ def test_labels_count_where_they_are_wanted() -> None:
     profile = hpr.profile(teacher, batches(), "classification")
     student = hpr.share(teacher, hpr.plan(teacher, profile, "70%"), profile)
     given = [{**batch, "labels": torch.zeros(8, dtype=torch.long)} for batch in batches(8)]
-    recipe = Recipe(weights=Weights(outputs=0, labels=1), rate=1e-2, checks=1)
-    hpr.heal(student, teacher, given, "20steps", recipe=recipe, objective="classification")
+    weights = Weights(outputs=0, labels=1)
+    recipe = Recipe(20, weights=weights, learning_rate=1e-2, checks=1, objective="classification")
+    hpr.heal(student, teacher, given, recipe)
     sure = student(**batches(1, seed=9)[0]).logits.softmax(-1)[:, 0].mean()
     assert sure > teacher(**batches(1, seed=9)[0]).logits.softmax(-1)[:, 0].mean()
 
 
 def test_time_is_turned_into_steps(pair) -> None:  # noqa: F811
     teacher, student = pair
-    found = hpr.heal(copy_of(student), teacher, batches(16), "2s", recipe=Recipe(steps=10**6))
-    assert 1 <= found.recipe.steps < 10**6
+    found = hpr.heal(copy_of(student), teacher, batches(16), Recipe("2s"))
+    assert 1 <= found.steps < 10**6
+    assert found.as_metrics()["recipe"]["seconds"] == 2
 
 
 def test_another_time_is_another_run(pair, tmp_path) -> None:  # noqa: F811
     teacher, student = pair
-    heal = lambda how_long: hpr.heal(copy_of(student), teacher, batches(16), how_long, folder=tmp_path)  # noqa: E731
-    steps = heal("1s").recipe.steps
-    assert heal("1s").recipe.steps == steps  # goes on with what was begun, whatever a new timing would say
+    heal = lambda how_long: hpr.heal(copy_of(student), teacher, batches(16), Recipe(how_long, checkpoints=tmp_path))  # noqa: E731
+    steps = heal("1s").steps
+    assert heal("1s").steps == steps  # goes on with what was begun, whatever a new timing would say
     with pytest.raises(hpr.HprError, match=r"a run with other seconds \(1.0, now 7200.0\)"):
         heal("2h")
 

@@ -435,7 +435,7 @@ def test_plans_that_contradict_themselves(change: dict[str, Any], words: str) ->
 def test_a_site_that_still_has_an_effect_cannot_vanish() -> None:
     model = make("BERT")
     data = planned(model, {"encoder.1": WEIGHTS}).to_dict()
-    data["sites"]["encoder.1.intermediate.dense"] = {"operator": "reused", "damage": 0.0, "terms": []}
+    data["sites"]["encoder.layer.1.intermediate.dense"] = {"operator": "reused", "damage": 0.0, "terms": []}
     with pytest.raises(HprError, match="its layer attends by itself"):
         share(model, Plan.from_dict(data))
 

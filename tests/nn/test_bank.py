@@ -43,7 +43,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
 
 
 def make_bank(terms: tuple[Term, ...], dtype: torch.dtype = torch.float64) -> FactorBank:
-    site = Site("s", "s", "linear", OUT, IN, has_bias=False)
+    site = Site("s", "linear", OUT, IN, has_bias=False)
     shapes = {name: shape for term in terms for name, shape in term.shapes(site).items()}
     bank = FactorBank(shapes, dtype)
     draw = torch.Generator().manual_seed(0)

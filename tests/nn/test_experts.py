@@ -24,7 +24,6 @@ from hpr.plans.plan import keep_all
 from hpr.plans.terms import FactorShape, Term
 from hpr.profiling.curvature import measure_curvature
 from hpr.profiling.objectives import Objective
-from hpr.runtime.batch import POSITIONAL, Batch
 from hpr.sharing.attach import attach
 from hpr.sharing.share import share
 from hpr.sharing.unshare import unshare
@@ -88,8 +87,8 @@ class Net(nn.Module):
 
 
 class Fixed(Objective):
-    def loss(self, outputs: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        return (outputs * direction(batch[POSITIONAL])).sum()
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        return (outputs * direction(batch["input"])).sum()
 
 
 def direction(batch: Tensor) -> Tensor:

@@ -73,9 +73,8 @@ def test_healed_together_and_read_again(tmp_path: Path) -> None:
     model = many()
     data = {name: examples(model, name) for name in TASKS}
     dense = ManyHeads(body(), TASKS)
-    healing = hpr.heal(
-        model, dense, data, "120steps", shares={"parity": 2, "sum": 1}, recipe=hpr.Recipe(rate=2e-2, weights=LABELS_ALONE)
-    )
+    recipe = hpr.Recipe("120steps", learning_rate=2e-2, weights=LABELS_ALONE)
+    healing = hpr.heal(model, dense, Mixture(data, {"parity": 2, "sum": 1}), recipe)
     assert healing.after.mean < 0.8 * healing.before.mean
     hpr.save(model, tmp_path / "out")
     again = hpr.load(ManyHeads(body(), TASKS), tmp_path / "out")

@@ -26,7 +26,7 @@ def site(weight: Tensor, left: Tensor | None = None, right: Tensor | None = None
     moments = [
         part @ part.T / part.shape[1] if known is None else known for part, known in zip(draws, (left, right), strict=True)
     ]
-    known = Site("s", "s", "linear", out_features, in_features, has_bias=False)
+    known = Site("s", "linear", out_features, in_features, has_bias=False)
     return measured_site(known, weight, SiteStatistics(moments[0], moments[1], rows))
 
 

@@ -50,7 +50,7 @@ def group_of(
     group = []
     for layer in range(members):
         name = f"stack.{layer}.slot"
-        site = Site(name, name, "linear", out, columns, True, stack="stack", layer=layer, slot="slot")
+        site = Site(name, "linear", out, columns, True, stack="stack", layer=layer, slot="slot")
         own = 100 * seed + 10 * layer
         group.append(
             Measured(
@@ -249,7 +249,7 @@ def test_hierarchy_terms() -> None:
 
 
 def table(rows: int = 96, columns: int = 8) -> Measured:
-    site = Site("table", "table", "embedding", rows, columns, False, slot="table")
+    site = Site("table", "embedding", rows, columns, False, slot="table")
     frequencies = 1 / torch.arange(1, rows + 1).double()
     return Measured(site, drawn(rows, columns), Side(frequencies / frequencies.sum()), Side(moment(columns, False, 3)), 5.0)
 
@@ -388,17 +388,17 @@ def test_bias_change_makes_the_mean_output_exact(name: str) -> None:
     terms = OPERATORS[name].terms(sites, candidate.choices[0])
     plan = plan_of(anatomy, {})
     plan = replace(plan, entries={**plan.entries, **{site: Entry(name, own) for site, own in terms.items()}})
-    fitted = fitting.fit(model, anatomy, plan, profile)
+    fitted = fitting.Fits(model, profile).fit(plan)
     assert set(fitted.bias_changes) == set(terms)
     bank = FactorBank(plan.factors(anatomy), torch.float64)
     bank.load(fitted.factors)
     for site, own in terms.items():
-        mean, linear = profile.sites[site].mean, model.get_submodule(anatomy[site].path)
+        mean, linear = profile.sites[site].mean, model.get_submodule(anatomy[site].name)
         assert mean is not None
         found = SharedLinear(bank, own, nn.Linear(6, 6, bias=False).double())(mean) + linear.bias + fitted.bias_changes[site]
         torch.testing.assert_close(found, linear(mean), rtol=1e-9, atol=1e-9)
-    assert fitting.fit(model, anatomy, plan, profile_of(model, mean=False)).bias_changes == {}
-    without = fitting.fit(model, anatomy, plan, None)
+    assert fitting.Fits(model, profile_of(model, mean=False)).fit(plan).bias_changes == {}
+    without = fitting.Fits(model, None).fit(plan)
     assert without.bias_changes == {}
     assert without.factors.keys() == fitted.factors.keys()
 
@@ -445,7 +445,7 @@ def test_terms_that_are_not_the_operators_are_refused(operator: str, terms) -> N
     plan = plan_of(anatomy, {})
     plan = replace(plan, entries={**plan.entries, name: Entry(operator, terms(name))})
     with pytest.raises(HprError, match=name):
-        fitting.fit(model, anatomy, plan, profile_of(model))
+        fitting.Fits(model, profile_of(model)).fit(plan)
 
 
 @pytest.mark.parametrize("name", ["tie + delta", base_block_private.NAME])
@@ -465,9 +465,9 @@ def test_unknown_operators_and_other_models_are_refused() -> None:
     anatomy = describe(model)
     name = anatomy.sites[0].name
     with pytest.raises(HprError, match="no operator 'test'; there are keep"):
-        fitting.fit(model, anatomy, plan_of(anatomy, {name: low_rank_terms(name)}), None)
+        fitting.Fits(model, None).fit(plan_of(anatomy, {name: low_rank_terms(name)}))
     with pytest.raises(HprError, match="fingerprint"):
-        fitting.fit(model, anatomy, plan_of(anatomy, {}), replace(profile_of(model), fingerprint="other"))
+        fitting.Fits(model, replace(profile_of(model), fingerprint="other"))
 
 
 def test_factors_are_finite_at_weights_that_are_zero() -> None:
@@ -483,5 +483,5 @@ def test_factors_are_finite_at_weights_that_are_zero() -> None:
         terms = operator.terms(sites, (2,))
         plan = plan_of(anatomy, {})
         plan = replace(plan, entries={**plan.entries, **{site: Entry(name, own) for site, own in terms.items()}})
-        fitted = fitting.fit(model, anatomy, plan, profile_of(model))
+        fitted = fitting.Fits(model, profile_of(model)).fit(plan)
         assert all(torch.isfinite(value).all() for value in fitted.factors.values()), name

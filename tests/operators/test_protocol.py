@@ -64,7 +64,7 @@ def test_a_new_operator_is_one_entry(case, toy, tmp_path) -> None:
     assert NAME in known_operators(None)
     found = draft(model, profile)
     plan = found.best(found.budget("60%"))
-    assert plan.entries["encoder.1.output.dense"].operator == NAME
+    assert plan.entries["encoder.layer.1.output.dense"].operator == NAME
     assert plan.damage < found.without(NAME, found.budget("60%")).damage
     plan.save(tmp_path / "plan.json")
     student = hpr.share(model, Plan.load(tmp_path / "plan.json"), profile)

@@ -29,7 +29,7 @@ def row(count, equal=(), seed=0, shape=(6, 5)):
     weights = torch.randn(count, *shape, generator=draw, dtype=torch.float64)
     for members in equal:
         weights[list(members)] = weights[members[0]].clone()
-    sites = [Site(f"s.{n}.w", f"s.{n}.w", "linear", *shape, True, "s", n, "w") for n in range(count)]
+    sites = [Site(f"s.{n}.w", "linear", *shape, True, "s", n, "w") for n in range(count)]
     return [Measured(s, w, moment(draw, shape[0]), moment(draw, shape[1]), 3.0) for s, w in zip(sites, weights, strict=True)]
 
 

@@ -107,7 +107,7 @@ def test_predicted_damage_bounds_that_of_the_fit(model, profile, sketch: Draft) 
     total = 0.0
     for site in sketch.anatomy.sites:
         one = measured[site.name]
-        change = dense.get_submodule(site.path).weight.detach().double() - one.weight
+        change = dense.get_submodule(site.name).weight.detach().double() - one.weight
         damage = one.damage(change)
         assert (damage == 0) == (plan.entries[site.name].operator == KEEP) or not one.live
         total += damage

@@ -16,13 +16,13 @@ from conftest import low_rank_terms, plan_of
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.anatomy.model import Anatomy
-from hpr.errors import BudgetError, HprError
+from hpr.errors import BudgetError, HprError, PlanError
 from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan, keep_all
-from hpr.plans.terms import KEEP, Entry, FactorShape, Term
+from hpr.plans.terms import KEEP, Entry, FactorShape, Term, terms_from_list, terms_to_list
 from hpr.runtime.files import write_text
 
-NAME = "encoder.1.output.dense"  # (16, 32)
+NAME = "encoder.layer.1.output.dense"  # (16, 32)
 
 
 @pytest.fixture
@@ -57,6 +57,18 @@ plans = st.builds(
 )
 
 
+@given(st.lists(terms(), max_size=4).map(tuple))
+def test_terms_round_trip(several: tuple[Term, ...]) -> None:
+    written = json.loads(json.dumps(terms_to_list(several)))
+    assert terms_from_list("a", written) == several
+    assert all(value not in (None, "") for term in written for value in term.values())
+
+
+def test_a_term_without_its_rank_has_no_shapes(anatomy: Anatomy) -> None:
+    with pytest.raises(PlanError, match=f"{NAME}: the term 'u' · 'v' has no rank"):
+        Term("u", "v").shapes(anatomy[NAME])
+
+
 @given(plans)
 def test_json_round_trip(plan: Plan) -> None:
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
@@ -72,10 +84,10 @@ def test_save_and_load(anatomy: Anatomy, tmp_path: Path) -> None:
 def test_counts(anatomy: Anatomy) -> None:
     assert keep_all(anatomy).parameters(anatomy) == anatomy.total_parameters
     assert keep_all(anatomy).damage == 0
-    plan = plan_of(anatomy, {NAME: low_rank_terms(NAME, 3), "encoder.0.output.dense": low_rank_terms(NAME, 3)})
+    plan = plan_of(anatomy, {NAME: low_rank_terms(NAME, 3), "encoder.layer.0.output.dense": low_rank_terms(NAME, 3)})
     assert plan.parameters(anatomy) == anatomy.total_parameters - 2 * 16 * 32 + 3 * (16 + 32)
     assert plan.damage == 0.5
-    assert plan.groups() == {("encoder.0.output.dense", NAME): [f"{NAME}:u", f"{NAME}:v"]}
+    assert plan.groups() == {("encoder.layer.0.output.dense", NAME): [f"{NAME}:u", f"{NAME}:v"]}
     plan.validate(anatomy)
 
 
@@ -113,7 +125,7 @@ BAD_TERMS: dict[str, tuple[tuple[Term, ...], str]] = {
 @pytest.mark.parametrize("case", BAD_TERMS)
 def test_bad_terms(anatomy: Anatomy, case: str) -> None:
     bad, words = BAD_TERMS[case]
-    with pytest.raises(HprError, match=words):
+    with pytest.raises(PlanError, match=words):
         plan_of(anatomy, {NAME: bad}).validate(anatomy)
 
 
@@ -141,15 +153,16 @@ def test_bad_entries(anatomy: Anatomy) -> None:
         (replace(plan, budget=Budget("9K", 1000)), "its budget 9K allows 1,000"),
     ]
     for bad, words in cases:
-        with pytest.raises(HprError, match=words):
+        with pytest.raises(PlanError, match=words):
             bad.validate(anatomy)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda data: data.update(format=2), "plan format 2 is not the 1"),
+        (lambda data: data.update(format=3), "plan format 3 is not the 2"),
         (lambda data: data.pop("format"), "plan format None"),
+        (lambda data: data.pop("stacks"), "not a plan.*stacks"),
         (lambda data: data.pop("budget"), "KeyError at 'budget'"),
         (lambda data: data["model"].pop("class"), "KeyError at 'class'"),
         (lambda data: data.update(sites=[]), "not a plan"),
@@ -163,18 +176,18 @@ def test_bad_entries(anatomy: Anatomy) -> None:
 def test_from_dict_names_the_bad_key(anatomy: Anatomy, change: Callable[[dict[str, Any]], object], words: str) -> None:
     data = json.loads(json.dumps(plan_of(anatomy, {NAME: low_rank_terms(NAME)}).to_dict()))
     change(data)
-    with pytest.raises(HprError, match=words):
+    with pytest.raises(PlanError, match=words):
         Plan.from_dict(data)
 
 
 def test_load_names_the_bad_file(tmp_path: Path) -> None:
-    with pytest.raises(HprError, match="no plan at"):
+    with pytest.raises(PlanError, match="no plan at"):
         Plan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(HprError, match="is not JSON"):
+    with pytest.raises(PlanError, match="is not JSON"):
         Plan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(HprError, match="is not JSON"):
+    with pytest.raises(PlanError, match="is not JSON"):
         Plan.load(tmp_path / "plan.json")
 
 

@@ -13,7 +13,7 @@ import hpr
 from hpr.anatomy.describe import describe
 from hpr.errors import HprError
 from hpr.healing.loss import GlobalLoss, Weights, entropies, undecided
-from hpr.healing.optimizer import groups
+from hpr.healing.optimizer import parameter_groups
 from hpr.healing.recipe import Recipe
 from hpr.healing.train import train
 from hpr.nn.bank import FactorBank, bank_of, parameters
@@ -238,16 +238,16 @@ def test_routers_go_where_they_pay() -> None:
 def test_healing_teaches_routers() -> None:
     model, _, dynamic = built("bert", "45%")
     routers = {name: parameter for name, parameter in dynamic.named_parameters() if "ROUTER" in name}
-    rates = {id(group["params"][0]): group["lr"] for group in groups(dynamic, 1.0, 1.0, 0.0, router_rate=3.0)}
+    rates = {id(group["params"][0]): group["lr"] for group in parameter_groups(dynamic, 1.0, 1.0, 0.0, router_rate=3.0)}
     for parameter in routers.values():
         assert rates[id(parameter)] == pytest.approx(3.0 * parameter.shape[1] ** -0.5)
     batches = [inputs("bert", rows=8, seed=seed) for seed in range(8)]
-    found = train(dynamic, model, batches, batches[:2], Recipe(steps=30, rate=1e-2, checks=3))
+    found = train(dynamic, model, batches, batches[:2], Recipe(30, learning_rate=1e-2, checks=3))
     assert found.after.mean < found.before.mean
     assert all(parameter.any() for parameter in routers.values())
 
 
-def test_what_routers_owe_is_not_in_the_guard() -> None:
+def test_what_routers_owe_is_not_in_the_validation_loss() -> None:
     torch.manual_seed(0)
     teacher = tf.BertForSequenceClassification(tf.BertConfig(**SIZES, max_position_embeddings=24)).eval()
     profile = hpr.profile(teacher, [inputs("bert", seed=seed) for seed in range(4)], "classification")
@@ -255,12 +255,9 @@ def test_what_routers_owe_is_not_in_the_guard() -> None:
     student = decided(hpr.share(teacher, plan, profile))
     loss = GlobalLoss(teacher, describe(teacher), OBJECTIVES["classification"], Weights(labels=1.0))
     batch = inputs("bert") | {"labels": torch.tensor([0, 1, 0, 1])}
-    assert loss(student, batch)[1]["routing"] > 0
-    guards = []
-    for loss.progress in (0.0, 1.0):
-        guards.append(loss.guard(student, [batch]).mean)
-    _, parts = loss(student, batch)
-    assert guards[0] == guards[1] == pytest.approx(parts["outputs"] + parts["labels"])
+    early, late = (loss(student, batch, progress).floats() for progress in (0.0, 1.0))
+    assert 0 < early["routing"] < late["routing"]
+    assert loss.validate(student, [batch]).mean == pytest.approx(early["outputs"] + early["labels"])
 
 
 def test_the_entropy_asked_for() -> None:
@@ -327,7 +324,7 @@ def test_weights_of_components_and_of_whole_terms() -> None:
     ],
 )
 def test_bad_routes_are_named(route, message) -> None:
-    anatomy, name = describe(BUILDS["bert"]()), "encoder.0.intermediate.dense"
+    anatomy, name = describe(BUILDS["bert"]()), "encoder.layer.0.intermediate.dense"
     term = {"u": "u", "v": "v", "rank": 4, "route": route}
     with pytest.raises(HprError, match=message):
         validate_entry(anatomy[name], entry_from_dict(name, {"operator": "low rank", "terms": [term]}))

@@ -103,7 +103,10 @@ def test_the_nearest_example_uses_its_expert_most() -> None:
 def test_the_report_shows_them() -> None:
     student = decided(built("bert")[2], 3.0)
     found = routes(student, kinds(), Names())
-    history = [{"step": 10, "loss": 0.1, "guard": 0.1, "entropy": 0.9}, {"step": 20, "loss": 0.1, "guard": 0.1, "entropy": 0.5}]
+    history = [
+        {"step": 10, "loss": 0.1, "validation": 0.1, "entropy": 0.9},
+        {"step": 20, "loss": 0.1, "validation": 0.1, "entropy": 0.5},
+    ]
     page = render_report(PLAN, METRICS | {"routes": found, "healing": {"history": history, "recipe": {"steps": 20}}})
     assert 'id="routes"' in page
     assert "Entropy of routes in training" in page

@@ -88,7 +88,7 @@ def test_refit_lowers_the_divergence_on_its_own_text(made, operator) -> None:
     assert all(torch.isfinite(value).all() for value in after.values())
     kept = [site for site in describe(model).sites if plan.entries[site.name].operator == "keep"]
     for site in kept:
-        assert torch.equal(module_at(student, site.path).weight, module_at(model, site.path).weight)
+        assert torch.equal(module_at(student, site.name).weight, module_at(model, site.name).weight)
     again = hpr.share(model, plan, profile)
     hpr.refit(again, model, plan, profile, batches)
     assert same(state(again), after)
@@ -199,10 +199,7 @@ class Fleeting(nn.Module):
 
 def test_stages_tell_inputs_apart_that_follow_one_another_in_memory() -> None:
     stack = Stack("blocks", "blocks", 1)
-    sites = [
-        Site(f"blocks.0.{slot}", f"blocks.0.{slot}", "linear", 64, 64, True, "blocks", 0, slot)
-        for slot in ("first", "second", "third")
-    ]
+    sites = [Site(f"blocks.0.{slot}", "linear", 64, 64, True, "blocks", 0, slot) for slot in ("first", "second", "third")]
     entry = refit._Entry(torch.ones(8, 32, 64), [((None,), {})])
     with torch.no_grad():
         stages = list(refit._stages(Fleeting(), stack, 0, sites, refit._Pair(entry, entry, None)))

@@ -82,7 +82,7 @@ def test_there_is_no_temperature_without_three_plans_or_without_a_spread():
 def test_boundary_probabilities_are_of_tracks_with_several_sites():
     layers = random_track(np.random.default_rng(3), "a", 4)
     rows = {
-        (first, first + 1): (Candidate("keep", (f"table[{8 * first}:{8 * first + 8}]",), ((),), [10], [0.0]),)
+        (first, first + 1): (Candidate("keep", ("table",), ((),), [10], [0.0], rows=(8 * first, 8 * first + 8)),)
         for first in range(3)
     }
     found = boundary_probabilities([layers, Track("table", 3, rows), Track("b", 1, {(0, 1): (KEEP,)})], 0.03, 0.2)

@@ -5,7 +5,7 @@ import pytest
 from oracle import exhaustive, exhaustive_at
 from tracks import cheapest_at, every_structure, random_track
 
-from hpr.errors import HprError
+from hpr.errors import BudgetError, HprError
 from hpr.solver.candidates import Candidate, Choice, Track, solution, tabulate
 from hpr.solver.composite import restrict
 from hpr.solver.lagrangian import k_best, plan_candidates, smallest, solve
@@ -190,10 +190,10 @@ def test_errors_name_the_value_and_the_mend():
     for call in (solve, lambda tracks, limit: k_best(tracks, limit, 2), plan_candidates):
         with pytest.raises(HprError, match="position 1"):
             call([uncovered], 100)
-        with pytest.raises(HprError, match="smallest possible total is 10"):
+        with pytest.raises(BudgetError, match="smallest possible total is 10"):
             call([Track("a", 1, {(0, 1): (keep,)})], 9)
         with pytest.raises(HprError, match="no tracks"):
             call([], 9)
-    with pytest.raises(HprError, match="smallest possible total is 10"):
+    with pytest.raises(BudgetError, match="smallest possible total is 10"):
         exhaustive([Track("a", 1, {(0, 1): (keep,)})], 9)
     assert solution([Choice(keep, 0)]).gap == 0

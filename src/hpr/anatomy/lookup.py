@@ -58,10 +58,10 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 def weight_at(model: nn.Module, site: Site) -> torch.Tensor:
     """A site's weight as (out, in), a view of the parameter. Raises ``HprError`` where the model has no such site."""
     if site.expert is None:
-        return weight_of(module_at(model, site.path))
-    found = slice_at(model, site.path)
+        return weight_of(module_at(model, site.name))
+    found = slice_at(model, site.name)
     if found is None:
-        raise HprError(f"{type(model).__name__} has no experts at {site.path!r}: the plan or checkpoint is of another model")
+        raise HprError(f"{type(model).__name__} has no experts at {site.name!r}: the plan or checkpoint is of another model")
     return found.weight
 
 

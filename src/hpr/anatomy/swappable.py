@@ -45,11 +45,11 @@ def unshareable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     for site in anatomy.sites:
         if site.kind == "embedding":
             if site.in_features not in read_by_linears:
-                reasons[site.name] = f"{site.path} has rows that no Linear reads, like a table of relative positions: it stays"
-            elif not (all_frozen or module_at(model, site.path).weight.requires_grad):
-                reasons[site.name] = f"{site.path} is a fixed table (it takes no gradient): it stays"
+                reasons[site.name] = f"{site.name} has rows that no Linear reads, like a table of relative positions: it stays"
+            elif not (all_frozen or module_at(model, site.name).weight.requires_grad):
+                reasons[site.name] = f"{site.name} is a fixed table (it takes no gradient): it stays"
         try:
-            for path in (site.path, *site.aliases):
+            for path in (site.name, *site.aliases):
                 check_site(model, path)
         except HprError as error:
             reasons[site.name] = str(error)

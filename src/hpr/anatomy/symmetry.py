@@ -121,7 +121,7 @@ def turn_site(model: nn.Module, site: Site, stretch: Stretch, turn: Tensor) -> N
         return
     weight.copy_(turned(weight.double(), stretch, turn))
     if site.has_bias:
-        bias: Tensor = module_at(model, site.path).bias.data  # type: ignore[union-attr, assignment]
+        bias: Tensor = module_at(model, site.name).bias.data  # type: ignore[union-attr, assignment]
         bias.copy_(turned(bias.double(), stretch, turn))
 
 

@@ -42,9 +42,9 @@ def leftovers(model: nn.Module, anatomy: Anatomy) -> list[Leftover]:
 
 
 def _parameter_of(model: nn.Module, site: Site) -> Tensor:
-    if site.expert is not None and (expert := slice_at(model, site.path)) is not None:
+    if site.expert is not None and (expert := slice_at(model, site.name)) is not None:
         return getattr(expert.module, expert.parameter)
-    return module_at(model, site.path).weight  # type: ignore[return-value]
+    return module_at(model, site.name).weight  # type: ignore[return-value]
 
 
 def _reason(owner: nn.Module, name: str, parameter: Tensor) -> str:

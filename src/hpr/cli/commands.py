@@ -104,13 +104,12 @@ def plan(
     best = sketch.best(limit)
     best.save(output)
     as_dict, used = best.to_dict(), best.parameters(sketch.anatomy)
-    stacks = [stack.name for stack in sketch.anatomy.stacks]
     result = {"output": str(output), "parameters": used} | {
         key: as_dict[key] for key in ("model", "budget", "predicted_damage", "diagnostics")
     }
     gain = [tables.alignment_line(best.damage, sketch.plain.best(limit).damage)] if best.alignment else []
     notes = lines(tables.solver_line(as_dict, used), *gain, f"written: {output}")
-    show(result, as_json, tables.plan_table(as_dict, stacks), tables.operators_table(as_dict), notes)
+    show(result, as_json, tables.plan_table(as_dict), tables.operators_table(as_dict), notes)
 
 
 def share(
@@ -236,7 +235,6 @@ def compress(
             align="auto" if align is None else align,
             reuse=reuse,
             heal=heal,
-            watch=lambda row: err.print(tables.check_line(row)),
             shares=shares,
             device=device,
             routers=routers,

@@ -55,8 +55,8 @@ add(commands.share, "share path/to/model --plan plan.json --profile profile.safe
 add(learning_commands.heal, "heal out --teacher path/to/model --data texts.txt --for 10min")
 add(
     learning_commands.online,
-    "online out --teacher path/to/model --guard texts.txt --data stream.jsonl --state out-state -o out-later",
-    "online out --guard rated.jsonl --labels --state out-state -o out-later < stream.jsonl",
+    "online out --teacher path/to/model --validation texts.txt --data stream.jsonl --state out-state -o out-later",
+    "online out --validation rated.jsonl --labels --state out-state -o out-later < stream.jsonl",
 )
 add(commands.evaluate, "eval out --teacher path/to/model --data held_out.txt", name="eval")
 add(commands.report, "report out")

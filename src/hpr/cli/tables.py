@@ -67,9 +67,9 @@ def operators_table(plan: Mapping[str, Any]) -> Table:
     return grid
 
 
-def plan_table(plan: Mapping[str, Any], stacks: Sequence[str] = ()) -> Table:
+def plan_table(plan: Mapping[str, Any]) -> Table:
     """The plan, one line for each slot: layers, operator and rank of every group."""
-    found = read_plan(plan, stacks)
+    found = read_plan(plan)
     grid = _grid("Plan (layers: operator rank)", "part", "groups")
     for stack in found.stacks:
         for row in stack.rows:
@@ -154,17 +154,12 @@ def _grid(title: str, *columns: str) -> Table:
     return grid
 
 
-def check_line(row: Mapping[str, float]) -> str:
-    """One check of a healing run."""
-    return f"step {row['step']}: loss {row['loss']:.4g}, divergence on the guard {row['guard']:.4g} nats"
-
-
 def healing_line(healing: Mapping[str, Any]) -> str:
     """What healing has brought."""
     took = f"{healing['recipe']['steps']} steps in {seconds(healing['seconds'])}"
     if not healing["best_step"]:
-        return f"{took}: nothing was better than the weights at the start, which are kept; try a lower --rate, or more data"
+        return f"{took}: no check was better than the start, whose weights are kept; use a lower --learning-rate, or more data"
     return (
-        f"{took}: divergence on the guard {healing['before']:.4g} → {healing['after']:.4g} nats, "
+        f"{took}: divergence on the validation set {healing['before']:.4g} → {healing['after']:.4g} nats, "
         f"the weights of step {healing['best_step']}"
     )

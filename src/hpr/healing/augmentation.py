@@ -1,12 +1,12 @@
-"""Inputs changed at random: a small calibration set overfits, and the teacher labels whatever the student is shown.
+"""Random changes to inputs: a small data set overfits, and the teacher can label any input that the student is shown.
 
-Tokens are replaced by any of the vocabulary, so that the whole table learns and not only the words of the text. Recordings
-and images are mixed (mixup, Zhang et al. 2018), shifted along their longest axis (time, for spectra) and made noisy.
+Recordings and images are mixed (mixup, Zhang et al. 2018), shifted along their longest axis (time, for spectra) and made noisy.
+Tokens stay as they are: answers to random tokens cost more than they teach (``docs/experiments.md``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,38 +14,31 @@ from torch import Tensor
 from hpr.runtime.batch import Batch
 
 Augmentation = Callable[[Batch, torch.Generator], Batch]
-REPLACED = 0.15  # share of the tokens of an example, in the mean
-SHIFTED = 0.1  # of the length, at most, to either side
-NOISE = 0.2  # of the standard deviation of a batch, at most
+SHIFTED = 0.1  # largest shift to either side, relative to the length
+NOISE = 0.2  # largest noise, in standard deviations of a batch
 
 
-def augmentation(vocabulary: Sequence[int] = (), replaced: float = REPLACED) -> Augmentation:
-    """How to change a batch of tokens or of numbers. ``vocabulary``: ids to put in, none for no change to tokens.
+def augmentation() -> Augmentation:
+    """Return a function ``change(batch, generator)`` that varies the first floating-point input of a batch.
 
-    Of numbers the first input is varied; labels stay as they are, since decoders read them.
+    Tokens and labels stay as they are.
+
+    >>> change = augmentation()
+    >>> change({"pixel_values": torch.randn(4, 3, 8, 8)}, torch.Generator())["pixel_values"].shape
+    torch.Size([4, 3, 8, 8])
     """
-    allowed = torch.tensor(sorted(vocabulary), dtype=torch.long)
 
     def changed(batch: Batch, draw: torch.Generator) -> Batch:
         if "input_ids" in batch:
-            if not len(allowed):
-                return batch
-            return {**batch, "input_ids": replace_tokens(batch["input_ids"], allowed, replaced, draw)}
+            return batch
         numbers = [key for key, value in batch.items() if value.is_floating_point() and value.dim() > 1 and key != "labels"]
         return {key: vary(value, draw) if key == numbers[0] else value for key, value in batch.items()} if numbers else batch
 
     return changed
 
 
-def replace_tokens(ids: Tensor, allowed: Tensor, share: float, draw: torch.Generator) -> Tensor:
-    """``ids`` (B, T) with some of the ``allowed`` tokens replaced by others of them; how many differs between examples."""
-    rate = 2 * share * torch.rand(len(ids), 1, generator=draw)
-    chosen = (torch.rand(ids.shape, generator=draw) < rate) & torch.isin(ids, allowed)
-    return torch.where(chosen, allowed[torch.randint(len(allowed), ids.shape, generator=draw)], ids)
-
-
 def vary(values: Tensor, draw: torch.Generator) -> Tensor:
-    """(B, …) mixed with one another, shifted along the longest axis and made noisy, each example in its own measure."""
+    """Return (B, …) mixed with one another, shifted along the longest axis and made noisy, each example by its own amount."""
     count, sides = len(values), (1,) * (values.dim() - 1)
     share = 0.5 * torch.rand(count, *sides, generator=draw)
     made = (1 - share) * values + share * values[torch.randperm(count, generator=draw)]

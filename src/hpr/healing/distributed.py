@@ -1,4 +1,4 @@
-"""What several processes have to have in common."""
+"""Training on several processes: sharding, whole weights, and values that all processes agree on."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from hpr.errors import HprError
 
 
 def shard(model: nn.Module, anatomy: Anatomy, device: torch.device) -> nn.Module:
-    """Shard a model in place over all processes, and return it. ``anatomy``: of the original.
+    """Shard a model in place over all processes, and return it. ``anatomy``: that of the original.
 
-    Raises ``HprError`` without processes, and with a transformers that cannot train what it did not shard itself.
+    Raises ``HprError`` if there is one process alone, and if transformers is too old to train a model that it did not shard.
     """
     if not torch.distributed.is_initialized():
         raise HprError("sharded=True needs several processes: start with torchrun or accelerate launch")
@@ -33,21 +33,21 @@ def shard(model: nn.Module, anatomy: Anatomy, device: torch.device) -> nn.Module
         if has_module(model, path) and any(True for _ in module_at(model, path).parameters()):
             fully_shard(module_at(model, path), mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # what a model that transformers sharded on loading says of itself: the Trainer shall not wrap it once more
+    # transformers sets this flag on models that it shards on loading: the Trainer then does not wrap them again
     name = "is_distributed_loading_by_transformers"
     setattr(model, f"_{name}" if isinstance(model, PreTrainedModel) else name, True)
     return model
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor itself, put together where it is sharded: every process has to ask for it."""
+    """Return a tensor, gathered if it is sharded. Every process has to call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a sharded model as one process alone would have it, on every process, on the CPU."""
+    """Return the unsharded state of a sharded model on every process, on the CPU."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = agreed(get_model_state_dict(model, options=options))  # cpu_offload leaves them with the first process alone
+    weights = agreed(get_model_state_dict(model, options=options))  # cpu_offload gives them to the first process alone
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 def agreed(value: T) -> T:
-    """The value of the first process, for all of them; with one process its own."""
+    """Return the value of the first process, on every process."""
     values = [value]
     broadcast_object_list(values)
     return values[0]

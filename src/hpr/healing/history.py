@@ -1,22 +1,21 @@
-"""The record of a healing run: its checks."""
+"""The record of a healing run: one row for each check on the validation set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-Watch = Callable[[Mapping[str, float]], None]  # step, loss and guard at each check
-GUARD = "eval_guard"  # what ``GlobalLoss.guard`` gives, as the Trainer's log names it
-ENTROPY = "eval_entropy"  # of routes on the batch before, likewise
+VALIDATION = "eval_validation"  # the name of ``GlobalLoss.validate`` in the Trainer's log
+ENTROPY = "eval_entropy"  # the name of the routers' entropy on the last training batch in the Trainer's log
 
 
 def history(log: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """One row a check of what the Trainer logged: step, the mean loss since the check before, and guard in nats per example.
+    """Return one row per check: step, mean training loss since the last check, and validation loss in nats per example.
 
-    Where weights depend on the input also the ``entropy`` of routes, as a share of that of even ones.
+    Models with routers also have ``entropy``, that of single routes relative to even routes.
     """
     rows: dict[int, dict[str, float]] = {}
     for entry in log:
-        for key, name in (("loss", "loss"), (GUARD, "guard"), (ENTROPY, "entropy")):
+        for key, name in (("loss", "loss"), (VALIDATION, "validation"), (ENTROPY, "entropy")):
             if key in entry:
                 rows.setdefault(int(entry["step"]), {"step": int(entry["step"])})[name] = entry[key]
     return [rows[step] for step in sorted(rows)]

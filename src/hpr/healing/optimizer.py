@@ -1,4 +1,4 @@
-"""Parameter groups of the optimizer, each with a learning rate of its own."""
+"""Parameter groups of the optimiser: each parameter has its own learning rate."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from hpr.plans.owners import owners
 from hpr.plans.terms import factors_of, routers_of
 
 ROUTER_RATE = 1.0
-SMALLEST = 1e-3  # root mean square: biases that are nearly 0 move all the same
+SMALLEST = 1e-3  # smallest root mean square that counts, so that biases near 0 move too
 
 
-def groups(
-    student: nn.Module, rate: float, shared_rate: float, delta_decay: float, router_rate: float = ROUTER_RATE
+def parameter_groups(
+    student: nn.Module, learning_rate: float, shared_rate: float, delta_decay: float, router_rate: float = ROUTER_RATE
 ) -> list[dict[str, Any]]:
-    """Parameters of an optimiser, each once, in a group of its own: factors that several sites share count once.
+    """Return one group per unique parameter, with its learning rate and weight decay, for ``torch.optim.AdamW``.
 
-    A step of AdamW moves every number by about its rate, whatever the scale of its factor, so a rate is relative
-    to the root mean square of its parameter (as in Adafactor, Shazeer & Stern 2018). Shared factors get
-    ``shared_rate`` times it and no weight decay; private low-rank factors beside a shared one are pulled back to what is
-    shared by ``delta_decay``; all else decays not at all. Routers start at 0: their scale is that at which a Linear is drawn,
-    and they get ``router_rate`` times the rate (30 times did harm, see ``experiments.md``).
+    A step of AdamW moves every number by about its learning rate, whatever the scale of its factor. So the learning rate is
+    relative to the root mean square of the parameter (as in Adafactor, Shazeer & Stern 2018). Factors that several sites share
+    get ``shared_rate`` times it. Private low-rank factors at a site that also reads a shared one decay by
+    which pulls the site back to what is shared; nothing else decays. Routers start at 0, so their scale is that of a newly drawn
+    Linear, and they get ``router_rate`` times the learning rate (30 times did harm, see ``docs/experiments.md``).
+
+    Raises ``HprError`` for weights that are not float32 or float64, and if no parameter takes a gradient.
     """
     shared, deltas, routers = _roles(student)
-    found = []
+    groups = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             factor = name.rsplit(f"{BANK}.factors.", 1)[-1].removesuffix(".weight") if f"{BANK}.factors." in name else None
@@ -42,15 +44,15 @@ def groups(
                 scale = router_rate * parameter.shape[-1] ** -0.5
             else:
                 scale = max(float(whole(parameter.detach()).float().square().mean().sqrt()), SMALLEST)
-            lr = rate * scale * (shared_rate if factor in shared else 1.0)
-            found.append({"params": [parameter], "lr": lr, "weight_decay": delta_decay if factor in deltas else 0.0})
-    if not found:
+            lr = learning_rate * scale * (shared_rate if factor in shared else 1.0)
+            groups.append({"params": [parameter], "lr": lr, "weight_decay": delta_decay if factor in deltas else 0.0})
+    if not groups:
         raise HprError(f"no parameter of this {type(student).__name__} takes a gradient: nothing can be healed")
-    return found
+    return groups
 
 
 def _roles(student: nn.Module) -> tuple[set[str], set[str], set[str]]:
-    """Keys of factors that several sites read, of private ones whose site also reads a shared one, and of routers."""
+    """Keys of the factors that several sites read, of private factors at sites that also read a shared one, and of routers."""
     if bank_of(student) is None:
         return set(), set(), set()
     sites = terms_of(student)

@@ -1,19 +1,21 @@
-"""How to heal: all that decides a run beside the models and the data, and what it means to the Trainer."""
+"""How to heal: every setting of a run besides the models and the data, and the Trainer's arguments that follow from it."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from hpr.errors import HprError
-from hpr.healing.history import GUARD
+from hpr.healing.augmentation import Augmentation
+from hpr.healing.duration import parse_duration
+from hpr.healing.history import VALIDATION
 from hpr.healing.loss import Weights
 from hpr.healing.optimizer import ROUTER_RATE
-from hpr.healing.stages import Stages
 
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")  # the second until transformers 5.22
 CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__dataclass_fields__)
@@ -21,24 +23,41 @@ CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__data
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to heal. ``steps`` of the optimiser, each on ``accumulate`` batches per process.
+    """How to heal.
 
-    ``rate``: the peak learning rate (AdamW) relative to the scale of each parameter (see ``trainer.groups``), reached after
-    ``warmup`` of the steps and taken down to 0 by a cosine; shared factors get ``shared_rate`` times it, routers
-    ``router_rate`` times. ``blocks`` and
-    ``ramp``: shares of the steps for the first two stages (see ``stages``). ``delta_decay``:
-    weight decay of private deltas; nothing else decays. Gradients are clipped to norm 1 over all unique parameters.
-    ``dropout``: as the model has it, or none. ``checks``: how often the guard is measured and a checkpoint written. ``bf16``:
-    products in bfloat16. ``checkpointing``: activations are computed again on the way back, to save memory.
-    ``seconds``: the time that the steps were counted for, if a time was asked for.
-    ``sharded``: each process keeps a part of every parameter (FSDP2, see ``sharding``); then no checkpoints are written.
+    ``duration``: ``500steps`` (or the number alone), ``90s``, ``10min`` or ``2h``; a time is turned into steps by timing a few.
+    A step of the optimiser takes ``accumulate`` batches per process.
+    ``checkpoints``: a folder for checkpoints. The same call continues from the last of them, and gives the same weights as an
+    uninterrupted run. None keeps no checkpoints.
+    ``objective``: a key of ``hpr.profiling.objectives.OBJECTIVES``; by default the teacher's.
+    ``augment``: a function that changes inputs at random (see ``augmentation``), None for none, ``auto`` for what suits the
+    model: numbers vary, texts stay as they are.
+
+    ``learning_rate``: the peak learning rate of AdamW, relative to the scale of each parameter (see
+    ``optimizer.parameter_groups``). It is reached after the fraction ``warmup`` of the steps and falls to 0 by a cosine. Shared
+    factors get ``shared_rate`` times it, routers ``router_rate`` times. ``delta_decay``: weight decay of private deltas;
+    nothing else decays. Gradients are clipped to norm 1 over all unique parameters.
+    ``weights``: the parts of the loss. ``dropout``: keep the model's dropout on. ``checks``: how often the validation loss is
+    measured and a checkpoint is written. ``seed``: of the order of batches, augmentation and dropout.
+
+    ``bf16``: compute products in bfloat16. ``checkpointing``: compute activations again in the backward pass, to save memory.
+    ``sharded``: each process holds a part of every parameter (FSDP2, see ``distributed.shard``); such runs keep no checkpoints.
+
+    ``blocks`` and ``ramp``: fractions of the steps for the two stages in ``stages``, 0 by default because they do not pay.
+    ``original``: the aligned teacher (``alignment.align``), from whose weights a ramp starts if the plan aligns layers.
+
+    Raises ``HprError`` for a value out of its range.
+
+    >>> Recipe(duration="10min", learning_rate=1e-3).checks
+    10
     """
 
-    steps: int = 300
-    rate: float = 4e-4
+    duration: str | int = "300steps"
+    checkpoints: str | Path | None = None
+    objective: str | None = None
+    augment: Augmentation | Literal["auto"] | None = "auto"
+    learning_rate: float = 4e-4
     warmup: float = 0.1
-    blocks: float = 0.0
-    ramp: float = 0.0
     weights: Weights = field(default_factory=Weights)
     dropout: bool = False
     shared_rate: float = 1.0
@@ -50,15 +69,18 @@ class Recipe:
     checkpointing: bool = False
     sharded: bool = False
     seed: int = 0
-    seconds: float | None = None
+    blocks: float = 0.0
+    ramp: float = 0.0
+    original: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.accumulate, self.checks) < 1:
-            raise HprError(f"steps {self.steps}, accumulate {self.accumulate} and checks {self.checks} must be at least 1")
-        if not (self.rate > 0 and self.shared_rate >= 0 and self.delta_decay >= 0 and 0 <= self.warmup < 1):
+        parse_duration(self.duration)
+        if min(self.accumulate, self.checks) < 1:
+            raise HprError(f"accumulate {self.accumulate} and checks {self.checks} must be at least 1")
+        if not (self.learning_rate > 0 and self.shared_rate >= 0 and self.delta_decay >= 0 and 0 <= self.warmup < 1):
             raise HprError(
-                f"rate {self.rate} must be above 0, shared_rate {self.shared_rate} and delta_decay {self.delta_decay} not "
-                f"below 0, warmup {self.warmup} from 0 to below 1"
+                f"learning_rate {self.learning_rate} must be above 0, shared_rate {self.shared_rate} and delta_decay "
+                f"{self.delta_decay} not below 0, warmup {self.warmup} from 0 to below 1"
             )
         if self.checkpointing and not self.dropout:
             raise HprError(
@@ -68,23 +90,28 @@ class Recipe:
             raise HprError(f"blocks {self.blocks} and ramp {self.ramp} are shares of the steps: from 0 to 1, together too")
 
     @property
-    def stages(self) -> Stages:
-        """The stages in steps, each that is wanted at least one."""
-        blocks, ramp = (math.ceil(share * self.steps) for share in (self.blocks, self.ramp))
-        return Stages(self.steps, blocks, min(ramp, self.steps - blocks))
+    def staged(self) -> bool:
+        """Whether the run has the stages of ``hpr.healing.stages``."""
+        return self.blocks > 0 or self.ramp > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that are numbers, for metrics.json and for the check on resuming."""
+        elsewhere = ("duration", "checkpoints", "objective", "augment", "original", "weights")
+        numbers = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in elsewhere}
+        return {**numbers, "weights": asdict(self.weights)}
 
 
-def arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
-    """What the Trainer is told."""
-    every = max(1, recipe.steps // recipe.checks)
+def arguments(recipe: Recipe, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
+    """Return the Trainer's arguments for a run of so many steps with checkpoints in ``folder``."""
+    every = max(1, steps // recipe.checks)
     args = TrainingArguments(
         output_dir=str(folder),
-        max_steps=recipe.steps,
+        max_steps=steps,
         per_device_train_batch_size=1,  # an item is a batch
         gradient_accumulation_steps=recipe.accumulate,
-        learning_rate=recipe.rate,
+        learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=int(recipe.warmup * recipe.steps),
+        warmup_steps=int(recipe.warmup * steps),
         max_grad_norm=1.0,
         bf16=recipe.bf16,
         **{CHECKPOINTING: recipe.checkpointing},  # type: ignore[arg-type]
@@ -95,7 +122,7 @@ def arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArg
         save_total_limit=2,
         logging_steps=every,
         load_best_model_at_end=not recipe.sharded,
-        metric_for_best_model=GUARD,
+        metric_for_best_model=VALIDATION,
         greater_is_better=False,
         seed=recipe.seed,
         use_cpu=device.type == "cpu",

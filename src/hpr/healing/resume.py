@@ -1,91 +1,92 @@
-"""Whose checkpoints a folder holds: a run goes on with its own only."""
+"""Which run a folder's checkpoints belong to. A run resumes from its own checkpoints only."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hpr.anatomy.describe import describe
-from hpr.data.sources import named
-from hpr.errors import HprError
-from hpr.healing.augmentation import Augmentation
-from hpr.healing.loss import GlobalLoss
-from hpr.healing.recipe import Recipe
-from hpr.healing.teacher_cache import key_of
+from hpr.errors import CheckpointError
+from hpr.healing.setup import TrainingSetup
 from hpr.runtime.batch import Batch
 from hpr.runtime.files import write_text
 
-RECIPE = "recipe.json"  # beside the checkpoints: what they belong to
+FACTS = "recipe.json"  # beside the checkpoints: the facts of the run that they belong to
 
 
 def steps_begun(folder: Path | None) -> int | None:
-    """The steps of the run whose checkpoints a folder holds, None where there is none."""
-    found = None if folder is None else known(folder)
-    return None if found is None else int(found["recipe"]["steps"])
+    """Return the number of steps of the run whose checkpoints a folder holds, None if there is none."""
+    facts = None if folder is None else read_facts(folder)
+    return None if facts is None else int(facts["recipe"]["steps"])
 
 
-def facts_of(
-    recipe: Recipe,
-    student: nn.Module,
-    loss: GlobalLoss,
-    batches: Any,
-    guard: Sequence[Batch],
-    shares: Mapping[str, float] | None,
-    augment: Augmentation | None,
-    original: nn.Module | None,
-) -> dict[str, Any]:
-    """What decides the weights of every step; what is long as a hash."""
+def facts_of(student: nn.Module, setup: TrainingSetup) -> dict[str, Any]:
+    """Return everything that decides the weights of every step; weights and data as hashes."""
+    recipe, loss = setup.recipe, setup.loss
+    changes = recipe.augment
     return {
-        "recipe": asdict(recipe),
+        "recipe": setup.settings(),
         "objective": loss.objective.name,
         "teacher": loss.anatomy.fingerprint,
-        "student": key_of(student.state_dict()),
-        "data": {name: _joined(source) for name, source in named(batches).items()},
-        "guard": _joined(guard),
-        "shares": None if shares is None else dict(shares),
-        "augmentation": None if augment is None else getattr(augment, "__qualname__", type(augment).__qualname__),
-        "original": None if original is None else describe(original).fingerprint,
+        "student": hash_of(student.state_dict()),
+        "data": {name: _joint_hash(source) for name, source in setup.sources.items()},
+        "validation": _joint_hash(setup.validation),
+        "shares": None if setup.shares is None else dict(setup.shares),
+        "augmentation": None if changes is None else getattr(changes, "__qualname__", type(changes).__qualname__),
+        "original": None if recipe.original is None else describe(recipe.original).fingerprint,
     }
 
 
-def _joined(batches: Sequence[Batch]) -> str:
-    return hashlib.sha256("".join(map(key_of, batches)).encode()).hexdigest()
+def hash_of(batch: Batch) -> str:
+    """Return a hash of the names, dtypes, shapes and values of a batch."""
+    digest = hashlib.sha256()
+    for name, value in sorted(batch.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Take a folder for checkpoints. Raises where it holds those of another run."""
-    found = known(folder)
-    if found is None:
+def _joint_hash(batches: Sequence[Batch]) -> str:
+    return hashlib.sha256("".join(map(hash_of, batches)).encode()).hexdigest()
+
+
+def check_resume(folder: Path, facts: dict[str, Any]) -> None:
+    """Check that a folder's checkpoints belong to the run with these facts; write the facts if the folder has none yet.
+
+    Raises ``CheckpointError`` if the checkpoints belong to another run.
+    """
+    begun = read_facts(folder)
+    if begun is None:
         if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-            raise HprError(f"{folder} holds checkpoints of something else: choose another folder")
-        write_text(folder / RECIPE, json.dumps(facts, indent=1) + "\n")
-    elif different := _differences(found, json.loads(json.dumps(facts))):
-        raise HprError(
+            raise CheckpointError(f"{folder} holds checkpoints of something else: choose another folder")
+        write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+    elif different := _differences(begun, json.loads(json.dumps(facts))):
+        raise CheckpointError(
             f"{folder} holds checkpoints of a run with other {', '.join(different)}: choose another folder, or remove it"
         )
 
 
-def _differences(found: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    """What a run has otherwise than the one that began, with both values where they are of the recipe."""
-    names = [key for key in facts if key != "recipe" and found.get(key) != facts[key]]
-    begun = found.get("recipe", {})
-    return names + [f"{key} ({begun.get(key)}, now {new})" for key, new in facts["recipe"].items() if begun.get(key) != new]
+def _differences(begun: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """The names of facts that differ; with both values if they are settings of the recipe."""
+    names = [key for key in facts if key != "recipe" and begun.get(key) != facts[key]]
+    old = begun.get("recipe", {})
+    return names + [f"{key} ({old.get(key)}, now {new})" for key, new in facts["recipe"].items() if old.get(key) != new]
 
 
-def known(folder: Path) -> dict[str, Any] | None:
-    """What ``claim`` wrote into a folder. Raises where that cannot be read."""
-    path = folder / RECIPE
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """Return what ``check_resume`` wrote into a folder, None if nothing. Raises ``CheckpointError`` for damaged facts."""
+    path = folder / FACTS
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise HprError(f"{path} is not JSON ({error}): remove the folder to start anew") from error
-    return found
+        raise CheckpointError(f"{path} is not JSON ({error}): remove the folder to start anew") from error
+    return facts

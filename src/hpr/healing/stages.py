@@ -1,34 +1,47 @@
-"""Stages of healing, each optional: block by block, a ramp from the original weights to the shared ones, end to end.
+"""Two optional stages before the usual training: each layer by itself, then a blend from the original's weights.
 
-Block by block every layer of the student gets what the same layer of the teacher got, so no layer has to make up for those
-below (FitNets, Romero et al. 2015, train stage-wise; SHARP, Wang et al. 2025, warms up layer by layer). On the ramp a site
-gives (1 − t) · W x + t · Ŵ x, and t goes from 0 to 1.
+Both stages lose against plain training (``docs/experiments.md``). ``train`` imports this module only if a recipe asks for them
+(``Recipe.blocks``, ``Recipe.ramp``).
 
-Both work by hooks on the student that stay for the whole run, since activations may be computed again on the way back.
+Block by block, each layer of the student gets the inputs of the teacher's same layer, so no layer has to correct the layers
+below it (FitNets, Romero et al. 2015, train stage-wise; SHARP, Wang et al. 2025, warms up layer by layer). On the ramp, a site
+returns (1 − t) · W x + t · Ŵ x, with the original weight W, the student's weight Ŵ, and t from 0 to 1.
+
+Both work by hooks on the student. The hooks stay for the whole run, because the backward pass may compute activations again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
+from transformers import TrainingArguments
 
 from hpr.anatomy.lookup import has_module, module_at
 from hpr.anatomy.model import Anatomy
 from hpr.errors import HprError
+from hpr.healing.loss import GlobalLoss
+from hpr.healing.recipe import Recipe
+from hpr.healing.schedule import Schedule
+from hpr.healing.setup import TrainingSetup
+from hpr.healing.teacher_cache import TargetCache, TeacherTargets
+from hpr.healing.trainer import CheckAfter, HealingTrainer
 from hpr.nn.experts import SharedExperts
 from hpr.nn.site import SharedSite
+from hpr.runtime.batch import Batch
 
 BLOCKS, RAMP, WHOLE = "block by block", "ramp", "end to end"
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Which stage each step belongs to: the first ``blocks`` steps, the next ``ramp`` ones, the rest of ``steps``."""
+    """The stage of each step: the first ``blocks`` steps, the next ``ramp`` steps, and the rest of ``steps``."""
 
     steps: int
     blocks: int = 0
@@ -39,19 +52,25 @@ class Stages:
         return BLOCKS if step < self.blocks else RAMP if step < self.blocks + self.ramp else WHOLE
 
     def blend(self, step: int) -> float:
-        """t of a step: the share of the student's own weights, 1 outside the ramp."""
+        """The share of the student's own weights at a step; 1 outside the ramp."""
         return (step - self.blocks + 1) / (self.ramp + 1) if self.at(step) == RAMP else 1.0
 
     @property
     def ends(self) -> dict[int, str]:
-        """Steps done at the end of a stage → its name, for the stages that there are."""
+        """The number of steps done at the end of each stage → its name. Empty stages are left out."""
         ends = ((self.blocks, BLOCKS), (self.blocks + self.ramp, RAMP), (self.steps, WHOLE))
         return {step: name for step, name in ends if step and self.at(step - 1) == name}
 
 
+def stages_of(recipe: Recipe, steps: int) -> Stages:
+    """The stages of a run of so many steps. A stage that is asked for has at least one step."""
+    blocks, ramp = (math.ceil(share * steps) for share in (recipe.blocks, recipe.ramp))
+    return Stages(steps, blocks, min(ramp, steps - blocks))
+
+
 def gains(history: Sequence[Mapping[str, Any]], stages: Stages, before: float) -> list[dict[str, Any]]:
-    """For each stage its steps and the guard (nats per example) before and after it, as far as it was measured."""
-    measured = {row["step"]: row["guard"] for row in history if "guard" in row}
+    """For each stage its steps and the validation loss before and after it, if it was measured."""
+    measured = {row["step"]: row["validation"] for row in history if "validation" in row}
     rows, start = [], 0
     for end, name in stages.ends.items():
         after = measured.get(end)
@@ -60,54 +79,106 @@ def gains(history: Sequence[Mapping[str, Any]], stages: Stages, before: float) -
     return rows
 
 
-class Course:
-    """The stages of one run on one student: what has to be switched on at a step, and off for the guard.
+@contextmanager
+def staged_trainer(
+    learner: nn.Module, setup: TrainingSetup, args: TrainingArguments, schedule: Schedule, cache: TargetCache | None
+) -> Iterator[HealingTrainer]:
+    """Give a trainer whose run has stages; remove its hooks at the end.
 
-    ``original``: the model whose weights the ramp starts from, the teacher or what it was turned into.
+    Raises ``HprError`` if a ramp would start from weights that are worse than the student's.
+    """
+    original = (setup.recipe.original or setup.loss.teacher).to(args.device)  # type: ignore[arg-type]
+    runner = StageRunner(stages_of(setup.recipe, setup.steps), learner, setup.loss, original)
+    try:
+        runner.check(setup)
+        loss = setup.loss if runner.forcing is None else BlockwiseLoss(setup.loss, runner.forcing)
+        yield StagedTrainer(learner, replace(setup, loss=loss), args, schedule, cache, runner)
+    finally:
+        runner.close()
+
+
+class StageRunner:
+    """Switches the parts of the stages on at each step, and off for validation.
+
+    ``original``: the model that the ramp starts from, the teacher or the aligned teacher.
     """
 
-    def __init__(self, stages: Stages, student: nn.Module, teacher: nn.Module, anatomy: Anatomy, original: nn.Module):
-        self.stages = stages
-        self.forcing = Forcing(student, teacher, anatomy) if stages.blocks else None
-        self.ramp = Ramp(student, original) if stages.ramp else None
+    def __init__(self, stages: Stages, student: nn.Module, loss: GlobalLoss, original: nn.Module):
+        self.stages, self.student = stages, student
+        self.forcing = TeacherForcing(student, loss.teacher, loss.anatomy) if stages.blocks else None
+        self.ramp = WeightBlend(student, original) if stages.ramp else None
 
-    def enter(self, step: int) -> Forcing | None:
-        """Set everything as a step needs it; what forces the layers, where they are forced."""
+    def enter(self, step: int) -> None:
+        """Set everything as a step needs it."""
         if self.ramp is not None:
             self.ramp.share = self.stages.blend(step)
         if self.forcing is not None:
             self.forcing.active = self.stages.at(step) == BLOCKS
-        return self.forcing
 
     def leave(self) -> None:
-        """The student by itself."""
+        """Leave the student alone, without forcing and blending."""
         self.enter(self.stages.steps)
 
-    def check(self, guard: Callable[[], float]) -> None:
-        """Raise where a ramp starts from weights worse than the student's own: those of another model, or not turned."""
-        if self.ramp is not None:
-            own = guard()
-            self.ramp.share = 0.0
-            first = guard()
-            self.leave()
-            if not first < max(own, 1e-12):
-                raise HprError(
-                    f"the ramp starts at {first:.4g} nats per example, the student itself is at {own:.4g}: where a plan aligns "
-                    f"layers, give the aligned teacher as original; else leave the ramp out"
-                )
+    def check(self, setup: TrainingSetup) -> None:
+        """Raise ``HprError`` if a ramp starts from weights worse than the student's: another model's, or not aligned ones."""
+        if self.ramp is None:
+            return
+        student_alone = setup.loss.validate(self.student, setup.validation[:1]).mean
+        self.ramp.share = 0.0
+        original = setup.loss.validate(self.student, setup.validation[:1]).mean
+        self.leave()
+        if not original < max(student_alone, 1e-12):
+            raise HprError(
+                f"the ramp starts at {original:.4g} nats per example, the student itself is at {student_alone:.4g}: where a "
+                f"plan aligns layers, give the aligned teacher as original; else leave the ramp out"
+            )
 
     def close(self) -> None:
-        """Take all hooks away."""
-        for one in (self.forcing, self.ramp):
-            if one is not None:
-                one.close()
+        """Remove all hooks."""
+        for part in (self.forcing, self.ramp):
+            if part is not None:
+                part.close()
 
 
-class Forcing:
-    """While ``active``, each layer of a student gets what the teacher's same layer got, as the teacher last ran.
+class StagedTrainer(HealingTrainer):
+    """A ``HealingTrainer`` whose steps belong to stages. Each stage ends with a check."""
 
-    That is the hidden states, and what else hangs on the student's parameters: the encoder's output, shared positions. ``own``:
-    path → what a layer of the student would have got, of the lowest layer of each stack.
+    def __init__(
+        self,
+        student: nn.Module,
+        setup: TrainingSetup,
+        args: TrainingArguments,
+        schedule: Schedule,
+        cache: TargetCache | None,
+        runner: StageRunner,
+    ):
+        super().__init__(student, setup, args, schedule, cache)
+        self.runner = runner
+        self.add_callback(_StageEnds(frozenset(runner.stages.ends)))
+
+    def targets_of(self, batch: Batch, number: int | None) -> TeacherTargets | None:
+        """Forced layers need the teacher to run at each step."""
+        forcing = self.runner.forcing
+        return None if forcing is not None and forcing.active else super().targets_of(batch, number)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.runner.enter(self.state.global_step)
+        return super().compute_loss(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.runner.leave()
+        return super().evaluate(*args, **kwargs)
+
+
+class _StageEnds(CheckAfter):
+    """Asks for a check at the end of each stage. Its class differs because a Trainer warns of two callbacks of one class."""
+
+
+class TeacherForcing:
+    """While ``active``, each layer of a student gets the inputs of the teacher's same layer in the teacher's last run.
+
+    These are the hidden states, and other inputs that depend on the student's parameters: the encoder's output, shared
+    positions. ``own``: path → the input that the lowest layer of each stack would have got from the student.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, anatomy: Anatomy):
@@ -119,12 +190,12 @@ class Forcing:
         self._handles: list[RemovableHandle] = []
         for path in anatomy.blocks:
             if has_module(student, path):  # some are dropped
-                taught, learnt = module_at(teacher, path), module_at(student, path)
-                self._handles.append(taught.register_forward_pre_hook(self._note(path), with_kwargs=True))
-                self._handles.append(learnt.register_forward_pre_hook(self._replace(path), with_kwargs=True))
+                source, target = module_at(teacher, path), module_at(student, path)
+                self._handles.append(source.register_forward_pre_hook(self._note(path), with_kwargs=True))
+                self._handles.append(target.register_forward_pre_hook(self._replace(path), with_kwargs=True))
 
     def close(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -142,20 +213,45 @@ class Forcing:
                 return None
             if path in self._lowest:
                 self.own[path] = args[0] if args else kwargs["hidden_states"]
-            taught, named = self._calls[path]
-            found = tuple(_taken(own, taught[place] if place < len(taught) else None) for place, own in enumerate(args))
-            return found, {name: _taken(own, named.get(name)) for name, own in kwargs.items()}
+            positional, named = self._calls[path]
+            forced = tuple(
+                _forced(value, positional[place] if place < len(positional) else None) for place, value in enumerate(args)
+            )
+            return forced, {name: _forced(value, named.get(name)) for name, value in kwargs.items()}
 
         return hook
 
 
-def _taken(own: Any, taught: Any) -> Any:
-    """The teacher's tensor where the student's depends on its parameters."""
-    return taught if isinstance(own, Tensor) and own.requires_grad and isinstance(taught, Tensor) else own
+def _forced(own: Any, teachers: Any) -> Any:
+    """The teacher's tensor if the student's depends on its parameters."""
+    return teachers if isinstance(own, Tensor) and own.requires_grad and isinstance(teachers, Tensor) else own
 
 
-class Ramp:
-    """Blends what each shared site gives with what the original's site gives; ``share`` is that of the student's own."""
+class BlockwiseLoss(GlobalLoss):
+    """While the forcing is active: the error of each layer by itself, and of the outputs. Else the same as ``loss``."""
+
+    def __init__(self, loss: GlobalLoss, forcing: TeacherForcing):
+        super().__init__(loss.teacher, loss.anatomy, loss.objective, loss.weights)
+        self.forcing = forcing
+
+    @property
+    def hidden_weight(self) -> float:
+        return 1.0 if self.forcing.active else super().hidden_weight
+
+    def layers(self, student: nn.Module) -> list[str]:
+        return self.blocks_in(student) if self.forcing.active else super().layers(student)
+
+    def hidden_pairs(
+        self, layers: Sequence[str], targets: TeacherTargets, hidden: Mapping[str, Tensor]
+    ) -> list[tuple[str, Tensor, Tensor]]:
+        pairs = super().hidden_pairs(layers, targets, hidden)
+        if self.forcing.active:
+            pairs += [(path, self.forcing.inputs[path], own) for path, own in self.forcing.own.items()]
+        return pairs
+
+
+class WeightBlend:
+    """Blends the output of each shared site with that of the original's site. ``share``: the part of the student's own."""
 
     def __init__(self, student: nn.Module, original: nn.Module):
         self.share = 1.0
@@ -166,7 +262,7 @@ class Ramp:
         ]
 
     def close(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 

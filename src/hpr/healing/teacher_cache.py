@@ -1,8 +1,7 @@
-"""What a teacher gives, kept on disk: epochs after the first need it no more."""
+"""The teacher's outputs, kept on disk, so that the teacher runs once per batch and not once per epoch."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,35 +12,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hpr.runtime.batch import Batch
-
-LIMIT = 4e9  # bytes that all targets of a run may take; beyond that they are made anew each time
+LIMIT = 4e9  # bytes that all targets of a run may take; beyond that they are computed again each time
 _HIDDEN = "hidden."
 
 
 @dataclass(frozen=True)
-class Taught:
-    """A teacher's ``predictions`` (…, d) with their ``weight`` (…), and by path what its layers emitted."""
+class TeacherTargets:
+    """A teacher's ``predictions`` (…, d) with their ``weight`` (…), and by path the hidden states after its layers."""
 
     predictions: Tensor
     weight: Tensor
     hidden: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Cache:
-    """Targets by the content of their batch, one file each, written whole or not at all; a damaged one is made anew."""
+class TargetCache:
+    """Targets by the number of their batch, one file each. A file appears whole or not at all; a damaged one is replaced.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    The folder must belong to one run: ``resume.check_resume`` makes sure that teacher, data and loss are the same.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.folder, self.device = folder, device
         folder.mkdir(parents=True, exist_ok=True)
         self.bytes = sum(path.stat().st_size for path in folder.iterdir())
 
-    def __call__(self, batch: Batch, make: Callable[[], Taught]) -> Taught:
-        """The targets of a batch, made now if they are not there."""
-        path = self.folder / f"{key_of(batch)}.safetensors"
+    def __call__(self, number: int, make: Callable[[], TeacherTargets]) -> TeacherTargets:
+        """Return the targets of a batch, and make them if there is no file yet."""
+        path = self.folder / f"{number:06d}.safetensors"
         if path.is_file():
             try:
-                return _read(path, batch)
+                return self._read(path)
             except (SafetensorError, KeyError):
                 path.unlink()
         made = make()
@@ -49,29 +49,18 @@ class Cache:
             return made
         tensors = {"predictions": made.predictions, "weight": made.weight}
         tensors |= {_HIDDEN + name: value for name, value in made.hidden.items()}
-        half = path.with_suffix(f".{os.getpid()}")
-        save_file(storable(tensors), half)
-        self.bytes += half.stat().st_size
-        half.replace(path)
+        partial = path.with_suffix(f".{os.getpid()}")
+        save_file(storable(tensors), partial)
+        self.bytes += partial.stat().st_size
+        partial.replace(path)
         return made
+
+    def _read(self, path: Path) -> TeacherTargets:
+        tensors = load_file(path, device=str(self.device))
+        hidden = {name.removeprefix(_HIDDEN): value for name, value in tensors.items() if name.startswith(_HIDDEN)}
+        return TeacherTargets(tensors["predictions"], tensors["weight"], hidden)
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same as safetensors takes them: each by itself in memory, since several may be one tensor."""
+    """Copies that safetensors accepts: on the CPU, contiguous, and without shared memory."""
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-
-
-def key_of(batch: Batch) -> str:
-    """A hash of all that a batch holds."""
-    digest = hashlib.sha256()
-    for name, value in sorted(batch.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path, batch: Batch) -> Taught:
-    device = next(iter(batch.values())).device
-    found = load_file(path, device=str(device))
-    hidden = {name.removeprefix(_HIDDEN): value for name, value in found.items() if name.startswith(_HIDDEN)}
-    return Taught(found["predictions"], found["weight"], hidden)

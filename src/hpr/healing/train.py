@@ -1,13 +1,15 @@
-"""The training itself: a student follows its teacher on batches, and keeps the best weights that it met on the guard."""
+"""Training: a student imitates its teacher on batches, and ends with the best weights on the validation set."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,36 @@ from hpr.anatomy.describe import describe
 from hpr.data.sources import named
 from hpr.errors import HprError
 from hpr.evaluation.divergence import Estimate
-from hpr.healing.augmentation import Augmentation
 from hpr.healing.distributed import agreed, shard
-from hpr.healing.history import Watch, history
+from hpr.healing.duration import parse_duration, steps_within
+from hpr.healing.history import history
 from hpr.healing.loss import GlobalLoss
-from hpr.healing.optimizer import groups
 from hpr.healing.recipe import CHECKPOINTING, Recipe, arguments
-from hpr.healing.resume import claim, facts_of
+from hpr.healing.resume import check_resume, facts_of, steps_begun
 from hpr.healing.schedule import Schedule
-from hpr.healing.stages import Course, gains
-from hpr.healing.teacher_cache import Cache
+from hpr.healing.setup import TrainingSetup
+from hpr.healing.teacher_cache import TargetCache
 from hpr.healing.trainer import HealingTrainer, last_checkpoint, load_weights
-from hpr.profiling.objectives import Objective, objective_for
-from hpr.runtime.batch import BatchLike, as_batches
+from hpr.profiling.objectives import objective_for
+from hpr.runtime.batch import Batch, BatchLike, as_batches
 from hpr.runtime.hooks import eval_mode, transformers_quiet
 
-TARGETS = "targets"  # what the teacher gives, beside the checkpoints
+TARGETS = "targets"  # the folder of the teacher's targets, beside the checkpoints
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Healing:
-    """What came of it: ``GlobalLoss.guard`` before and after (divergence from the teacher, nats per example, without labels).
+    """The result of a run.
 
-    ``best_step``: the step whose weights the student has now, 0 where none was better than at the start. ``history``: one row
-    a check, with step, loss and guard. ``gains``: one row a stage, with the guard before and after.
+    ``before`` and ``after``: ``GlobalLoss.validate``, the divergence from the teacher in nats per example on the validation set
+    (without labels). ``best_step``: the step whose weights the student has now, 0 if no check was better than the start.
+    ``history``: one row per check, with step, loss and validation loss. ``gains``: one row per stage, with the validation loss
+    before and after; empty without stages. ``settings``: the recipe as JSON, with its ``steps``.
+
+    >>> healing = heal(student, teacher, "texts.txt", Recipe("500steps"))
+    >>> healing.after.mean <= healing.before.mean
+    True
     """
 
     before: Estimate
@@ -52,16 +60,21 @@ class Healing:
     seconds: float
     history: list[dict[str, float]]
     gains: list[dict[str, Any]]
-    recipe: Recipe
+    settings: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimiser in the whole run."""
+        return int(self.settings["steps"])
 
     def as_metrics(self) -> dict[str, Any]:
-        """What metrics.json keeps of it."""
+        """The entry ``healing`` of metrics.json."""
         return {
             "before": self.before.mean,
             "after": self.after.mean,
             "best_step": self.best_step,
             "seconds": self.seconds,
-            "recipe": asdict(self.recipe),
+            "recipe": self.settings,
             "history": self.history,
             "stages": self.gains,
         }
@@ -71,91 +84,125 @@ def train(
     student: nn.Module,
     teacher: nn.Module,
     batches: Sequence[BatchLike] | Mapping[str, Sequence[BatchLike]],
-    guard: Sequence[BatchLike],
+    validation: Sequence[BatchLike],
     recipe: Recipe | None = None,
-    objective: Objective | None = None,
-    augment: Augmentation | None = None,
     shares: Mapping[str, float] | None = None,
-    folder: Path | None = None,
-    original: nn.Module | None = None,
-    watch: Watch | None = None,
 ) -> Healing:
-    """Train a student in place until it does again what its teacher does; it is left with the best weights that were met.
+    """Train a student in place to imitate its teacher on prepared batches. ``heal`` does the same from data of any kind.
 
-    ``batches``: inputs, with or without labels, or several sources of them by name with ``shares`` of the steps. ``guard``:
-    batches of other data; the weights of least divergence on them are kept, those of the start among them, so healing
-    never makes that worse. ``augment`` changes inputs at random; the teacher labels what the student is shown. ``folder``:
-    where checkpoints go; a run that was cut off and is started again with the same arguments goes on from the last one, and
-    ends with the very weights that it would have had. ``original``: where the plan aligns layers, the aligned teacher
-    (``alignment.align``), whose weights a ramp starts from. Under ``torchrun`` or ``accelerate launch`` every process calls
-    this alike, and a step sees ``accumulate`` batches of each. Raises ``HprError`` for no batches, for a loss that is not
-    finite, and for a folder with the checkpoints of another run.
+    ``batches``: inputs, with or without labels; or several sources of them by name, with the fraction of the steps for each in
+    ``shares``. ``validation``: batches of other data. The student ends with the weights of least validation loss, and keeps the
+    weights of the start if no check was better. ``recipe.augment="auto"`` means no augmentation here.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments, and a step sees ``accumulate``
+    batches of each process. Raises ``HprError`` if there are no batches, for a loss that is not finite, and for a folder with
+    the checkpoints of another run.
     """
-    recipe, goal, start = recipe or Recipe(), objective or objective_for(teacher), time.perf_counter()
-    data, guard = {name: as_batches(source) for name, source in named(batches).items()}, as_batches(guard)
-    anatomy, device, initial = describe(teacher), next(student.parameters()).device, copy.deepcopy(student.state_dict())
-    loss = GlobalLoss(teacher, anatomy, goal, recipe.weights)
-    before = loss.guard(student, guard)
+    start, device, initial = time.perf_counter(), next(student.parameters()).device, copy.deepcopy(student.state_dict())
+    sources = {name: as_batches(source) for name, source in named(batches).items()}
+    setup = _setup(student, teacher, recipe or Recipe(), sources, shares, as_batches(validation))
+    loss = setup.loss
+    before = loss.validate(student, setup.validation)
     processes = PartialState(cpu=device.type == "cpu")
-    with ExitStack() as outer:
-        place = folder or agreed(Path(outer.enter_context(tempfile.TemporaryDirectory(prefix="hpr-heal-"))))
+    with _checkpoint_folder(setup.recipe) as folder:
         with processes.main_process_first():
-            claim(place, facts_of(recipe, student, loss, data, guard, shares, augment, original))
-            checkpoint = last_checkpoint(place)
-        with ExitStack() as stack:
-            stack.enter_context(eval_mode(student))  # for its end: every module is left in the mode that it was in
-            args = arguments(recipe, place.resolve(), device)
-            schedule = Schedule(data, recipe.steps * recipe.accumulate * args.world_size, recipe.seed, augment, shares)
-            if schedule.repeats:
-                loss.cache = Cache(place / TARGETS)
-                stack.callback(setattr, loss, "cache", None)
-            teacher.to(args.device)
-            learner = student.to(args.device)
-            if recipe.sharded:
-                learner = shard(copy.deepcopy(student), anatomy, args.device)
-            stack.callback(_as_it_was(learner, recipe))
-            course = Course(recipe.stages, learner, teacher, anatomy, (original or teacher).to(args.device))
-            stack.callback(course.close)
-            course.check(lambda: loss.guard(learner, guard[:1]).mean)
-            trainer = HealingTrainer(
-                learner,
-                args,
-                schedule,
-                loss,
-                guard,
-                groups(learner, recipe.rate, recipe.shared_rate, recipe.delta_decay, recipe.router_rate),
-                recipe.dropout,
-                course,
-                watch,
-            )
-            with transformers_quiet():
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        best_step = trainer.state.best_global_step or 0
-        if trainer.kept is not None:
-            student.load_state_dict(trainer.kept.weights)
-            best_step = trainer.kept.step
-        elif best_step:
-            load_weights(student, place / f"{PREFIX_CHECKPOINT_DIR}-{best_step}")
-        after = loss.guard(student, guard)
+            check_resume(folder, facts_of(student, setup))
+            checkpoint = last_checkpoint(folder)
+        best_step, log = _trained(student, setup, folder, checkpoint)
+        after = loss.validate(student, setup.validation)
         if not after.mean < before.mean:
             student.load_state_dict(initial)
             after, best_step = before, 0
-        processes.wait_for_everyone()  # before the folder is cleared away
+        processes.wait_for_everyone()  # before the folder is removed
     student.zero_grad(set_to_none=True)
     student.to(device)
     teacher.to(device)
-    rows, seconds = history(trainer.state.log_history), time.perf_counter() - start
-    return Healing(before, after, best_step, seconds, rows, gains(rows, recipe.stages, before.mean), recipe)
+    rows = history(log)
+    gains: list[dict[str, Any]] = []
+    if setup.recipe.staged:
+        from hpr.healing import stages
+
+        gains = stages.gains(rows, stages.stages_of(setup.recipe, setup.steps), before.mean)
+    return Healing(before, after, best_step, time.perf_counter() - start, rows, gains, setup.settings())
 
 
-def _as_it_was(learner: nn.Module, recipe: Recipe) -> Callable[[], None]:
-    """What undoes all that the Trainer and accelerate leave behind on a model."""
+def _setup(
+    student: nn.Module,
+    teacher: nn.Module,
+    recipe: Recipe,
+    sources: Mapping[str, Sequence[Batch]],
+    shares: Mapping[str, float] | None,
+    validation: Sequence[Batch],
+) -> TrainingSetup:
+    """Read the recipe. A time becomes steps; a run that continues keeps the steps that it began with."""
+    if recipe.augment == "auto":
+        recipe = replace(recipe, augment=None)
+    loss = GlobalLoss(teacher, describe(teacher), objective_for(teacher, recipe.objective), recipe.weights)
+    steps, seconds = parse_duration(recipe.duration)
+    steps = steps or steps_begun(None if recipe.checkpoints is None else Path(recipe.checkpoints))
+    if steps is None:
+        assert seconds is not None
+        steps = steps_within(seconds, student, loss, list(chain(*sources.values())), recipe.accumulate)
+        _log.info("%g seconds are %d steps", seconds, steps)
+    return TrainingSetup(recipe, steps, seconds, loss, sources, shares, validation)
+
+
+def _trained(
+    student: nn.Module, setup: TrainingSetup, folder: Path, checkpoint: Path | None
+) -> tuple[int, list[dict[str, float]]]:
+    """Train, and load the best weights into the student. Return their step and the Trainer's log."""
+    recipe, teacher = setup.recipe, setup.loss.teacher
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(student))  # restores the mode of every module at the end
+        args = arguments(recipe, setup.steps, folder.resolve(), next(student.parameters()).device)
+        length = setup.steps * recipe.accumulate * args.world_size
+        assert recipe.augment != "auto"
+        schedule = Schedule(setup.sources, length, recipe.seed, recipe.augment, setup.shares)
+        cache = TargetCache(folder / TARGETS, args.device) if schedule.repeats else None
+        teacher.to(args.device)  # type: ignore[arg-type]
+        learner = student.to(args.device)  # type: ignore[arg-type]
+        if recipe.sharded:
+            learner = shard(copy.deepcopy(student), setup.loss.anatomy, args.device)
+        stack.enter_context(_restored(learner, recipe))
+        if recipe.staged:
+            from hpr.healing.stages import staged_trainer
+
+            trainer = stack.enter_context(staged_trainer(learner, setup, args, schedule, cache))
+        else:
+            trainer = HealingTrainer(learner, setup, args, schedule, cache)
+        if checkpoint is not None:
+            _log.info("continuing from %s", checkpoint)
+        with transformers_quiet():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    best_step = trainer.state.best_global_step or 0
+    if trainer.best is not None:
+        student.load_state_dict(trainer.best.weights)
+        best_step = trainer.best.step
+    elif best_step:
+        load_weights(student, folder / f"{PREFIX_CHECKPOINT_DIR}-{best_step}")
+    return best_step, trainer.state.log_history
+
+
+@contextmanager
+def _checkpoint_folder(recipe: Recipe) -> Iterator[Path]:
+    """The recipe's folder, or a temporary one that all processes use."""
+    if recipe.checkpoints is not None:
+        yield Path(recipe.checkpoints)
+        return
+    with tempfile.TemporaryDirectory(prefix="hpr-heal-") as folder:
+        yield agreed(Path(folder))
+
+
+@contextmanager
+def _restored(learner: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Undo, at the end, everything that the Trainer and accelerate leave behind on a model."""
     config, own = getattr(learner, "config", None), set(vars(learner))
     cached = getattr(config, "use_cache", None)
     if recipe.checkpointing and not isinstance(learner, PreTrainedModel):
         raise HprError(f"{type(learner).__name__} cannot compute activations again: set checkpointing to False")
-
-    def undo() -> None:
+    try:
+        yield
+    finally:
         for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - own:
             vars(learner).pop(name, None)
         if cached is not None:
@@ -163,5 +210,3 @@ def _as_it_was(learner: nn.Module, recipe: Recipe) -> Callable[[], None]:
         if recipe.checkpointing:
             getattr(learner, f"{CHECKPOINTING}_disable")()
             learner.disable_input_require_grads()  # type: ignore[operator]
-
-    return undo

@@ -45,7 +45,7 @@ def vanishing(model: nn.Module, states: Mapping[str, str], batch: BatchLike | No
     original = reading_the_same(model, torch.float32)
     before, after = _effects(original, inside, batch), _effects(probe, inside, batch)
     _check_attention(original, anatomy, states, batch)
-    sites = {site.path: site for site in anatomy.sites}
+    sites = {site.name: site for site in anatomy.sites}
     for path in inside:
         gone = not any(effect.any() for effect in after[path].values())
         if not any(effect.any() for effect in before[path].values()):

@@ -126,4 +126,4 @@ def shared_experts(
 def site_of(path: str, expert: Slice) -> Site:
     """An expert's site by its path alone, as the terms need it."""
     out_features, in_features = expert.weight.shape
-    return Site(path, path, "linear", out_features, in_features, has_bias=False, expert=expert.number)
+    return Site(path, "linear", out_features, in_features, has_bias=False, expert=expert.number)

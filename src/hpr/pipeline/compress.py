@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,9 +37,6 @@ from hpr.routing.plan import best_routed
 from hpr.routing.usage import routes_taken
 from hpr.sharing.refit import refit as regress
 from hpr.sharing.share import share
-
-if TYPE_CHECKING:
-    from hpr.healing.history import Watch
 
 REFITTED = 1024  # examples a refit regresses on
 _OTHER_BUDGETS = (0.6, 0.8, 1.25, 1.5)  # of the one asked for: what the report shows of quality against size
@@ -81,7 +79,6 @@ def compress(
     align: bool | Literal["auto"] = "auto",
     reuse: bool = False,
     heal: str | None = None,
-    watch: Watch | None = None,
     shares: Mapping[str, float] | None = None,
     device: str | None = None,
     routers: int = 0,
@@ -93,7 +90,7 @@ def compress(
     these by name, with ``shares`` of the examples. Up to ``plans`` plans are re-scored end to end. ``align``: also plan with
     aligned layers (see ``planner.draft``). ``reuse``: also try plans in which layers are dropped or reuse attention (see
     ``reusing_plans``), which takes two passes over the re-scoring text for each layer and state. ``heal``: train the result
-    for so long (``500steps``, ``10min``) on all of the data; ``watch`` sees its checks. ``refit="auto"`` refits where the data
+    for so long (``500steps``, ``10min``) on all of the data. ``refit="auto"`` refits where the data
     is the user's own and re-scoring finds it better. ``device``: where a model that is named runs (see ``open_model``); a
     module stays where it is. ``routers``: so many experts between which routers choose by the input (see ``mixing``); 0 for the
     best static plan, since routers have not been found to pay. Raises ``HprError`` before anything is written where an input
@@ -113,9 +110,9 @@ def compress(
     if routers and reuse:
         raise HprError(f"routers {routers} and reuse: plans in which layers reuse are not routed; ask for one of the two")
     if heal is not None:
-        from hpr.healing.duration import amount
+        from hpr.healing.duration import parse_duration
 
-        amount(heal)
+        parse_duration(heal)
     with clock("data"):
         dealt = split_sources(data, opened, examples, shares=shares)
         texts = joined(list(dealt.values()))
@@ -157,16 +154,8 @@ def compress(
             if goal.name != "seq2seq":  # there the teacher would have to write more answers first
                 longer = split_sources(data, opened, HEALED, shares=shares)
                 dealt = {name: replace(part, calibration=longer[name].calibration) for name, part in dealt.items()}
-            healing = healed(
-                student,
-                opened,
-                dealt,
-                heal,
-                objective=goal.name,
-                shares=shares,
-                recipe=Recipe(seed=seed),
-                watch=watch,
-            )
+            sources = SimpleNamespace(files=dealt, shares=shares) if shares else dealt
+            healing = healed(student, opened, sources, Recipe(duration=heal, objective=goal.name, seed=seed))
     with clock("evaluate"):
         figures = evaluate(student, opened.model, texts.heldout, goal, data=f"{texts.source}, held out")
     metrics = record(opened, plan, found, texts, figures, clock.seconds, seed)

@@ -147,6 +147,7 @@ class Draft:
             other_parameters=self.anatomy.other_parameters,
             entries={site.name: entries[site.name] for site in self.anatomy.sites},
             diagnostics=diagnostics,
+            stacks=self.anatomy.stacks,
         )
         plan = replace(plan, alignment=_used(self.alignment, plan, self.anatomy))
         return plan if self.reuse is None else _with_reuse(plan, self.anatomy, self.reuse)

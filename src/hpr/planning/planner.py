@@ -12,13 +12,13 @@ from typing import Literal
 
 from torch import nn
 
-from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.anatomy.swappable import unshareable
 from hpr.anatomy.symmetry import Aim
 from hpr.errors import HprError, PlanError
 from hpr.operators.alignment import turn_all
-from hpr.operators.metric import Measured, measure
+from hpr.operators.fitting import Fits
+from hpr.operators.metric import Measured
 from hpr.operators.registry import OPERATORS, plannable
 from hpr.operators.tie import Group, alike
 from hpr.planning.alignment_check import MARGIN, worthwhile
@@ -40,6 +40,7 @@ def draft(
     operators: Iterable[str] | None = None,
     longest_group: int = LONGEST_GROUP,
     align: bool | Literal["auto"] = "auto",
+    fits: Fits | None = None,
 ) -> Draft:
     """Measure every candidate of a model. ``operators``: names to consider, *keep* always among them; by default all, those
     that make one matrix of several only where the weights are alike (``tie.alike``), which is rare in pretrained models.
@@ -48,10 +49,10 @@ def draft(
     (see ``worthwhile``), True wherever it promises anything. Raises ``HprError`` for a profile of another model, a pattern
     that matches nothing and operators that do not exist.
     """
-    anatomy = describe(model)
-    profile.check(anatomy)
     allowed = known_operators(operators)
-    measured = measure(model, anatomy, profile)
+    fits = Fits(model, profile) if fits is None else fits
+    fits.check(model, profile)
+    anatomy, measured = fits.anatomy, fits.measured()
     bound = unshareable(model, anatomy)
     chosen = {site.name for site in anatomy.select(only) if measured[site.name].live and site.name not in bound}
     fixed = tuple(site for site in anatomy.sites if site.name not in chosen)

@@ -116,7 +116,7 @@ class _Trial:
     def _values(self, site: Site) -> Iterator[Tensor]:
         yield weight_at(self.model, site).data
         if site.has_bias:
-            yield module_at(self.model, site.path).bias.data  # type: ignore[union-attr, misc]
+            yield module_at(self.model, site.name).bias.data  # type: ignore[union-attr, misc]
 
     def _run(self) -> Tensor:
         outputs = run(self.model, self.batch)

@@ -201,7 +201,7 @@ def gains(metrics: Mapping[str, Any]) -> Section | None:
 
 
 def healing(metrics: Mapping[str, Any]) -> Section | None:
-    """What training has brought: the guard and the loss by step, and each stage's part in it."""
+    """What training has brought: the validation loss and the training loss by step, and each stage's part in it."""
     found = table(metrics, "healing")
     if not found:
         return None
@@ -210,14 +210,14 @@ def healing(metrics: Mapping[str, Any]) -> Section | None:
     start = [(0.0, before)] if before is not None else []
     section: Section = {"reading": captions.healing_reading(found), "curves": [], "stages": []}
     for key, title, axis, first in (
-        ("guard", "Divergence on the guard", "nats per example", start),
+        ("validation", "Divergence on the validation set", "nats per example", start),
         ("loss", "Loss", "mean between checks", []),
     ):
         pairs = [(number(row.get("step")), number(row.get(key))) for row in rows]
         points = [*first, *((step, value) for step, value in pairs if step is not None and value is not None)]
         if len(points) > 1:
             reading = captions.curve_reading(points)
-            svg = figures.curve(points, axis, best if key == "guard" else None, f"{title} by step. {reading}")
+            svg = figures.curve(points, axis, best if key == "validation" else None, f"{title} by step. {reading}")
             section["curves"].append({"title": title, "svg": svg, "reading": reading})
     stages = records(found, "stages")
     for row in stages if len(stages) > 1 else []:

@@ -39,7 +39,7 @@ def expected_gains(
     profile.check(anatomy)
     measured = measure(teacher, anatomy, profile)
     terms = terms_of(student)
-    single = {site: own[0] for site in anatomy.sites if len(own := terms.get(site.path, ())) == 1 and site.kind == "linear"}
+    single = {site: own[0] for site in anatomy.sites if len(own := terms.get(site.name, ())) == 1 and site.kind == "linear"}
     chosen = {site: term for site, term in single.items() if term.v is not None and (term.rank or 0) >= experts}
     moments = [_moments(teacher, list(chosen), batches, measured) for batches in kinds.values()]
     found = {}
@@ -93,7 +93,7 @@ def _moments(
 
         return hook
 
-    handles = [module_at(model, site.path).register_forward_pre_hook(note(site.name)) for site in sites]
+    handles = [module_at(model, site.name).register_forward_pre_hook(note(site.name)) for site in sites]
     try:
         with eval_mode(model):
             for batch in batches:

@@ -170,7 +170,7 @@ def _embedding_like(source: Any) -> type[SharedEmbedding]:
 
 def _site_at(path: str, module: nn.Module) -> Site:
     out_features, in_features = weight_of(module).shape
-    return Site(path, path, "linear", out_features, in_features, has_bias=False)
+    return Site(path, "linear", out_features, in_features, has_bias=False)
 
 
 def _check_shapes(site: Site, terms: Sequence[Term], shapes: Mapping[str, FactorShape]) -> None:
@@ -178,7 +178,7 @@ def _check_shapes(site: Site, terms: Sequence[Term], shapes: Mapping[str, Factor
         for factor, needed in term.shapes(site).items():
             if shapes.get(factor) != needed:
                 raise HprError(
-                    f"{site.path} needs factor {factor!r} as {tuple(needed)}, its shape is given as {shapes.get(factor)}: "
+                    f"{site.name} needs factor {factor!r} as {tuple(needed)}, its shape is given as {shapes.get(factor)}: "
                     f"plan anew, or load the checkpoint with the model it was made from"
                 )
 

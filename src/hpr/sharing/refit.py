@@ -16,17 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Anatomy, Site, Stack
 from hpr.errors import HprError
 from hpr.nn.bank import FactorBank, bank_of
 from hpr.nn.linear import SharedLinear
-from hpr.operators import alignment
-from hpr.operators.fitting import groups, product
+from hpr.operators.fitting import Fits, groups, product
 from hpr.operators.identity_block import store
 from hpr.operators.low_rank import truncate
-from hpr.operators.metric import Measured, Side, measure
+from hpr.operators.metric import Measured, Side
 from hpr.operators.registry import OPERATORS
 from hpr.operators.shared_basis import best_private
 from hpr.plans.owners import owners
@@ -75,7 +73,7 @@ def refit_stacks(
                     sites = [site for site in sites if site.expert is None]  # the two models may route a row differently
                     for stage in _stages(blocks[0], stack, layer, sites, hidden[0]):
                         for site, sums in _observe(blocks, stack, layer, stage, hidden).items():
-                            site_student = module_at(student, site.path)
+                            site_student = module_at(student, site.name)
                             assert isinstance(site_student, SharedLinear)
                             targets[site.name] = sums.target(measured[site.name])
                             _refit_site(site_student, bank, plan, targets[site.name], sums)
@@ -277,7 +275,7 @@ def _watching(block: nn.Module, stack: Stack, layer: int, stage: Sequence[Site])
 
 
 def _within(site: Site, stack: Stack, layer: int) -> str:
-    return site.path.removeprefix(f"{stack.block(layer)}.")
+    return site.name.removeprefix(f"{stack.block(layer)}.")
 
 
 def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Measured, sums: _Sums) -> None:
@@ -326,14 +324,17 @@ def refit(
     plan: Plan,
     profile: Profile,
     batches: Sequence[BatchLike],
+    *,
+    fits: Fits | None = None,
 ) -> None:
     """Fit private factors and biases anew to what the compressed layers below emit, in place (see ``refitting``).
 
     It pays on data like that which the model will see, and can lose on other data: the regression follows its text closely.
+    ``fits``: the fits of the teacher, if it was measured before.
     """
-    profile.check(describe(teacher))
-    if plan.alignment:  # the student's insides are those of the turned model
-        teacher, profile, _ = alignment.align(teacher, profile, plan.alignment)
-    anatomy = describe(teacher)
+    fits = Fits(teacher, profile) if fits is None else fits
+    fits.check(teacher, profile)
+    aligned = fits.aligned(plan.alignment)  # the student's insides are those of the aligned model
+    measured = aligned.measured(name for name, entry in plan.entries.items() if entry.terms)
     moved = [to_device_of(batch, teacher) for batch in batches]
-    refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), moved)
+    refit_stacks(student, aligned.model, aligned.anatomy, plan, measured, moved)

@@ -111,15 +111,10 @@ def boundary_probabilities(tracks: Iterable[Track], multiplier: float, temperatu
     The keys are names of tracks, the values ``{"probabilities": [...], "entropy": nats}`` (see ``boundaries``, which also says
     what is raised). A track over the rows of one table has no layers to group and is left out.
     """
-    found = {}
+    by_track = {}
     for track in tracks:
-        if len(_sites_of(track)) > 1:
-            one = boundaries(track, multiplier, temperature)
-            found[track.name] = {"probabilities": one.probabilities.tolist(), "entropy": one.entropy}
-    return found
-
-
-def _sites_of(track: Track) -> set[str]:
-    """Names of the sites of a track; the rows in a label (``table[64:128]``) are left out."""
-    labels = {label for options in track.candidates.values() for one in options for label in one.sites}
-    return {label.rpartition("[")[0] if label.endswith("]") else label for label in labels}
+        sites = {site for options in track.candidates.values() for candidate in options for site in candidate.sites}
+        if len(sites) > 1:
+            result = boundaries(track, multiplier, temperature)
+            by_track[track.name] = {"probabilities": result.probabilities.tolist(), "entropy": result.entropy}
+    return by_track

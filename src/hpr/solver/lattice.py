@@ -127,7 +127,9 @@ def _candidates(costs: Costs, start: int, stop: int) -> Stream:
     table = costs.table
     numbers = np.flatnonzero((table.intervals[table.intervals_of] == (start, stop)).all(axis=1))
     prices = [float(costs.points[table.first_points[n] : table.first_points[n + 1]].real.min()) for n in numbers]
-    return iter(sorted(((price, ((table, int(n)),)) for price, n in zip(prices, numbers, strict=True)), key=lambda one: one[0]))
+    return iter(
+        sorted(((price, ((table, int(n)),)) for price, n in zip(prices, numbers, strict=True)), key=lambda pair: pair[0])
+    )
 
 
 def _merge(sources: Iterator[tuple[float, Callable[[], Stream]]]) -> Stream:
@@ -147,17 +149,17 @@ def _sums(left: _Lazy, right: _Lazy) -> Stream:
     """All pairs in order of cost: each pair (l, r) is reached from (l, r - 1), or from (l - 1, 0) if r is 0."""
     heap: list = []
 
-    def push(one: int, two: int) -> None:
-        if (a := left.get(one)) is not None and (b := right.get(two)) is not None:
-            heapq.heappush(heap, (a[0] + b[0], one, two, a[1] + b[1]))
+    def push(l_number: int, r_number: int) -> None:
+        if (l_item := left.get(l_number)) is not None and (r_item := right.get(r_number)) is not None:
+            heapq.heappush(heap, (l_item[0] + r_item[0], l_number, r_number, l_item[1] + r_item[1]))
 
     push(0, 0)
     while heap:
-        cost, one, two, structure = heapq.heappop(heap)
+        cost, l_number, r_number, structure = heapq.heappop(heap)
         yield cost, structure
-        push(one, two + 1)
-        if two == 0:
-            push(one + 1, 0)
+        push(l_number, r_number + 1)
+        if r_number == 0:
+            push(l_number + 1, 0)
 
 
 def _all_of(parts: Sequence[_Lazy]) -> Stream:

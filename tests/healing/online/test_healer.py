@@ -1,9 +1,10 @@
-"""Learning on: a guard that no stream can hurt, exact returns, crashes at any point, drift, and a fair memory."""
+"""Learning on: a validation loss that no stream can raise, exact returns, crashes at any point, drift, and a fair memory."""
 
 import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hpr.healing.loss import Weights
 from hpr.healing.online.drift import WARM, Drift
 from hpr.healing.online.healer import OnlineHealer
 from hpr.healing.online.journal import Journal, flat, optimiser_tensors, unflat
+from hpr.healing.online.options import OnlineOptions
 from hpr.runtime.batch import POSITIONAL, as_batch
 
 
@@ -34,10 +36,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_a_student_learns_on_from_its_teacher(pair) -> None:  # noqa: F811
     teacher, student = pair
-    healer = OnlineHealer(copy_of(student), batches(3, seed=50), teacher, rate=2e-3, every=4, replay=8)
+    healer = OnlineHealer(copy_of(student), batches(3, seed=50), teacher, OnlineOptions(2e-3, every=4, replay=8))
     found = [healer.update(batch) for batch in batches(24)]
     assert [update.step for update in found] == list(range(1, 25))
-    assert [update.step for update in found if update.guard is not None] == [4, 8, 12, 16, 20, 24]
+    assert [update.step for update in found if update.validation is not None] == [4, 8, 12, 16, 20, 24]
     assert healer.measure() < healer.start
     assert healer.best <= healer.start
     assert len(healer.memory) == 8
@@ -55,8 +57,8 @@ def classifier() -> nn.Module:
     return hpr.share(teacher, hpr.plan(teacher, profile, "60%"), profile)
 
 
-def test_a_corrupted_stream_leaves_the_guard_no_worse() -> None:
-    healer = OnlineHealer(classifier(), labelled(3, seed=90), rate=5e-3, every=4, tolerance=0.0)
+def test_a_corrupted_stream_leaves_the_validation_loss_no_worse() -> None:
+    healer = OnlineHealer(classifier(), labelled(3, seed=90), options=OnlineOptions(5e-3, every=4, tolerance=0.0))
     stream = labelled(60)
     for place in range(0, 60, 5):  # every fifth is spoilt, in one of four ways
         broken = dict(stream[place])
@@ -76,13 +78,14 @@ def test_a_corrupted_stream_leaves_the_guard_no_worse() -> None:
     refused = [update for update in found if update.refused]
     assert {update.step - 1 for update in refused} == {place for place in range(0, 60, 5) if place // 5 % 4}
     assert any("not finite" in update.refused for update in refused)
-    assert any("the model cannot read the batch" in update.refused for update in refused)
+    assert any("input_ids holds no values" in update.refused for update in refused)
+    assert any("different numbers of examples: input_ids 8, labels 3" in update.refused for update in refused)
     assert all(torch.isfinite(value).all() for value in healer.student.state_dict().values())
 
 
 def test_what_hurts_is_undone_exactly(pair) -> None:  # noqa: F811
     teacher, student = pair
-    healer = OnlineHealer(copy_of(student), batches(2, seed=50), teacher, rate=1e-3, every=2)
+    healer = OnlineHealer(copy_of(student), batches(2, seed=50), teacher, OnlineOptions(1e-3, every=2))
     for batch in batches(4):
         healer.update(batch)
     before = state_of(healer)
@@ -95,27 +98,36 @@ def test_what_hurts_is_undone_exactly(pair) -> None:  # noqa: F811
 
 def test_outputs_that_are_no_longer_finite_are_undone(pair) -> None:  # noqa: F811
     teacher, student = pair
-    healer = OnlineHealer(copy_of(student), batches(2, seed=50), teacher, every=1)
+    healer = OnlineHealer(copy_of(student), batches(2, seed=50), teacher, OnlineOptions(every=1))
     healer.rates = [1e30] * len(healer.rates)
     before = state_of(healer)
     update = healer.update(batches(1)[0])
     assert update.rolled_back
-    assert update.guard is None
+    assert update.validation is None
     assert same(state_of(healer), before)
 
 
 def test_what_is_refused_changes_nothing(pair) -> None:  # noqa: F811
     teacher, student = pair
-    healer = OnlineHealer(copy_of(student), batches(2, seed=50), teacher, every=100)
+    healer = OnlineHealer(copy_of(student), batches(2, seed=50), teacher, OnlineOptions(every=100))
     before = state_of(healer)
     update = healer.update({"input_ids": torch.full((2, 4), 999)})
     assert "input_ids holds 999, which is not one of 0 to" in update.refused
     assert same(state_of(healer), before)
-    assert "cannot read the batch (ValueError" in healer.update({"pixels": torch.ones(2, 4)}).refused
+    for batch, fault in (
+        ({}, "is empty"),
+        ({"pixels": torch.ones(2, 4)}, "has no 'input_ids', which every batch for validation has"),
+        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, "input_ids holds no values"),
+        ({"input_ids": torch.ones(4, dtype=torch.long)}, "input_ids has 1 dimensions, and 2 in the batches"),
+        ({"input_ids": torch.ones(2, 4)}, "input_ids is float32, and int64 in the batches"),
+        ({"input_ids": torch.ones(2, 4).long(), "labels": torch.ones(3)}, "numbers of examples: input_ids 2, labels 3"),
+        ({"input_ids": torch.ones(2, 99, dtype=torch.long)}, "input_ids has 99 positions, and the model takes 24"),
+    ):
+        assert fault in healer.update(batch).refused
     assert same(state_of(healer), before)
     with pytest.raises(HprError, match="'x' of a batch is a list, not a tensor"):
         healer.update({"x": [1]})
-    assert healer.step == 2
+    assert healer.step == 8
 
 
 def test_models_of_pictures_are_read_as_they_are() -> None:
@@ -124,11 +136,27 @@ def test_models_of_pictures_are_read_as_they_are() -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     model = tf.ViTForImageClassification(tf.ViTConfig(**shape, image_size=16, patch_size=8, num_labels=3)).eval()
     data = [{"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 1])} for _ in range(3)]
-    healer = OnlineHealer(model, data[:1], weights=Weights(outputs=0.0, labels=1.0))
+    healer = OnlineHealer(model, data[:1], options=OnlineOptions(weights=Weights(outputs=0.0, labels=1.0)))
     assert healer.update(data[1]).refused is None
     assert (
         "labels holds 7, which is not one of 0 to 2" in healer.update({**data[2], "labels": torch.tensor([0, 7, 2, 1])}).refused
     )
+
+
+def test_an_input_that_the_model_itself_refuses_is_refused_and_a_bug_is_raised(monkeypatch) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = tf.ViTForImageClassification(tf.ViTConfig(**shape, image_size=16, patch_size=8, num_labels=3)).eval()
+    data = [{"pixel_values": torch.randn(2, 3, size, size), "labels": torch.tensor([0, 1])} for size in (16, 24)]
+    healer = OnlineHealer(model, data[:1], options=OnlineOptions(weights=Weights(outputs=0.0, labels=1.0)))
+    assert "the model cannot read the batch (ValueError: Input image size" in healer.update(data[1]).refused
+
+    def broken(**inputs: torch.Tensor) -> None:
+        raise KeyError("a name that is not there")
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(KeyError, match="a name that is not there"):
+        healer.update(data[0])
 
 
 def test_the_newest_of_several_snapshots_of_a_step_is_read(tmp_path: Path) -> None:
@@ -141,23 +169,23 @@ def test_the_newest_of_several_snapshots_of_a_step_is_read(tmp_path: Path) -> No
 
 def test_it_goes_on_where_it_was(pair, tmp_path: Path) -> None:  # noqa: F811
     teacher, student = pair
-    settings = {"rate": 2e-2, "every": 3, "replay": 4}  # so high that some is undone
-    guard, stream = batches(2, seed=50), batches(11)
-    straight = OnlineHealer(copy_of(student), guard, teacher, **settings)
+    options = OnlineOptions(learning_rate=2e-2, every=3, replay=4)  # so high that some is undone
+    validation, stream = batches(2, seed=50), batches(11)
+    straight = OnlineHealer(copy_of(student), validation, teacher, options)
     assert {straight.update(batch).rolled_back for batch in stream} == {True, False}
     for start in range(0, 11, 4):  # four at a time: in the middle between two checks
-        healer = OnlineHealer(copy_of(student), guard, teacher, folder=tmp_path, **settings)
+        healer = OnlineHealer.open(tmp_path, copy_of(student), validation, teacher, options)
         assert healer.step == start
         for batch in stream[start : start + 4]:
             healer.update(batch)
-    assert same(state_of(OnlineHealer(copy_of(student), guard, teacher, folder=tmp_path, **settings)), state_of(straight))
+    assert same(state_of(OnlineHealer.open(tmp_path, copy_of(student), validation, teacher, options)), state_of(straight))
     with pytest.raises(HprError, match=r"a run with other every \(3, now 5\)"):
-        OnlineHealer(copy_of(student), guard, teacher, folder=tmp_path, **{**settings, "every": 5})
-    with pytest.raises(HprError, match="other guard"):
-        OnlineHealer(copy_of(student), batches(2, seed=51), teacher, folder=tmp_path, **settings)
+        OnlineHealer.open(tmp_path, copy_of(student), validation, teacher, replace(options, every=5))
+    with pytest.raises(HprError, match="other validation"):
+        OnlineHealer.open(tmp_path, copy_of(student), batches(2, seed=51), teacher, options)
     (tmp_path / "snapshot-000000009" / "weights.safetensors").write_bytes(b"half")
     with pytest.raises(HprError, match="is damaged"):
-        OnlineHealer(copy_of(student), guard, teacher, folder=tmp_path, **settings)
+        OnlineHealer.open(tmp_path, copy_of(student), validation, teacher, options)
 
 
 KILLED = """
@@ -171,7 +199,8 @@ folder, stream, draw = Path(sys.argv[1]), batches(400), random.Random(0)
 teacher = teacher_of()
 profile = hpr.profile(teacher, batches())
 student = hpr.share(teacher, hpr.plan(teacher, profile, "50%"), profile)
-made = lambda place: OnlineHealer(copy_of(student), batches(2, seed=50), teacher, rate=2e-2, every=3, replay=4, folder=place)
+options = OnlineOptions(learning_rate=2e-2, every=3, replay=4)
+made = lambda place: OnlineHealer.open(place, copy_of(student), batches(2, seed=50), teacher, options)
 reached = 0
 for _ in range(20):
     child = os.fork()
@@ -187,7 +216,7 @@ for _ in range(20):
     assert step >= reached
     reached = step
 assert 0 < reached < len(stream), reached
-healer, straight = made(folder), made(None)
+healer, straight = made(folder), OnlineHealer(copy_of(student), batches(2, seed=50), teacher, options)
 while straight.step < healer.step:
     straight.update(stream[straight.step])
 one, other = state_of(healer), state_of(straight)
@@ -221,7 +250,7 @@ def test_the_memory_is_a_fair_sample(pair) -> None:  # noqa: F811
     teacher, student = pair
     kept: Counter[int] = Counter()
     for seed in range(60):
-        healer = OnlineHealer(student, batches(1), teacher, replay=4, seed=seed)
+        healer = OnlineHealer(student, batches(1), teacher, OnlineOptions(replay=4, seed=seed))
         for number in range(20):
             healer._remember(torch.tensor([number]))
         kept.update(int(batch) for batch in healer.memory)
@@ -247,22 +276,21 @@ def test_batches_on_disk(tmp_path: Path) -> None:
     ("wrong", "message"),
     [
         ({"every": 0}, "every 0"),
-        ({"rate": 0}, "rate 0"),
+        ({"learning_rate": 0}, "learning_rate 0"),
         ({"replay": -1}, "replay -1"),
         ({"tolerance": -0.1}, "tolerance -0.1"),
     ],
 )
-def test_wrong_settings(pair, wrong, message) -> None:  # noqa: F811
-    teacher, student = pair
+def test_wrong_settings(wrong, message) -> None:
     with pytest.raises(HprError, match=message):
-        OnlineHealer(student, batches(1), teacher, **wrong)
+        OnlineOptions(**wrong)
 
 
 def test_what_it_needs(pair) -> None:  # noqa: F811
     teacher, student = pair
-    with pytest.raises(HprError, match="guard is empty"):
+    with pytest.raises(HprError, match="validation is empty"):
         OnlineHealer(student, [], teacher)
     with pytest.raises(HprError, match="follow a teacher: give one, or let labels alone count"):
-        OnlineHealer(student, batches(1), weights=Weights())
+        OnlineHealer(student, batches(1), options=OnlineOptions(weights=Weights()))
     with pytest.raises(HprError, match="labels count in the loss"):
         OnlineHealer(student, batches(1))

@@ -13,6 +13,7 @@ import hpr
 from hpr.errors import HprError
 from hpr.healing.online.healer import OnlineHealer
 from hpr.healing.online.moments import Moments, blended
+from hpr.healing.online.options import OnlineOptions
 from hpr.plans.plan import Plan
 from hpr.profiling.profile import Profile, SiteStatistics
 
@@ -69,21 +70,20 @@ def test_moments_forget(made: Made) -> None:
             torch.testing.assert_close(found.left, site.left, rtol=1e-6, atol=1e-9)
             torch.testing.assert_close(found.right, site.right, rtol=1e-6, atol=1e-9)
     copied = Moments(teacher, plan, profile, forget=0.5)
-    copied.take_up(moments.tensors())
+    copied.restore(moments.tensors())
     assert equal(copied.tensors(), moments.tensors())
 
 
 def test_a_refit_follows_the_stream(made: Made) -> None:
     teacher, plan, profile, student = made
     moments = Moments(teacher, plan, profile, forget=0.2)
-    healer = OnlineHealer(
-        hpr.share(teacher, plan, profile), narrow(2, 90), teacher, rate=1e-12, every=4, tolerance=1.0, moments=moments
-    )
+    options = OnlineOptions(learning_rate=1e-12, every=4, tolerance=1.0)
+    healer = OnlineHealer(hpr.share(teacher, plan, profile), narrow(2, 90), teacher, options, moments)
     for batch in narrow(16, 5):
         healer.update(batch)
     update = healer.refit()
     assert not update.rolled_back
-    assert update.guard == healer.measure() < 0.9 * healer.start
+    assert update.validation == healer.measure() < 0.9 * healer.start
     assert equal(weights_of(healer.student), weights_of(moments.fitted()))
     assert not equal(weights_of(healer.student), weights_of(student))
 
@@ -91,7 +91,8 @@ def test_a_refit_follows_the_stream(made: Made) -> None:
 def test_a_refit_that_hurts_is_taken_back(made: Made) -> None:
     teacher, plan, profile, _ = made
     moments = Moments(teacher, plan, profile, forget=1.0)
-    healer = OnlineHealer(hpr.share(teacher, plan, profile), batches(4, 90), teacher, rate=1e-4, every=4, moments=moments)
+    options = OnlineOptions(learning_rate=1e-4, every=4)
+    healer = OnlineHealer(hpr.share(teacher, plan, profile), batches(4, 90), teacher, options, moments)
     for batch in narrow(4, 5):
         healer.update(batch)
     before = weights_of(healer.student)
@@ -101,12 +102,13 @@ def test_a_refit_that_hurts_is_taken_back(made: Made) -> None:
 
 def test_it_goes_on_where_it_was(made: Made, tmp_path: Path) -> None:
     teacher, plan, profile, _ = made
-    stream = narrow(8, 5)
+    stream, options = narrow(8, 5), OnlineOptions(every=2, tolerance=1.0)
 
     def learner(folder: Path | None) -> OnlineHealer:
         moments = Moments(teacher, plan, profile, forget=0.2)
         student = hpr.share(teacher, plan, profile)
-        return OnlineHealer(student, narrow(2, 90), teacher, every=2, tolerance=1.0, folder=folder, moments=moments)
+        given = student, narrow(2, 90), teacher, options, moments
+        return OnlineHealer(*given) if folder is None else OnlineHealer.open(folder, *given)
 
     straight, cut, kept = learner(None), learner(tmp_path), []
     for place, batch in enumerate(stream):
@@ -123,7 +125,7 @@ def test_it_goes_on_where_it_was(made: Made, tmp_path: Path) -> None:
     assert equal(weights_of(cut.student), weights_of(straight.student))
     assert equal(cut.moments.tensors(), straight.moments.tensors())
     with pytest.raises(HprError, match="other moments"):
-        OnlineHealer(hpr.share(teacher, plan, profile), narrow(2, 90), teacher, every=2, tolerance=1.0, folder=tmp_path)
+        OnlineHealer.open(tmp_path, hpr.share(teacher, plan, profile), narrow(2, 90), teacher, options)
 
 
 def test_what_does_not_serve_is_said(made: Made) -> None:
@@ -150,5 +152,5 @@ def test_a_refit_that_is_not_finite_is_taken_back(made: Made, monkeypatch: pytes
     monkeypatch.setattr(Moments, "fitted", lambda self: broken)
     update = healer.refit()
     assert update.rolled_back
-    assert update.guard is None
+    assert update.validation is None
     assert equal(weights_of(student), before)

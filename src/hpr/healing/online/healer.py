@@ -1,207 +1,212 @@
-"""Learning on: a student that goes on learning from a stream, batch by batch, and cannot get worse on its guard."""
+"""Online learning: a student learns from a stream, batch by batch, and cannot get worse on its validation set."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hpr.anatomy.describe import describe
 from hpr.errors import HprError
-from hpr.healing.loss import GlobalLoss, Weights
+from hpr.healing.loss import GlobalLoss
+from hpr.healing.online.check import BatchCheck, check_tensors
 from hpr.healing.online.drift import Drift
 from hpr.healing.online.journal import Journal, flat, optimiser_tensors, parted, set_optimiser, unflat
 from hpr.healing.online.moments import Moments
-from hpr.healing.optimizer import groups
-from hpr.healing.resume import claim
-from hpr.healing.teacher_cache import key_of
+from hpr.healing.online.options import OnlineOptions
+from hpr.healing.optimizer import parameter_groups
+from hpr.healing.resume import check_resume, hash_of
 from hpr.profiling.objectives import objective_for
-from hpr.runtime.batch import IGNORED, Batch, BatchLike, as_batch
+from hpr.runtime.batch import Batch, BatchLike, as_batch, as_batches
 from hpr.runtime.hooks import eval_mode, to_device_of
 
 _CLIP = 1.0
-_WARM = 20  # steps until the rate is reached: the first ones of AdamW know no more than signs
-_LESS, _MORE = 0.5, 1.1  # what a check that is lost, or won, makes of the trust in steps
-_NUMBERS = ("step", "seen", "taken", "trust", "best", "start")  # kept on disk as they are
-_TOKENS = ("causal-lm", "masked-lm", "seq2seq")  # objectives whose labels are tokens
-_WRONG_INPUT = (HprError, RuntimeError, ValueError, IndexError, TypeError, KeyError)
+_WARM = 20  # steps until the learning rate is reached: AdamW's first steps know only the signs of gradients
+_LESS, _MORE = 0.5, 1.1  # what a lost check, or a won one, multiplies the scale of steps by
+_NUMBERS = ("step", "seen", "taken", "trust", "best", "start")  # stored in the journal as they are
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one batch did. ``step`` counts all batches; ``loss`` is the batch's own, before it was learnt from.
+    """What one batch did. ``step`` counts all batches; ``loss`` is the batch's own, before the student learnt from it.
 
-    ``refused``: why the batch was not learnt from. ``guard``: measured after this batch (nats per example; with labels
-    the loss itself). ``rolled_back``: the guard was hurt, and all is again as at the last check. ``drift``: batches have
-    become harder than those before.
+    ``refused``: why the student did not learn from the batch. ``validation``: the validation loss after this batch, if it was
+    measured (nats per example; with labels the loss itself). ``rolled_back``: the validation loss was too high, and everything
+    is again as at the last check. ``drift``: batches have become harder than those before.
     """
 
     step: int
     loss: float | None = None
     refused: str | None = None
-    guard: float | None = None
+    validation: float | None = None
     rolled_back: bool = False
     drift: bool = False
 
 
 class OnlineHealer:
-    """Updates a student in place, from a teacher's answers or from labels in the batches.
+    """Updates a student in place, from a teacher's outputs or from labels in the batches.
 
-    ``guard``: batches that are never learnt from. After every ``every`` batches they are measured, and where that is more than
-    ``tolerance`` (a share) above the best so far, weights, moments of the optimiser and memory go back to what they were,
-    exactly. ``replay``: so many batches of the past are kept, each past one with the same chance, and one of them is learnt
-    from beside each new one. A batch that is not finite, or that the model cannot read, is refused and changes nothing.
-    ``rate``: of AdamW, relative to the scale of each parameter; steps become half as large where they hurt the guard, and
-    larger again, up to that rate, where they do not. ``moments``: what ``refit`` fits to; batches that were kept are let into
-    them at every check, and a ``folder`` then holds the moments as well (about as much as ``hpr.profile`` writes).
+    ``validation``: batches that are never learnt from. They are measured after every ``options.every`` batches. If the loss is
+    then more than ``options.tolerance`` above the best so far, weights, the optimiser's moments and memory go back to their
+    values at the last check, bit for bit. ``teacher``: None to learn from labels. ``moments``: the statistics that ``refit``
+    fits to; every check adds the batches that were kept.
 
-    ``folder``: where the state is kept; the same call goes on from there after a crash at any point, with the very weights.
-    Raises ``HprError`` for an empty guard, for labels that are not there, and for a folder with the state of another learner.
+    A batch that is not finite, or that the model cannot read, is refused and changes nothing. Other errors are raised.
+
+    The constructor keeps nothing on disk: use ``OnlineHealer.open`` for a learner that survives a crash. Raises ``HprError``
+    without validation batches, and if labels count and a batch has none.
+
+    >>> healer = OnlineHealer(student, validation, teacher, OnlineOptions(every=4))
+    >>> for batch in stream:
+    ...     update = healer.update(batch)
+    >>> healer.settle() <= healer.start * 1.01
+    True
     """
 
     def __init__(
         self,
         student: nn.Module,
-        guard: Sequence[BatchLike],
+        validation: Sequence[BatchLike],
         teacher: nn.Module | None = None,
-        *,
-        weights: Weights | None = None,
-        objective: str | None = None,
-        rate: float = 1e-4,
-        replay: int = 64,
-        every: int = 8,
-        tolerance: float = 0.01,
-        seed: int = 0,
-        folder: str | Path | None = None,
+        options: OnlineOptions | None = None,
         moments: Moments | None = None,
     ):
-        if not guard:
-            raise HprError("guard is empty: at least one batch that is not learnt from is needed")
-        if every < 1 or replay < 0 or not rate > 0 or tolerance < 0:
-            raise HprError(
-                f"every {every} must be at least 1, replay {replay} and tolerance {tolerance} 0, rate {rate} above 0"
-            )
-        weights = weights or (Weights() if teacher is not None else Weights(outputs=0.0, labels=1.0))
-        if teacher is None and (weights.outputs or weights.hidden or weights.relations):
-            raise HprError(f"{weights} follow a teacher: give one, or let labels alone count")
-        self.student, self.every, self.tolerance, self.most, self.seed = student, every, tolerance, replay, seed
-        self.guarded = [as_batch(batch) for batch in guard]
-        original = teacher if teacher is not None else student
-        self.loss = GlobalLoss(original, describe(original), objective_for(original, objective), weights)
-        self.optimiser = torch.optim.AdamW(groups(student, rate, 1.0, 0.0), lr=rate, weight_decay=0.0)
+        if not validation:
+            raise HprError("validation is empty: at least one batch that is not learnt from is needed")
+        self.student, self.validation, self.teacher, self.moments = student, as_batches(validation), teacher, moments
+        self.options = options = options or OnlineOptions()
+        self.loss = _loss(student, teacher, options)
+        groups = parameter_groups(student, options.learning_rate, 1.0, 0.0)
+        self.optimiser = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0)
+        self.rates = [group["lr"] for group in self.optimiser.param_groups]
         self.memory: list[Batch] = []
         self.recent: list[Batch] = []  # learnt from since the last check
-        self.rates = [group["lr"] for group in self.optimiser.param_groups]
-        self.step = self.seen = self.taken = 0  # batches; those remembered or passed by; steps of the optimiser
-        self.trust = 1.0
-        self.drift, self.moments = Drift(), moments
+        self.step = self.seen = self.taken = 0  # batches; batches offered to the memory; steps of the optimiser
+        self.trust = 1.0  # the scale of steps
+        self.drift = Drift()
+        self.journal: Journal | None = None
         self.best = self.start = self.measure()
-        self.journal = None if folder is None else Journal(Path(folder))
-        if self.journal is not None:
-            settings = {"rate": rate, "replay": replay, "every": every, "tolerance": tolerance, "seed": seed, **asdict(weights)}
-            facts = {
-                "recipe": settings,
-                "objective": self.loss.objective.name,
-                "student": key_of(student.state_dict()),
-                "teacher": None if teacher is None else describe(teacher).fingerprint,
-                "guard": [key_of(batch) for batch in self.guarded],
-                "moments": None if moments is None else [moments.forget, key_of(moments.tensors())],
-            }
-            claim(self.journal.folder, facts)
-            self._take_up(self.journal)
+        self._check_batch = BatchCheck(student, self.loss.objective.name, self.validation)
         self._accepted = self._state()
-        for _, batch in self.journal.after(self.step) if self.journal is not None else ():
-            self._learn(batch)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        student: nn.Module,
+        validation: Sequence[BatchLike],
+        teacher: nn.Module | None = None,
+        options: OnlineOptions | None = None,
+        moments: Moments | None = None,
+    ) -> OnlineHealer:
+        """Return a learner whose state is in a folder. The same call continues after a crash at any point, with equal weights.
+
+        ``student`` and ``moments``: as they were at the first call; the folder's state goes into them. The folder holds the
+        moments too (about as much as ``hpr.profile`` writes). If an error that no check foresaw ended the last call, its batch
+        is the last file in ``folder/batches``: remove it to go on without it.
+
+        Raises ``CheckpointError`` for a folder with the state of another learner, ``HprError`` for damaged files, and as the
+        constructor does.
+
+        >>> healer = OnlineHealer.open("state", student, validation, teacher)
+        >>> healer.step
+        0
+        """
+        healer = cls(student, validation, teacher, options, moments)
+        journal = Journal(Path(folder))
+        check_resume(journal.folder, healer._facts())
+        healer._resume(journal)
+        return healer
 
     def update(self, batch: BatchLike) -> Update:
-        """Learn from a batch, if it serves. It is on disk before that. Raises ``HprError`` for what are no tensors."""
+        """Learn from a batch, unless it is refused. A learner with a folder writes the batch there first.
+
+        Raises ``DataError`` if a value of the batch is not a tensor.
+        """
         batch = as_batch(batch)
-        if wrong := next((name for name, value in batch.items() if not isinstance(value, Tensor)), None):
-            raise HprError(f"{wrong!r} of a batch is a {type(batch[wrong]).__name__}, not a tensor: convert it")
+        check_tensors(batch)
         if self.journal is not None:
             self.journal.note(self.step + 1, batch)
         return self._learn(batch)
 
     def settle(self) -> float:
-        """Check what was learnt since the last check, as at the end of a stream; the guard metric of what is kept."""
+        """Check the batches since the last check, as at the end of a stream. Return the validation loss of the student then."""
         if self.recent:
             self._check()
         return self.measure()
 
     def refit(self) -> Update:
-        """Fit all factors anew, without gradients, to what the stream has been like lately; taken back where the guard is hurt.
+        """Fit all factors again, without gradients, to the recent stream; undo it if the validation loss does not fall.
 
-        What healing had changed in them is gone then, so this is for a student as it was shared, on a stream unlike the
-        text that it was shared on. Raises ``HprError`` for a learner without moments.
+        A refit discards what healing had changed in the factors. Use it for a student as ``share`` made it, on a stream unlike
+        the text that it was shared on. Raises ``HprError`` for a learner without moments.
         """
         if self.moments is None:
             raise HprError("no moments to refit to: give OnlineHealer(..., moments=Moments(teacher, plan, profile))")
         if self.recent:
             self._check()
-        before, weights, own = self.measure(), self.moments.fitted().state_dict(), self.student.state_dict()
-        if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
+        before, weights, present = self.measure(), self.moments.fitted().state_dict(), self.student.state_dict()
+        if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in present.items()}:
             raise HprError("the plan of the moments is not that of this student: give Moments the plan that it was shared by")
         self.student.load_state_dict(weights)
         try:
-            guard = self.measure()
+            value = self.measure()
         except HprError:  # outputs that are not finite
-            guard = None
-        rolled_back = guard is None or not guard < before
-        if guard is None or rolled_back:
+            value = None
+        rolled_back = value is None or not value < before
+        if value is None or rolled_back:
             self._go_back()
         else:
-            self.best = min(self.best, guard)
+            self.best = min(self.best, value)
             self._accepted = self._state()
             if self.journal is not None:
                 self._write(self.journal)
-        return Update(self.step, guard=guard, rolled_back=rolled_back)
+        return Update(self.step, validation=value, rolled_back=rolled_back)
 
     def measure(self) -> float:
-        """The guard metric of the student as it is."""
-        return self.loss.guard(self.student, self.guarded).mean
+        """Return the validation loss of the student."""
+        return self.loss.validate(self.student, self.validation).mean
 
     def _learn(self, batch: Batch) -> Update:
         self.step += 1
-        found, refused = self._stepped(batch)
-        drift = found is not None and self.drift(found)
+        loss, refused = self._stepped(batch)
+        drift = loss is not None and self.drift(loss)
         if refused is None:
             self.recent.append(batch)
-        guard, rolled_back = None, False
-        if self.step % self.every == 0:
-            guard, rolled_back = self._check()
-        return Update(self.step, found, refused, guard, rolled_back, drift)
+        value, rolled_back = None, False
+        if self.step % self.options.every == 0:
+            value, rolled_back = self._check()
+        return Update(self.step, loss, refused, value, rolled_back, drift)
 
     def _stepped(self, batch: Batch) -> tuple[float | None, str | None]:
-        """The loss of a batch before a step along it, and why there was none."""
-        if any(value.is_floating_point() and not torch.isfinite(value).all() for value in batch.values()):
-            return None, "the batch is not finite"
-        if (wrong := _out_of_range(self.student, batch, self.loss.objective.name)) is not None:
-            return None, wrong
+        """Take a step along a batch. Return its loss before that, and why there was no step."""
+        if (fault := self._check_batch(batch)) is not None:
+            return None, fault
         with eval_mode(self.student):
             try:
-                loss, _ = self.loss(self.student, to_device_of(batch, self.student))
-            except torch.OutOfMemoryError:
-                raise
-            except _WRONG_INPUT as error:
-                said = " ".join(str(error).split())
-                return None, f"the model cannot read the batch ({type(error).__name__}: {said:.120})"
+                loss = self.loss(self.student, to_device_of(batch, self.student)).total
+            except ValueError as error:  # how transformers and this package refuse an input, a picture of another size say
+                message = " ".join(str(error).split())
+                return None, f"the model cannot read the batch ({type(error).__name__}: {message:.120})"
             if not torch.isfinite(loss):
                 return None, f"the loss of the batch is {float(loss.detach())}"
-            found = float(loss.detach())
+            value = float(loss.detach())
             if self.memory:
                 past = self.memory[int(torch.randint(len(self.memory), (1,), generator=self._draw(0)))]
-                loss = (loss + self.loss(self.student, to_device_of(past, self.student))[0]) / 2
+                loss = (loss + self.loss(self.student, to_device_of(past, self.student)).total) / 2
             loss.backward()
         finite = torch.isfinite(torch.nn.utils.clip_grad_norm_(self.student.parameters(), _CLIP))
         if finite:
             self._walk()
         self.optimiser.zero_grad(set_to_none=True)
-        return (found, None) if finite else (None, "the gradient of the batch is not finite")
+        return (value, None) if finite else (None, "the gradient of the batch is not finite")
 
     def _walk(self) -> None:
         self.taken += 1
@@ -211,17 +216,17 @@ class OnlineHealer:
         self.optimiser.step()
 
     def _check(self) -> tuple[float | None, bool]:
-        """Measure the guard (None where the outputs are no longer finite); keep what was learnt, or go back."""
+        """Measure the validation loss (None if outputs are not finite); keep what was learnt, or go back."""
         try:
-            guard = self.measure()
+            value = self.measure()
         except HprError:
-            guard = None
-        rolled_back = guard is None or not guard <= self.best * (1 + self.tolerance)
-        if guard is None or rolled_back:
+            value = None
+        rolled_back = value is None or not value <= self.best * (1 + self.options.tolerance)
+        if value is None or rolled_back:
             self._go_back()
             self.trust *= _LESS
         else:
-            self.best = min(self.best, guard)
+            self.best = min(self.best, value)
             self.trust = min(1.0, self.trust * _MORE)
             for batch in self.recent:
                 self._remember(batch)
@@ -231,16 +236,16 @@ class OnlineHealer:
         self.recent = []
         if self.journal is not None:
             self._write(self.journal)
-        return guard, rolled_back
+        return value, rolled_back
 
     def _remember(self, batch: Batch) -> None:
-        """Reservoir sampling: each batch of the past is kept with the same chance."""
+        """Offer a batch to the memory. Reservoir sampling keeps each past batch with the same probability."""
         self.seen += 1
-        if len(self.memory) < self.most:
+        if len(self.memory) < self.options.replay:
             self.memory.append(batch)
             return
         place = int(torch.randint(self.seen, (1,), generator=self._draw(self.seen)))
-        if place < self.most:
+        if place < self.options.replay:
             self.memory[place] = batch
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
@@ -260,45 +265,48 @@ class OnlineHealer:
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {"drift": asdict(self.drift)}
         journal.snapshot(self.step, self.student, tensors, numbers)
 
-    def _take_up(self, journal: Journal) -> None:
-        """Become what the last snapshot holds; a first one is written where there is none."""
-        found = journal.restore(self.student)
-        if found is None:
+    def _facts(self) -> dict[str, Any]:
+        """Everything that decides the weights after each batch, for the check on resuming."""
+        moments = self.moments
+        return {
+            "recipe": self.options.to_dict(self.loss.weights),
+            "objective": self.loss.objective.name,
+            "student": hash_of(self.student.state_dict()),
+            "teacher": None if self.teacher is None else describe(self.teacher).fingerprint,
+            "validation": [hash_of(batch) for batch in self.validation],
+            "moments": None if moments is None else [moments.forget, hash_of(moments.tensors())],
+        }
+
+    def _resume(self, journal: Journal) -> None:
+        """Restore the last snapshot, and learn again from the batches after it. Write a first snapshot if there is none."""
+        self.journal = journal
+        snapshot = journal.restore(self.student)
+        if snapshot is None:
             self._write(journal)
-            return
-        tensors, numbers = found
+        else:
+            self._restore(*snapshot)
+        self._accepted = self._state()
+        for _, batch in journal.after(self.step):
+            self._learn(batch)
+        _log.info("%s holds a learner after %d batches", journal.folder, self.step)
+
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Take the state from a snapshot, whose weights the student has already."""
         parts = parted(tensors)
         set_optimiser(self.optimiser, parts.get("optimiser", {}))
         self.memory = unflat(parts.get("memory", {}))
         if self.moments is not None:
-            self.moments.take_up(parts["moments"])
+            self.moments.restore(parts["moments"])
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
         self.drift = Drift(**numbers["drift"])
 
     def _draw(self, kind: int) -> torch.Generator:
         """Random numbers that depend on the seed and the step alone."""
-        return torch.Generator().manual_seed(((self.seed * 1_000_003 + self.step) * 1_000_003 + kind) % 2**63)
+        return torch.Generator().manual_seed(((self.options.seed * 1_000_003 + self.step) * 1_000_003 + kind) % 2**63)
 
 
-def _out_of_range(model: nn.Module, batch: Batch, objective: str) -> str | None:
-    """The first id or class of a batch that the model has nothing for: on a GPU, reading it would end the process.
-
-    Looked at are ids of tokens, and labels where they are tokens or classes of whole examples; nothing else is known enough.
-    """
-    try:
-        table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    except NotImplementedError:  # a model of sound
-        table = None
-    tokens = getattr(table, "num_embeddings", None)
-    classes = getattr(getattr(model, "config", None), "num_labels", None) if objective == "classification" else None
-    limits = {"input_ids": tokens, "decoder_input_ids": tokens}
-    limits["labels"] = tokens if objective in _TOKENS else classes if classes is not None and classes > 1 else None
-    for name, limit in limits.items():
-        value = batch.get(name)
-        if limit is None or value is None or value.is_floating_point():
-            continue
-        known = (value >= 0) & (value < limit) | (value == IGNORED if name == "labels" else False)
-        if not known.all():
-            return f"{name} holds {int(value[~known][0])}, which is not one of 0 to {limit - 1}"
-    return None
+def _loss(student: nn.Module, teacher: nn.Module | None, options: OnlineOptions) -> GlobalLoss:
+    original = student if teacher is None else teacher
+    weights = options.weights_for(teacher)
+    return GlobalLoss(original, describe(original), objective_for(original, options.objective), weights)

@@ -32,26 +32,26 @@ class Journal:
     def __init__(self, folder: Path):
         self.folder, self.batches = folder, folder / "batches"
         self.batches.mkdir(parents=True, exist_ok=True)
-        for half in [*folder.glob(".*.partial"), *self.batches.glob(".*.partial")]:
-            shutil.rmtree(half) if half.is_dir() else half.unlink()
+        for partial in [*folder.glob(".*.partial"), *self.batches.glob(".*.partial")]:
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
     def note(self, step: int, batch: Batch) -> None:
         """Write a batch of tensors down."""
-        half = self.batches / f".{step}.{os.getpid()}.partial"
-        save_file(storable(batch), half)
-        half.replace(self.batches / f"{step:09d}.safetensors")
+        partial = self.batches / f".{step}.{os.getpid()}.partial"
+        save_file(storable(batch), partial)
+        partial.replace(self.batches / f"{step:09d}.safetensors")
 
     def snapshot(self, step: int, model: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Write down all that the learner is; what led there is no longer needed."""
-        half = self.folder / f".snapshot.{os.getpid()}.partial"
-        half.mkdir()
-        save_model(model, str(half / _WEIGHTS))
-        save_file(storable(tensors), half / _TENSORS)
-        (half / _NUMBERS).write_text(json.dumps(dict(numbers)) + "\n", encoding="utf-8")
+        partial = self.folder / f".snapshot.{os.getpid()}.partial"
+        partial.mkdir()
+        save_model(model, str(partial / _WEIGHTS))
+        save_file(storable(tensors), partial / _TENSORS)
+        (partial / _NUMBERS).write_text(json.dumps(dict(numbers)) + "\n", encoding="utf-8")
         name, last = f"snapshot-{step:09d}", next(reversed(self._snapshots()), None)
         if last is not None and last.name.startswith(name):  # something was changed between two batches
             name = f"{last.name}+"
-        half.rename(self.folder / name)
+        partial.rename(self.folder / name)
         for old in self._snapshots()[:-1]:
             shutil.rmtree(old)
         for path in self.batches.glob("*.safetensors"):

@@ -59,7 +59,7 @@ class Moments:
             found |= {f"{name}.{part}": value for part in _PARTS if (value := getattr(site, part)) is not None}
         return found
 
-    def take_up(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of ``tensors``, in place."""
         sites = {}
         for name in self.profile.sites:
