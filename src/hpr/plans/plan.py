@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpr.anatomy.model import Anatomy, Stack
-from hpr.anatomy.symmetry import Aim, layers_of
+from hpr.anatomy.symmetry import AlignTarget, layers_of
 from hpr.errors import HprError
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import check_entries, check_states
@@ -25,12 +25,12 @@ class Plan:
     """One entry per site of a model, under a budget. ``diagnostics`` holds what the solver has to say (JSON values).
 
     ``layers``: layer name (``encoder.3``) → its state, where it does not compute all by itself (see ``planning.layers``);
-    ``removed``: how many parameters besides the weights of sites go with such layers (see ``vanishing.Vanishing``).
+    ``removed``: how many parameters besides the weights of sites go with such layers (see ``layer_reuse.reuse.DeadWeights``).
 
     ``stacks``: those of the model, for reports that are made from the plan alone.
 
-    With an ``alignment`` the model's layers are turned before they share: the entries are of the turned weights. The turns
-    follow from the original weights, the profile and these aims.
+    With an ``alignment`` the layers of the model are transformed before they share, and entries are those of the transformed
+    weights. The transforms follow from the original weights, the profile and these targets.
     """
 
     model_class: str
@@ -42,7 +42,7 @@ class Plan:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, int] = field(default_factory=dict)
-    alignment: tuple[Aim, ...] = ()
+    alignment: tuple[AlignTarget, ...] = ()
     stacks: tuple[Stack, ...] = ()
 
     @property
@@ -100,8 +100,8 @@ class Plan:
         check_entries(anatomy, self.layers, self.removed, operators)
         for name, entry in self.entries.items():
             validate_entry(anatomy[name], entry)
-        for aim in self.alignment:
-            _validate_aim(anatomy, aim)
+        for target in self.alignment:
+            _validate_target(anatomy, target)
         used = self.parameters(anatomy)
         if used > self.budget.parameters:
             raise HprError(
@@ -122,7 +122,7 @@ class Plan:
             "budget": asdict(self.budget),
             "predicted_damage": self.damage,
             **({"layers": dict(self.layers), "removed": dict(self.removed)} if self.layers else {}),
-            **({"alignment": [aim.to_list() for aim in self.alignment]} if self.alignment else {}),
+            **({"alignment": [target.to_list() for target in self.alignment]} if self.alignment else {}),
             "sites": {name: entry_to_dict(entry) for name, entry in self.entries.items()},
             "diagnostics": dict(self.diagnostics),
         }
@@ -144,7 +144,7 @@ class Plan:
                 diagnostics=data.get("diagnostics", {}),
                 layers=dict(data.get("layers", {})),
                 removed=dict(data.get("removed", {})),
-                alignment=tuple(Aim.from_list(values) for values in data.get("alignment", ())),
+                alignment=tuple(AlignTarget.from_list(values) for values in data.get("alignment", ())),
                 stacks=tuple(Stack(name, str(of["path"]), int(of["layers"])) for name, of in data["stacks"].items()),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -181,16 +181,16 @@ def keep_all(anatomy: Anatomy) -> Plan:
     )
 
 
-def _validate_aim(anatomy: Anatomy, aim: Aim) -> None:
-    layers = layers_of(anatomy, aim.symmetry)
-    for stretch in aim.symmetry.stretches:
+def _validate_target(anatomy: Anatomy, target: AlignTarget) -> None:
+    layers = layers_of(anatomy, target.symmetry)
+    for axis_slice in target.symmetry.slices:
         sizes = [
-            site.out_features if stretch.side == "rows" else site.in_features
+            site.out_features if axis_slice.side == "rows" else site.in_features
             for sites in layers.values()
-            for site in [sites[stretch.slot]]
+            for site in [sites[axis_slice.slot]]
         ]
-        if not sizes or not 0 <= stretch.start < stretch.stop <= min(sizes):
+        if not sizes or not 0 <= axis_slice.start < axis_slice.stop <= min(sizes):
             raise HprError(
-                f"the plan's alignment turns {stretch.side} {stretch.start} to {stretch.stop} of {stretch.slot!r} in "
-                f"{aim.symmetry.stack!r}, which this model does not have: correct it, or plan anew"
+                f"the plan's alignment transforms {axis_slice.side} {axis_slice.start} to {axis_slice.stop} of "
+                f"{axis_slice.slot!r} in {target.symmetry.stack!r}, which this model does not have: correct it, or plan anew"
             )

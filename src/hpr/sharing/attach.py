@@ -55,18 +55,18 @@ def attach(
         raise HprError(f"this {type(model).__name__} has a bank already: attach to a fresh model")
     check(model, layers or {})
     experts = {path: found for path in terms_by_path if (found := slice_at(model, path)) is not None}
-    vanished = {path: module_at(model, path) for path, terms in terms_by_path.items() if not terms}
-    sources = {path: module_at(model, path) for path in terms_by_path if path not in experts and path not in vanished}
+    removed = {path: module_at(model, path) for path, terms in terms_by_path.items() if not terms}
+    sources = {path: module_at(model, path) for path in terms_by_path if path not in experts and path not in removed}
     if not terms_by_path or model in (*sources.values(), *(one.module for one in experts.values())):
         raise HprError(f"no site below {type(model).__name__} to attach to: give the paths of modules inside the model")
-    for path in vanished:
-        check_vanished(model, path, layers or {})
+    for path in removed:
+        check_removed(model, path, layers or {})
     for path, terms in terms_by_path.items():
-        if path in vanished:
+        if path in removed:
             continue
         check_site(model, path)
         _check_shapes(site_of(path, experts[path]) if path in experts else _site_at(path, sources[path]), terms, shapes)
-    first = _first(terms_by_path, experts, {**sources, **vanished})
+    first = _first(terms_by_path, experts, {**sources, **removed})
     install(model, layers or {})
     declared = declared_ties(model)
     ties = resolved(declared)
@@ -76,7 +76,7 @@ def attach(
         swaps = {module: _shared(bank, terms_by_path[path], module, path) for module, path in owners.items()}
         _set_guards(swaps, sources.values(), ties)
         replaced: dict[nn.Module, nn.Module] = {**swaps, **shared_experts(bank, experts, terms_by_path)}
-        replaced |= {module: Vanished(bank, module, path) for path, module in vanished.items()}
+        replaced |= {module: Vanished(bank, module, path) for path, module in removed.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replaced:
@@ -188,7 +188,7 @@ def _transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def check_vanished(model: nn.Module, path: str, layers: Mapping[str, str]) -> None:
+def check_removed(model: nn.Module, path: str, layers: Mapping[str, str]) -> None:
     """Raise ``HprError`` where a module is not inside the attention of a layer that takes from below (path → state)."""
     for block, state in layers.items():
         if state != DROPPED and any(path.startswith(f"{attention}.") for attention in attention_at(model, block)):

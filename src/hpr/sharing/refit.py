@@ -340,7 +340,7 @@ def refit(
     It pays on data like that which the model will see, and can lose on other data: the regression follows its text closely.
     """
     profile.check(describe(teacher))
-    if plan.alignment:  # the student's insides are those of the turned model
+    if plan.alignment:  # the student's insides are those of the aligned model
         teacher, profile, _ = alignment.align(teacher, profile, plan.alignment)
     anatomy = describe(teacher)
     moved = [to_device_of(batch, teacher) for batch in batches]
