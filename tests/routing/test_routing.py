@@ -203,12 +203,12 @@ def test_the_best_routed_plan_keeps_within_its_budget() -> None:
     torch.manual_seed(0)
     model = BUILDS["bert"]().eval()
     profile = hpr.profile(model, [inputs("bert", seed=seed) for seed in range(4)])
-    sketch = draft(model, profile)
-    limit = sketch.budget("70%")
-    plan = best_routed(sketch, limit, model)
-    assert plan.parameters(sketch.anatomy) <= limit.parameters
-    assert plan.damage > sketch.best(limit).damage
-    plan.validate(sketch.anatomy)
+    drafted = draft(model, profile)
+    limit = drafted.budget("70%")
+    plan = best_routed(drafted, limit, model)
+    assert plan.parameters(drafted.anatomy) <= limit.parameters
+    assert plan.damage > drafted.best(limit).damage
+    plan.validate(drafted.anatomy)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).entries == plan.entries
     with pytest.raises(HprError, match="no site of this plan has a term of rank 999 or more"):
         routed(plan, model, 999)
@@ -218,21 +218,21 @@ def test_routers_go_where_they_pay() -> None:
     torch.manual_seed(0)
     model = BUILDS["bert"]().eval()
     profile = hpr.profile(model, [inputs("bert", seed=seed) for seed in range(4)])
-    sketch = draft(model, profile)
-    limit, names = sketch.budget("70%"), [site.name for site in sketch.anatomy.select("encoder.*") if site.kind == "linear"]
-    static = sketch.best(limit)
+    drafted = draft(model, profile)
+    limit, names = drafted.budget("70%"), [site.name for site in drafted.anatomy.select("encoder.*") if site.kind == "linear"]
+    static = drafted.best(limit)
     priced = {
-        name: 4 * static.diagnostics["solver"]["multiplier"] * (sketch.anatomy[name].in_features + 1) / entry.damage
+        name: 4 * static.diagnostics["solver"]["multiplier"] * (drafted.anatomy[name].in_features + 1) / entry.damage
         for name in names
         if (entry := static.entries[name]).damage > 0 and any((term.rank or 0) >= 4 for term in entry.terms)
     }
     first = next(iter(priced))
     gains = {name: 0.99 * price for name, price in priced.items()}
-    assert best_routed(sketch, limit, model, gains=gains).entries == static.entries
-    plan = best_routed(sketch, limit, model, gains={**gains, first: 1.01 * priced[first]})
+    assert best_routed(drafted, limit, model, gains=gains).entries == static.entries
+    plan = best_routed(drafted, limit, model, gains={**gains, first: 1.01 * priced[first]})
     routed_sites = {name for name, entry in plan.entries.items() if routers_of(entry.terms)}
     assert routed_sites == {first}
-    assert plan.parameters(sketch.anatomy) <= limit.parameters
+    assert plan.parameters(drafted.anatomy) <= limit.parameters
 
 
 def test_healing_teaches_routers() -> None:

@@ -73,8 +73,8 @@ def same(one, two) -> bool:
 def test_refit_lowers_the_divergence_on_its_own_text(made, operator) -> None:
     _, model, profile, batches = made
     stack = "encoder.*" if made[0] == "bert" else "layers.*"
-    sketch = draft(model, profile, stack, [operator] if operator else None, align=False)  # kept sites are compared below
-    plan = sketch.best(sketch.budget("40%" if operator is None else "70%"))
+    drafted = draft(model, profile, stack, [operator] if operator else None, align=False)  # kept sites are compared below
+    plan = drafted.best(drafted.budget("40%" if operator is None else "70%"))
     student = hpr.share(model, plan, profile)
     teacher, before, size = state(model), state(student), unique(student)
     plain = divergence(student, model, batches, GOAL).mean
@@ -101,8 +101,8 @@ def test_what_is_kept_is_untouched_bit_for_bit(made) -> None:
     before = state(student)
     hpr.refit(student, model, plan, profile, batches)
     assert same(state(student), before)
-    sketch = draft(model, profile, "embed*")
-    plan = sketch.best(sketch.budget("60%"))
+    drafted = draft(model, profile, "embed*")
+    plan = drafted.best(drafted.budget("60%"))
     student = hpr.share(model, plan, profile)
     before = state(student)
     hpr.refit(student, model, plan, profile, batches)  # embeddings stay as they are
@@ -113,8 +113,8 @@ def test_an_exact_student_stays_so(made) -> None:
     """At a rank that loses nothing, the target is the weight itself, but for the ridge and rounding."""
     _, model, profile, batches = made
     stack = "encoder.*" if made[0] == "bert" else "layers.*"
-    sketch = draft(model, profile, stack, ["low rank"])
-    plan = sketch.best(sketch.budget("99.9%"))
+    drafted = draft(model, profile, stack, ["low rank"])
+    plan = drafted.best(drafted.budget("99.9%"))
     student = hpr.share(model, plan, profile)
     plain = divergence(student, model, batches, GOAL).mean
     hpr.refit(student, model, plan, profile, batches)
@@ -123,8 +123,8 @@ def test_an_exact_student_stays_so(made) -> None:
 
 def test_modes_hooks_and_modules_are_as_before(made) -> None:
     _, model, profile, batches = made
-    sketch = draft(model, profile)
-    plan = sketch.best(sketch.budget("60%"))
+    drafted = draft(model, profile)
+    plan = drafted.best(drafted.budget("60%"))
     student = hpr.share(model, plan, profile)
     calls = []
     with reporting_to(lambda stage, done, total: calls.append((stage, done, total))):

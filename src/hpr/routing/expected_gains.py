@@ -27,9 +27,9 @@ def expected_gains(
     """Site → what a router that tells kinds of input apart would save there, as a share of the site's damage.
 
     The damage of a term whose components are weighed by α is quadratic in α, so the best α for each kind, and the best for
-    all, come from one small system each; kinds count alike. That is what a router (``mixing.routed``) could bring with all
-    factors as they are. For sites of a static student that have one term with a rank. Raises ``HprError`` for fewer than
-    two kinds, and for a student that shares nothing.
+    all, come from one small system each; kinds count alike. That is what a router (``hpr.routing.plan.routed``) could bring
+    with all factors as they are. For sites of a static student that have one term with a rank. Raises ``HprError`` for fewer
+    than two kinds, and for a student that shares nothing.
     """
     if len(kinds) < 2:
         raise HprError(f"{len(kinds)} kinds of input: at least two are needed for a router to tell apart")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, slice_at, weight_at
 from hpr.anatomy.model import Anatomy
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.layer_reuse.install import paths_of
 from hpr.nn.bank import bank_of, parameters
@@ -95,9 +95,9 @@ def share(
         student = copy.deepcopy(model)
     _check_finite(changed, fitted)
     terms, shapes, kept = with_kept(student, changed, plan.factors(anatomy))
-    terms |= dict.fromkeys(vanished_paths(plan), ())
+    terms |= dict.fromkeys(removed_paths(plan), ())
     if not terms:
-        path, shapes, kept = _guard(student, anatomy, plan)
+        path, shapes, kept = _placeholder(student, anatomy, plan)
         terms = {path: tuple(Term(factor) for factor in shapes)}
     aliases = {name: anatomy[name].aliases for name in changed}
     bank = attach(student, terms, shapes, aliases, layers=paths_of(anatomy, plan.layers))
@@ -111,14 +111,14 @@ def share(
     if plan.layers and (count := parameters(student)) != plan.parameters(anatomy):
         raise HprError(
             f"the plan counts {plan.parameters(anatomy):,} parameters, the model made from it has {count:,}: what it says of "
-            f"removed parameters is not so; take it from hpr.vanishing.vanishing"
+            f"removed parameters is not so; take it from hpr.layer_reuse.dead_weights"
         )
     return student
 
 
-def _guard(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
+def _placeholder(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
     """A kept site for the bank to hold as it is: its placeholder makes loading without hpr fail where nothing else would."""
-    fixed = unshareable(model, anatomy)
+    fixed = not_swappable(model, anatomy)
     for site in anatomy.sites:
         kept = plan.entries[site.name].operator == KEEP and site.name not in fixed
         if kept and site.kind == "linear" and site.expert is None:
@@ -136,7 +136,7 @@ def _check_finite(changed: Mapping[str, Sequence[Term]], fitted: fitting.Fitted)
                 raise HprError(f"{name}: its {part} is not finite: check the calibration data, or keep this site")
 
 
-def vanished_paths(plan: Plan) -> list[str]:
-    """Paths of the modules that lose all effect inside a block that stays: sites, and what else a plan calls removed."""
+def removed_paths(plan: Plan) -> list[str]:
+    """Paths of the modules without effect inside a block that stays: sites, and other modules that a plan calls removed."""
     sites = [name for name, entry in plan.entries.items() if entry.operator == REUSED and not entry.terms]
     return sites + [path for path in plan.removed if path not in plan.entries and path not in plan.layers]
