@@ -241,7 +241,7 @@ def damaged(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 def test_damaged_checkpoints_are_named(build: Build, tmp_path: Path) -> None:
     shared(build("bert")).save_pretrained(tmp_path / "good")
-    key = "hpr_bank.factors.ENCODER-1-OUTPUT-DENSE:U.weight"
+    key = "hpr_bank.factors.ENCODER-LAYER-1-OUTPUT-DENSE:U.weight"
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(tmp_path / "good", tmp_path / name))
@@ -254,14 +254,14 @@ def test_damaged_checkpoints_are_named(build: Build, tmp_path: Path) -> None:
 
     folder = copy("missing")
     damaged(folder, lambda weights: weights.pop(key))
-    with pytest.raises(HprError, match=r"ENCODER-1-OUTPUT-DENSE:U\.weight is missing in"):
+    with pytest.raises(HprError, match=r"ENCODER-LAYER-1-OUTPUT-DENSE:U\.weight is missing in"):
         tf.AutoModel.from_pretrained(folder)
-    with pytest.raises(HprError, match=r"ENCODER-1-OUTPUT-DENSE:U\.weight is missing in"):
+    with pytest.raises(HprError, match=r"ENCODER-LAYER-1-OUTPUT-DENSE:U\.weight is missing in"):
         tf.AutoModelForSequenceClassification.from_pretrained(folder)
 
     folder = copy("shape")
     damaged(folder, lambda weights: weights.update({key: torch.zeros(16, 4)}))
-    with pytest.raises(HprError, match=r"ENCODER-1-OUTPUT-DENSE:U\.weight has shape \(16, 4\)"):
+    with pytest.raises(HprError, match=r"ENCODER-LAYER-1-OUTPUT-DENSE:U\.weight has shape \(16, 4\)"):
         tf.AutoModel.from_pretrained(folder)
 
 
@@ -280,7 +280,7 @@ def test_damaged_configurations_are_named(build: Build, tmp_path: Path) -> None:
         load_with(lambda spec: spec.update(format=99))
     with pytest.raises(HprError, match="'colour'"):
         load_with(lambda spec: spec.update(colour="red"))
-    with pytest.raises(HprError, match=r"no shape for factor 'encoder\.1\.output\.dense:u'"):
+    with pytest.raises(HprError, match=r"no shape for factor 'encoder\.layer\.1\.output\.dense:u'"):
         load_with(lambda spec: spec["factors"].pop("encoder.layer.1.output.dense:u"))
     with pytest.raises(HprError, match=rf"{site} needs factor"):
         load_with(lambda spec: spec["sites"][site][0].update(rank=2))
