@@ -14,6 +14,7 @@ from hpr.anatomy.model import Site, Stack
 from hpr.evaluation.divergence import divergence
 from hpr.nn.linear import SharedLinear
 from hpr.operators.registry import plannable
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.plans.plan import keep_all
 from hpr.profiling.objectives import OBJECTIVES
@@ -73,7 +74,9 @@ def same(one, two) -> bool:
 def test_refit_lowers_the_divergence_on_its_own_text(made, operator) -> None:
     _, model, profile, batches = made
     stack = "encoder.*" if made[0] == "bert" else "layers.*"
-    drafted = draft(model, profile, stack, [operator] if operator else None, align=False)  # kept sites are compared below
+    drafted = draft(
+        model, profile, PlanOptions(only=stack, operators=[operator] if operator else None, align=False)
+    )  # kept sites are compared below
     plan = drafted.best(drafted.budget("40%" if operator is None else "70%"))
     student = hpr.share(model, plan, profile)
     teacher, before, size = state(model), state(student), unique(student)
@@ -101,7 +104,7 @@ def test_what_is_kept_is_untouched_bit_for_bit(made) -> None:
     before = state(student)
     hpr.refit(student, model, plan, profile, batches)
     assert same(state(student), before)
-    drafted = draft(model, profile, "embed*")
+    drafted = draft(model, profile, PlanOptions(only="embed*"))
     plan = drafted.best(drafted.budget("60%"))
     student = hpr.share(model, plan, profile)
     before = state(student)
@@ -113,7 +116,7 @@ def test_an_exact_student_stays_so(made) -> None:
     """At a rank that loses nothing, the target is the weight itself, but for the ridge and rounding."""
     _, model, profile, batches = made
     stack = "encoder.*" if made[0] == "bert" else "layers.*"
-    drafted = draft(model, profile, stack, ["low rank"])
+    drafted = draft(model, profile, PlanOptions(only=stack, operators=["low rank"]))
     plan = drafted.best(drafted.budget("99.9%"))
     student = hpr.share(model, plan, profile)
     plain = divergence(student, model, batches, GOAL).mean

@@ -27,6 +27,7 @@ from hpr.layer_reuse.ablation import intervene
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import reusing_plans, students
 from hpr.planning.draft import Draft
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft, known_operators
 from hpr.plans.budget import parse_budget
 from hpr.plans.plan import Plan
@@ -119,7 +120,15 @@ def compress(
     with clock("profile"):
         found = profile(opened.model, texts.calibration, goal.name, seed)
     with clock("plan"):
-        sketch = draft(opened.model, found, only, operators, align=align)
+        sketch = draft(
+            opened.model,
+            found,
+            PlanOptions(
+                only=only,
+                operators=None if operators is None else tuple(operators),
+                align=None if align == "auto" else align,
+            ),
+        )
         limit = sketch.budget(budget)
         if routers:
             tried = [(budget, best_routed(sketch, limit, opened.model, routers))]

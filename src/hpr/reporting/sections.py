@@ -115,7 +115,7 @@ def boundaries(plan_map: PlanMap, metrics: Mapping[str, Any]) -> list[Section]:
     rows_of = {f"{stack.name} · {row.slot}": row for stack in plan_map.stacks for row in stack.rows}
     stacks: dict[str, list[Section]] = {}
     for key, value in table(metrics, "boundaries").items():
-        names = str(key).split(" + ")  # kin slots of an encoder and its decoder are one track
+        names = str(key).split(" + ")  # counterparts in an encoder and its decoder are one track
         parts = zip(*(name.partition(" · ")[::2] for name in names), strict=True)
         stack, slot = (" + ".join(dict.fromkeys(part)) for part in parts)
         found = [rows_of[name] for name in names if name in rows_of]
