@@ -21,12 +21,11 @@ import hpr
 from common import peers
 from common.paths import shared
 from common.tables import count, say
+from common.tasks import embedder, sts_correlation, sts_pairs
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import text_batches
-from hpr.data.files import sts_pairs
 from hpr.data.splits import open_splits
 from hpr.evaluation.divergence import compare
-from hpr.evaluation.tasks import embedder, sts_correlation
 from hpr.operators.registry import plannable
 from hpr.pipeline.rescore import rescore
 from hpr.planning.draft import Draft

@@ -16,9 +16,9 @@ import stories
 from common import peers, tables, texts
 from common.comparison import Ground, dropped, ground, spanning, students
 from common.paths import shared
+from common.tasks import sts_pairs
 from hpr.anatomy.lookup import weight_at
 from hpr.data.batches import Batches
-from hpr.data.files import sts_pairs
 from hpr.data.splits import Splits
 from hpr.plans.plan import keep_all
 from hpr.plans.terms import KEEP, Entry, Term

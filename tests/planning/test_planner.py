@@ -102,8 +102,8 @@ def test_json_round_trip_shares_to_the_same_model(model, profile, tmp_path) -> N
 def test_predicted_damage_bounds_that_of_the_fit(model, profile, sketch: Draft) -> None:
     plan = sketch.best(sketch.budget("50%"))
     dense = hpr.unshare(hpr.share(model, plan, profile))
-    turned = align(model, profile, plan.alignment)
-    measured = hpr.operators.metric.measure(turned.model, sketch.anatomy, turned.profile)
+    aligned = align(model, profile, plan.alignment)
+    measured = hpr.operators.metric.measure(aligned.model, sketch.anatomy, aligned.profile)
     total = 0.0
     for site in sketch.anatomy.sites:
         one = measured[site.name]

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import hpr
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, weight_of
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of
 from hpr.operators import naming
@@ -178,7 +178,7 @@ def test_models_that_a_preset_does_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("preset", PRESETS, ids=str)
 def test_plan_ties_groups_and_keeps_the_rest(family: str, preset: Preset) -> None:
     model = built(family)
-    anatomy, plan, kept = describe(model), preset.plan(model), unshareable(model, describe(model))
+    anatomy, plan, kept = describe(model), preset.plan(model), not_swappable(model, describe(model))
     layers = {stack.name: stack.layers for stack in anatomy.stacks}
     expected = anatomy.total_parameters
     for sites in anatomy.slots().values():

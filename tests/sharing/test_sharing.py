@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from conftest import low_rank_terms, plan_everything, plan_of, random_factors
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, weight_of
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of
 from hpr.nn.embedding import SharedEmbedding
@@ -189,7 +189,7 @@ def test_what_cannot_be_replaced_is_refused_untouched(odd: nn.Module, path: str,
     out_features, in_features = model.get_submodule(path).weight.shape[:2]
     with pytest.raises(HprError, match=rf"{path} .*{words}.*keep it"):
         attach(model, {path: (Term("w"),)}, {"w": FactorShape(out_features, in_features)})
-    assert (path in unshareable(model, describe(model))) != isinstance(odd, nn.Bilinear)  # which is no site at all
+    assert (path in not_swappable(model, describe(model))) != isinstance(odd, nn.Bilinear)  # which is no site at all
     assert bank_of(model) is None
     assert type(model.get_submodule(path)) is type(Toy(copy.deepcopy(odd)).get_submodule(path))
 

@@ -40,8 +40,8 @@ def inspect(model: Model = None, as_json: Json = False) -> None:
     found = anatomy_of(opened)
     notes = [line for stack in found["stacks"] for line in tables.stack_lines(stack)]
     notes += [f"tied: {' = '.join([tie['site'], *tie['aliases']])}" for tie in found["ties"]]
-    notes += [f"cannot be shared: {reason}" for reason in found["unshareable"].values()]
-    notes += [f"no site: {tables.leftover_line(row)}" for row in found["leftovers"]]
+    notes += [f"cannot be shared: {reason}" for reason in found["not_swappable"].values()]
+    notes += [f"no site: {tables.uncovered_line(row)}" for row in found["uncovered"]]
     notes += [f"objective: {found['objective']}", f"a profile needs {formatting.byte_count(found['profile_bytes'])} of memory"]
     show(found, as_json, tables.parts_table(found), lines(*notes))
 

@@ -41,7 +41,7 @@ def stack_lines(stack: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def leftover_line(row: Mapping[str, Any]) -> str:
+def uncovered_line(row: Mapping[str, Any]) -> str:
     """Matrices that are no sites: whose, how many, how large, and why."""
     many = f"{row['count']} of " if row["count"] > 1 else ""
     return f"{many}{row['owner']}.{row['parameter']}, {exact(row['parameters'])} parameters: {row['reason']}"

@@ -24,9 +24,10 @@ def parameter_groups(
 
     A step of AdamW moves every number by about its learning rate, whatever the scale of its factor. So the learning rate is
     relative to the root mean square of the parameter (as in Adafactor, Shazeer & Stern 2018). Factors that several sites share
-    get ``shared_rate`` times it. Private low-rank factors at a site that also reads a shared one decay by
-    which pulls the site back to what is shared; nothing else decays. Routers start at 0, so their scale is that of a newly drawn
-    Linear, and they get ``router_rate`` times the learning rate (30 times did harm, see ``docs/experiments.md``).
+    get ``shared_rate`` times it. Private low-rank factors at a site that also reads a shared factor
+    decay by ``delta_decay``, which pulls the site back to the shared factor; nothing else decays. Routers start at 0, so their
+    scale is that of a newly drawn Linear, and they get ``router_rate`` times the learning rate
+    (30 times did harm, see ``docs/experiments.md``).
 
     Raises ``HprError`` for weights that are not float32 or float64, and if no parameter takes a gradient.
     """

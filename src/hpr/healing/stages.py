@@ -129,7 +129,7 @@ class StageRunner:
         self.leave()
         if not original < max(student_alone, 1e-12):
             raise HprError(
-                f"the ramp starts at {original:.4g} nats per example, the student itself is at {student_alone:.4g}: where a "
+                f"the ramp starts at {original:.4g} nats per example, the student itself is at {student_alone:.4g}: if the "
                 f"plan aligns layers, give the aligned teacher as original; else leave the ramp out"
             )
 

@@ -105,9 +105,11 @@ def train(
     before = loss.validate(student, setup.validation)
     processes = PartialState(cpu=device.type == "cpu")
     with _checkpoint_folder(setup.recipe) as folder:
-        with processes.main_process_first():
-            check_resume(folder, facts_of(student, setup))
-            checkpoint = last_checkpoint(folder)
+        checkpoint = None
+        if setup.recipe.checkpoints is not None:
+            with processes.main_process_first():
+                check_resume(folder, facts_of(student, setup))
+                checkpoint = last_checkpoint(folder)
         best_step, log = _trained(student, setup, folder, checkpoint)
         after = loss.validate(student, setup.validation)
         if not after.mean < before.mean:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe
 from hpr.anatomy.model import Anatomy, Site
-from hpr.anatomy.symmetry import Aim
+from hpr.anatomy.symmetry import AlignTarget
 from hpr.errors import PlanError
 from hpr.operators.alignment import align_measured
 from hpr.operators.identity_block import store
@@ -40,7 +40,7 @@ class Fits:
     once for several plans. It assumes that the weights of ``model`` do not change meanwhile.
 
     It keeps the damped moments and their roots, (out, out) and (in, in) float64 for every measured site, the fitted factors of
-    every distinct group, float64, and for every aligned plan's aims one aligned copy of the model. Weights in float64 live only
+    every distinct group, float64, and for every aligned plan's targets one aligned copy of the model. Weights in float64 live only
     as long as the caller of ``measured`` keeps them. Raises ``HprError`` for a profile of another model.
 
     >>> fits = Fits(model, profile)  # doctest: +SKIP
@@ -55,7 +55,7 @@ class Fits:
             profile.check(self.anatomy)
         self._metrics: dict[str, Metric] = {}
         self._groups: dict[tuple, Fitted] = {}
-        self._aligned: dict[tuple[Aim, ...], Fits] = {}
+        self._aligned: dict[tuple[AlignTarget, ...], Fits] = {}
 
     def check(self, model: nn.Module, profile: Profile | None) -> None:
         """Raise ``PlanError`` if these are the fits of another model, or of a profile with other statistics."""
@@ -74,15 +74,15 @@ class Fits:
             found[site.name] = self._metrics[site.name].of(site, weight)
         return found
 
-    def aligned(self, aims: Sequence[Aim]) -> Fits:
-        """The fits of the aligned model: a copy that computes the same with transformed weights. Itself without aims."""
-        key = tuple(aims)
+    def aligned(self, targets: Sequence[AlignTarget]) -> Fits:
+        """The fits of the aligned model: a copy that computes the same with transformed weights. Itself without targets."""
+        key = tuple(targets)
         if not key:
             return self
         if key not in self._aligned:
             if self.profile is None:
                 raise PlanError("the plan aligns layers, which takes the profile it was made with: give that profile, too")
-            sites = [site.name for site in self.anatomy.sites if any(aim.touches(site) for aim in key)]
+            sites = [site.name for site in self.anatomy.sites if any(target.touches(site) for target in key)]
             model, profile, _ = align_measured(self.model, self.anatomy, self.measured(sites), self.profile, key)
             aligned = Fits(model, profile)
             touched = set(sites)

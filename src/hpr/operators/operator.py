@@ -52,9 +52,9 @@ class Operator:
     ``shared``: for groups of two or more sites, otherwise for single sites. ``merges``: one matrix stands for several weights,
     so it is tried only for similar weights (see ``tie.alike``) or if the user names the operator. ``quick``: its curve is cheap
     to measure, and the other shared operators lie between the quick ones; the alignment check and groupings of distant layers
-    try quick operators only. ``helped_by``: goals of an ``Aim`` that lower its damage. ``rows``: set if it stores embedding
-    tables as runs of rows. ``needs_layer_state``: it fits what a dropped or reused layer leaves over, so that only layer
-    states lead to it and the planner cannot choose it.
+    try quick operators only. ``helped_by``: values of ``AlignTarget.align_to`` that lower its damage. ``rows``: set if it
+    stores embedding tables as runs of rows. ``needs_layer_state``: it fits what a dropped or reused layer leaves over, so that
+    only layer states lead to it and the planner cannot choose it.
 
     >>> Operator("mean", fit=lambda group, terms: {}, shared=True).merges
     False

@@ -136,7 +136,9 @@ def _damages(one: Measured, basis: Tensor) -> np.ndarray:
     return (0.5 * one.rows * left.clamp(min=0)).cpu().numpy()
 
 
-INPUT_OPERATOR = Operator(INPUT, input_fit, input_candidate, input_terms, shared=True, quick=True, helped_by=("principal",))
+INPUT_OPERATOR = Operator(
+    INPUT, input_fit, input_candidate, input_terms, shared=True, quick=True, helped_by=("principal axes",)
+)
 OUTPUT_OPERATOR = Operator(
-    OUTPUT, output_fit, output_candidate, output_terms, shared=True, quick=True, helped_by=("principal",)
+    OUTPUT, output_fit, output_candidate, output_terms, shared=True, quick=True, helped_by=("principal axes",)
 )

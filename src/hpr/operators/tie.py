@@ -156,5 +156,5 @@ def _best_row_scale(one: Measured, matrix: Tensor) -> Tensor:
     return torch.linalg.solve(system + ridge * torch.eye(len(system)).to(system), cross)
 
 
-OPERATOR = Operator(TIE, fit, candidate, terms, shared=True, merges=True, quick=True, helped_by=("match",))
+OPERATOR = Operator(TIE, fit, candidate, terms, shared=True, merges=True, quick=True, helped_by=("layer below",))
 SCALED_OPERATOR = Operator(SCALE, scale_fit, scale_candidate, scale_terms, shared=True, merges=True)

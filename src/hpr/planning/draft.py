@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpr.anatomy.model import Anatomy, Site
-from hpr.anatomy.symmetry import Aim, Symmetry
+from hpr.anatomy.symmetry import AlignTarget, Symmetry
 from hpr.errors import HprError
 from hpr.layer_reuse.reuse import Reuse, with_layers
-from hpr.operators.alignment import units
+from hpr.operators.alignment import symmetry_groups
 from hpr.operators.registry import OPERATORS, plannable
 from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan
@@ -29,7 +29,7 @@ from hpr.solver.composite import restrict
 class Draft:
     """All candidates of a model, measured: ``tracks`` for the solver, ``fixed`` sites that stay as they are.
 
-    ``turned``: the candidates of the same model, aligned as ``alignment`` says, where that may pay. Plans are made of either.
+    ``aligned``: the candidates of the same model, aligned as ``alignment`` says, where that may pay. Plans are made of either.
     """
 
     anatomy: Anatomy
@@ -37,19 +37,19 @@ class Draft:
     fixed: tuple[Site, ...]
     bytes_per_parameter: float
     only: str | None = None
-    alignment: tuple[Aim, ...] = ()
-    turned: Draft | None = None
+    alignment: tuple[AlignTarget, ...] = ()
+    aligned: Draft | None = None
     reuse: Reuse | None = None
 
     def reusing(self, reuse: Reuse) -> Draft:
         """The same candidates for what is left once some layers are dropped or reuse what others compute."""
-        gone = set(reuse.vanishing.rows)
+        gone = set(reuse.dead_weights.rows)
         chosen = {site.name for site in self.anatomy.sites} - gone
         tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
         planned = {name for track in tracks for name in _sites(track)}
         fixed = tuple(site for site in self.anatomy.sites if site.name not in planned | gone)
-        turned = self.turned and self.turned.reusing(reuse)
-        return replace(self, tracks=tracks, fixed=fixed, turned=turned, reuse=reuse)
+        aligned = self.aligned and self.aligned.reusing(reuse)
+        return replace(self, tracks=tracks, fixed=fixed, aligned=aligned, reuse=reuse)
 
     def narrowed(self, only: str) -> Draft:
         """The same candidates for some sites alone; all others stay as they are."""
@@ -57,8 +57,8 @@ class Draft:
         tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
         planned = {name for track in tracks for name in _sites(track)}
         fixed = tuple(site for site in self.anatomy.sites if site.name not in planned)
-        turned = self.turned and self.turned.narrowed(only)
-        return replace(self, tracks=tracks, fixed=fixed, only=only, turned=turned, reuse=None)
+        aligned = self.aligned and self.aligned.narrowed(only)
+        return replace(self, tracks=tracks, fixed=fixed, only=only, aligned=aligned, reuse=None)
 
     def limit(self, budget: Budget) -> int:
         """Parameters left for the sites on the tracks. Raises ``HprError`` where nothing is left, naming the least budget."""
@@ -73,7 +73,7 @@ class Draft:
         kept = self.anatomy.other_parameters + sum(site.parameters for site in self.fixed)
         if self.reuse is None:
             return kept
-        vanished = sum(self.anatomy[name].parameters for name in self.reuse.vanishing.rows)
+        vanished = sum(self.anatomy[name].parameters for name in self.reuse.dead_weights.rows)
         return kept + vanished - self.reuse.parameters(self.anatomy)
 
     def budget(self, text: str) -> Budget:
@@ -87,11 +87,11 @@ class Draft:
     @property
     def plain(self) -> Draft:
         """The same without alignment."""
-        return replace(self, turned=None)
+        return replace(self, aligned=None)
 
     @property
     def _either(self) -> tuple[Draft, ...]:
-        return (self,) if self.turned is None else (self, self.turned)
+        return (self,) if self.aligned is None else (self, self.aligned)
 
     def _best(self, budget: Budget) -> Plan:
         return self.plan(self._guarded(lagrangian.plan_candidates, budget)[0], budget)
@@ -103,7 +103,7 @@ class Draft:
         shows up there), then the best structures of the K-best search. Where aligning may pay, the last one is the best
         plan of the worse of the two, aligned or not.
         """
-        if self.turned is None:
+        if self.aligned is None:
             return self._alternatives(budget, count)
         better, worse = sorted(self._either, key=lambda one: one._best(budget).damage)
         return [*better._alternatives(budget, max(1, count - 1)), *([worse._best(budget)] if count > 1 else [])]
@@ -137,7 +137,7 @@ class Draft:
             if choice.candidate.rows is None:
                 entries |= _entries(choice, self.anatomy)
         entries |= _entries_by_rows(solution.choices, self.anatomy)
-        entries |= {name: Entry(KEEP) for name in (self.reuse.vanishing.rows if self.reuse else ())}  # give way below
+        entries |= {name: Entry(KEEP) for name in (self.reuse.dead_weights.rows if self.reuse else ())}  # give way below
         diagnostics = {"label": solution.label, "solver": _account(solution)}
         plan = Plan(
             model_class=self.anatomy.model_class,
@@ -169,22 +169,24 @@ class Draft:
 
 def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:
     """The plan with states of layers, their damage spread over the sites that vanish."""
-    plan = with_layers(plan, anatomy, reuse.states, reuse.vanishing)
-    share = reuse.damage / len(reuse.vanishing.rows)
-    spread = {name: replace(plan.entries[name], damage=share) for name in reuse.vanishing.rows}
+    plan = with_layers(plan, anatomy, reuse.states, reuse.dead_weights)
+    share = reuse.damage / len(reuse.dead_weights.rows)
+    spread = {name: replace(plan.entries[name], damage=share) for name in reuse.dead_weights.rows}
     named = ", ".join(f"{layer} {state}" for layer, state in reuse.states.items())
     label = f"{plan.diagnostics['label']}, {named}"
     return replace(plan, entries={**plan.entries, **spread}, diagnostics={**plan.diagnostics, "label": label})
 
 
-def _used(aims: Sequence[Aim], plan: Plan, anatomy: Anatomy) -> tuple[Aim, ...]:
+def _used(targets: Sequence[AlignTarget], plan: Plan, anatomy: Anatomy) -> tuple[AlignTarget, ...]:
     """Those that serve a group of the plan: of an attention or feed-forward that shares anything all, else none."""
     sharing = [anatomy[name] for names in plan.groups() for name in names]
     used: set[Symmetry] = set()
-    for unit in units([aim.symmetry for aim in aims]):
-        if any(aim.touches(site) for aim in aims if aim.symmetry in unit for site in sharing if site.expert is None):
-            used |= set(unit)
-    return tuple(aim for aim in aims if aim.symmetry in used)
+    for group in symmetry_groups([target.symmetry for target in targets]):
+        if any(
+            target.touches(site) for target in targets if target.symmetry in group for site in sharing if site.expert is None
+        ):
+            used |= set(group)
+    return tuple(target for target in targets if target.symmetry in used)
 
 
 def _narrowed(track: Track, chosen: set[str]) -> Track | None:

@@ -13,10 +13,10 @@ from typing import Literal
 from torch import nn
 
 from hpr.anatomy.lookup import bytes_per_parameter
-from hpr.anatomy.swappable import unshareable
-from hpr.anatomy.symmetry import Aim
+from hpr.anatomy.swappable import not_swappable
+from hpr.anatomy.symmetry import AlignTarget
 from hpr.errors import HprError, PlanError
-from hpr.operators.alignment import turn_all
+from hpr.operators.alignment import transform_all
 from hpr.operators.fitting import Fits
 from hpr.operators.metric import Measured
 from hpr.operators.registry import OPERATORS, plannable
@@ -53,16 +53,16 @@ def draft(
     fits = Fits(model, profile) if fits is None else fits
     fits.check(model, profile)
     anatomy, measured = fits.anatomy, fits.measured()
-    bound = unshareable(model, anatomy)
+    bound = not_swappable(model, anatomy)
     chosen = {site.name for site in anatomy.select(only) if measured[site.name].live and site.name not in bound}
     fixed = tuple(site for site in anatomy.sites if site.name not in chosen)
     every = rows(model, anatomy, chosen)
     if not every:
         raise HprError("no site is left to plan: every one is unused by the objective or outside only=")
-    aims: tuple[Aim, ...] = ()
+    targets: tuple[AlignTarget, ...] = ()
     if align:
-        aims = worthwhile(anatomy, profile, measured, chosen, allowed, MARGIN if align == "auto" else 0.0)
-    touched = [any(aim.touches(site) for aim in aims for site in row.sites if site.expert is None) for row in every]
+        targets = worthwhile(anatomy, profile, measured, chosen, allowed, MARGIN if align == "auto" else 0.0)
+    touched = [any(target.touches(site) for target in targets for site in row.sites if site.expert is None) for row in every]
     total, tracks = len(every) + sum(touched), []
 
     def curves(row: Row) -> Track:
@@ -72,16 +72,16 @@ def draft(
         tracks.append(curves(row))
         progress("curves", index + 1, total)
     plain = Draft(anatomy, tuple(tracks), fixed, bytes_per_parameter(model), only)
-    if not aims:
+    if not targets:
         return plain
-    turn_all(anatomy, measured, dict(profile.sites), aims)
+    transform_all(anatomy, measured, dict(profile.sites), targets)
     done = len(every)
     for index, row in enumerate(every):
         if touched[index]:
             tracks[index] = curves(row)
             done += 1
             progress("curves", done, total)
-    return replace(plain, turned=replace(plain, tracks=tuple(tracks), alignment=aims))
+    return replace(plain, aligned=replace(plain, tracks=tuple(tracks), alignment=targets))
 
 
 def known_operators(names: Iterable[str] | None) -> set[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpr.anatomy.model import Anatomy, Stack
-from hpr.anatomy.symmetry import Aim, layers_of
+from hpr.anatomy.symmetry import AlignTarget, layers_of
 from hpr.errors import HprError, PlanError
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import check_entries, check_states
@@ -33,10 +33,10 @@ class Plan:
     ``stacks``: those of the model, for reports that are made from the plan alone.
 
     With an ``alignment`` the model's layers are transformed before they share, and the entries describe the transformed
-    weights. The transforms follow from the original weights, the profile and these aims.
+    weights. The transforms follow from the original weights, the profile and these targets.
 
     >>> plan = hpr.plan(model, profile, budget="50%")
-    >>> plan.entries["encoder.3.output.dense"].operator
+    >>> plan.entries["encoder.layer.3.output.dense"].operator
     'shared output basis'
     >>> plan.parameters(hpr.describe(model)) <= plan.budget.parameters
     True
@@ -52,7 +52,7 @@ class Plan:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, int] = field(default_factory=dict)
-    alignment: tuple[Aim, ...] = ()
+    alignment: tuple[AlignTarget, ...] = ()
     stacks: tuple[Stack, ...] = ()
 
     @property
@@ -104,8 +104,8 @@ class Plan:
         check_entries(anatomy, self.layers, self.removed, operators)
         for name, entry in self.entries.items():
             validate_entry(anatomy[name], entry)
-        for aim in self.alignment:
-            _validate_aim(anatomy, aim)
+        for target in self.alignment:
+            _validate_target(anatomy, target)
         used = self.parameters(anatomy)
         if used > self.budget.parameters:
             raise PlanError(
@@ -126,7 +126,7 @@ class Plan:
             "budget": asdict(self.budget),
             "predicted_damage": self.damage,
             **({"layers": dict(self.layers), "removed": dict(self.removed)} if self.layers else {}),
-            **({"alignment": [aim.to_list() for aim in self.alignment]} if self.alignment else {}),
+            **({"alignment": [target.to_list() for target in self.alignment]} if self.alignment else {}),
             "sites": {name: entry_to_dict(entry) for name, entry in self.entries.items()},
             "diagnostics": dict(self.diagnostics),
         }
@@ -148,7 +148,7 @@ class Plan:
                 diagnostics=data.get("diagnostics", {}),
                 layers=dict(data.get("layers", {})),
                 removed=dict(data.get("removed", {})),
-                alignment=tuple(Aim.from_list(values) for values in data.get("alignment", ())),
+                alignment=tuple(AlignTarget.from_list(values) for values in data.get("alignment", ())),
                 stacks=tuple(Stack(name, str(of["path"]), int(of["layers"])) for name, of in data["stacks"].items()),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -186,16 +186,16 @@ def keep_all(anatomy: Anatomy) -> Plan:
     )
 
 
-def _validate_aim(anatomy: Anatomy, aim: Aim) -> None:
-    layers = layers_of(anatomy, aim.symmetry)
-    for stretch in aim.symmetry.stretches:
+def _validate_target(anatomy: Anatomy, target: AlignTarget) -> None:
+    layers = layers_of(anatomy, target.symmetry)
+    for axis_slice in target.symmetry.slices:
         sizes = [
-            site.out_features if stretch.side == "rows" else site.in_features
+            site.out_features if axis_slice.side == "rows" else site.in_features
             for sites in layers.values()
-            for site in [sites[stretch.slot]]
+            for site in [sites[axis_slice.slot]]
         ]
-        if not sizes or not 0 <= stretch.start < stretch.stop <= min(sizes):
+        if not sizes or not 0 <= axis_slice.start < axis_slice.stop <= min(sizes):
             raise PlanError(
-                f"the plan's alignment transforms {stretch.side} {stretch.start} to {stretch.stop} of {stretch.slot!r} in "
-                f"{aim.symmetry.stack!r}, which this model does not have: correct it, or plan anew"
+                f"the plan's alignment transforms {axis_slice.side} {axis_slice.start} to {axis_slice.stop} of "
+                f"{axis_slice.slot!r} in {target.symmetry.stack!r}, which this model does not have: correct it, or plan anew"
             )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, slice_at, weight_at
 from hpr.anatomy.model import Anatomy
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.layer_reuse.install import paths_of
 from hpr.nn.bank import bank_of, parameters
@@ -118,7 +118,7 @@ def share(
 
 def _placeholder(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
     """A kept site for the bank to hold as it is: its placeholder makes loading without hpr fail where nothing else would."""
-    fixed = unshareable(model, anatomy)
+    fixed = not_swappable(model, anatomy)
     for site in anatomy.sites:
         kept = plan.entries[site.name].operator == KEEP and site.name not in fixed
         if kept and site.kind == "linear" and site.expert is None:

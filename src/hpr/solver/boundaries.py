@@ -93,14 +93,14 @@ def fitted_temperature(predicted: Sequence[float], measured: Sequence[float], tr
             f"{len(predicted)} predicted and {len(measured)} measured damages of plans with {tracks} tracks: "
             f"give one pair per plan and at least one track"
         )
-    known, found = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
-    if not (np.isfinite(known).all() and np.isfinite(found).all()):
+    predictions, measurements = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
+    if not (np.isfinite(predictions).all() and np.isfinite(measurements).all()):
         raise HprError("a predicted or measured damage is not a finite number: leave that plan out")
-    if len(known) < 3 or not known @ found > 0:
+    if len(predictions) < 3 or not predictions @ measurements > 0:
         return None
-    scale = (known @ found) / (known @ known)
-    residual = math.sqrt(((found - scale * known) ** 2).sum() / (len(known) - 1))
-    if residual <= _EXACT * np.abs(found).max():
+    scale = (predictions @ measurements) / (predictions @ predictions)
+    residual = math.sqrt(((measurements - scale * predictions) ** 2).sum() / (len(predictions) - 1))
+    if residual <= _EXACT * np.abs(measurements).max():
         return None
     return math.sqrt(6) / math.pi * residual / (float(scale) * math.sqrt(tracks))
 

@@ -1,8 +1,8 @@
-"""The state of an online learner on disk: the last whole snapshot, and every batch that came after it.
+"""The state of an online learner on disk: the last complete snapshot, and every batch that came after it.
 
-A batch is written down before it is learnt from. Learning from the same batches in the same order gives the same weights, so
-after a crash at any point nothing is lost: the snapshot is read, and what came after it is learnt again. Every file and folder
-appears by being renamed, whole or not at all.
+The learner writes a batch to disk before it learns from it. The same batches in the same order give the same weights, so a
+crash loses nothing: the learner reads the snapshot and learns from the later batches again. Every file and folder is renamed
+into place, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from hpr.errors import HprError
+from hpr.errors import CheckpointError
 from hpr.healing.teacher_cache import storable
 from hpr.runtime.batch import Batch
 
@@ -27,7 +27,7 @@ _WEIGHTS, _TENSORS, _NUMBERS = "weights.safetensors", "tensors.safetensors", "nu
 
 
 class Journal:
-    """A folder with ``snapshot-STEP``, further ones of the same step with ``+`` behind it, and ``batches/STEP.safetensors``."""
+    """A folder with ``snapshot-STEP`` (further ones of the same step end in ``+``) and ``batches/STEP.safetensors``."""
 
     def __init__(self, folder: Path):
         self.folder, self.batches = folder, folder / "batches"
@@ -36,13 +36,13 @@ class Journal:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
     def note(self, step: int, batch: Batch) -> None:
-        """Write a batch of tensors down."""
+        """Write a batch of tensors to disk."""
         partial = self.batches / f".{step}.{os.getpid()}.partial"
         save_file(storable(batch), partial)
         partial.replace(self.batches / f"{step:09d}.safetensors")
 
     def snapshot(self, step: int, model: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Write down all that the learner is; what led there is no longer needed."""
+        """Write the whole state of the learner, and remove the batches that led to it."""
         partial = self.folder / f".snapshot.{os.getpid()}.partial"
         partial.mkdir()
         save_model(model, str(partial / _WEIGHTS))
@@ -59,9 +59,9 @@ class Journal:
                 path.unlink()
 
     def restore(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The last snapshot: weights go into the model, tensors and numbers are returned. None where there is none yet.
+        """Load the weights of the last snapshot into the model, and return its tensors and numbers. None without a snapshot.
 
-        Raises ``HprError`` where files are damaged.
+        Raises ``CheckpointError`` for damaged files.
         """
         found = self._snapshots()
         if not found:
@@ -71,10 +71,10 @@ class Journal:
             tensors = load_file(found[-1] / _TENSORS)
             return tensors, json.loads((found[-1] / _NUMBERS).read_text(encoding="utf-8"))
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise HprError(f"{found[-1]} is damaged ({error}): remove {self.folder} to start anew") from error
+            raise CheckpointError(f"{found[-1]} is damaged ({error}): remove {self.folder} to start anew") from error
 
     def after(self, step: int) -> Iterator[tuple[int, Batch]]:
-        """The batches that were written down after a step, in order."""
+        """Yield the number and the batch of every step after the given one, in order."""
         for path in sorted(self.batches.glob("*.safetensors")):
             if int(path.stem) > step:
                 yield int(path.stem), load_file(path)
@@ -84,7 +84,7 @@ class Journal:
 
 
 def parted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by what stands before the first dot of their name, and what stands after it."""
+    """Group tensors by the part of their name before the first dot."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         first, _, rest = key.partition(".")
@@ -93,7 +93,7 @@ def parted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def flat(batches: list[Batch]) -> dict[str, Tensor]:
-    """Batches as tensors by number and name."""
+    """Return the tensors of batches by number and name."""
     return {f"{place}.{name}": value for place, batch in enumerate(batches) for name, value in batch.items()}
 
 
@@ -104,13 +104,15 @@ def unflat(tensors: Mapping[str, Tensor]) -> list[Batch]:
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser as tensors, by number of the parameter and name."""
+    """Return the state of an optimiser as tensors, by number of the parameter and name."""
     state = optimiser.state_dict()["state"]
     return {f"{number}.{name}": torch.as_tensor(value) for number, own in state.items() for name, value in own.items()}
 
 
 def set_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of ``optimiser_tensors``, in place."""
-    copies = {name: value.clone() for name, value in tensors.items()}  # where torch puts them: kernels differ by alignment
+    copies = {
+        name: value.clone() for name, value in tensors.items()
+    }  # in memory that torch aligns: kernels differ by alignment
     state = {int(number): own for number, own in parted(copies).items()}
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

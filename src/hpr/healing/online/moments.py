@@ -1,4 +1,4 @@
-"""Learning without gradients: second moments that forget, and factors fitted anew to them in closed form."""
+"""Learning without gradients: second moments that forget, and factors fitted to them in closed form."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ _PARTS = ("left", "right", "mean")
 
 
 class Moments:
-    """The profile of an original on a stream: each batch takes the share ``forget`` of what was known before it.
+    """The profile of an original on a stream. Each new batch replaces the fraction ``forget`` of the statistics so far.
 
-    ``plan`` is that of the student, ``profile`` where to begin (the one that it was planned with). ``fitted`` gives the student
-    that the plan gives on the moments as they are now. Raises ``HprError`` for a share that is not above 0 and at most 1, and
-    for a profile of another model.
+    ``plan``: that of the student. ``profile``: the statistics to begin with, which the student was planned with. ``fitted``
+    returns the student that the plan gives on the present statistics. Raises ``HprError`` for a fraction that is not above 0
+    and at most 1, and for a profile or plan of another model.
+
+    >>> moments = Moments(teacher, plan, profile, forget=0.05)
+    >>> healer = OnlineHealer(student, validation, teacher, moments=moments)
     """
 
     def __init__(self, teacher: nn.Module, plan: Plan, profile: Profile, forget: float = 0.02):
         if not 0 < forget <= 1:
-            raise HprError(f"forget {forget} must be above 0 and at most 1: it is the share that one batch takes")
+            raise HprError(f"forget {forget} must be above 0 and at most 1: it is the fraction that one batch replaces")
         self.anatomy = describe(teacher)
         profile.check(self.anatomy)
         plan.validate(self.anatomy)
@@ -40,19 +43,19 @@ class Moments:
         self.goal = replace(objective_for(teacher, about.get("objective")), temperature=about.get("temperature", 1.0))
 
     def add(self, batches: Sequence[Batch], seed: int = 0) -> None:
-        """Measure some batches on the original, and let them count; the labels of curvature are drawn by the seed."""
-        given = [to_device_of(batch, self.teacher) for batch in batches]
-        found, _ = measure_curvature(self.teacher, self.anatomy, given, self.goal, seed)
-        part = 1 - (1 - self.forget) ** len(given)
-        sites = {name: blended(known, found[name], part) for name, known in self.profile.sites.items()}
+        """Measure some batches on the original, and add their statistics. The seed draws the labels for the curvature."""
+        moved = [to_device_of(batch, self.teacher) for batch in batches]
+        new, _ = measure_curvature(self.teacher, self.anatomy, moved, self.goal, seed)
+        part = 1 - (1 - self.forget) ** len(moved)
+        sites = {name: blended(known, new[name], part) for name, known in self.profile.sites.items()}
         self.profile = replace(self.profile, sites=sites)
 
     def fitted(self) -> nn.Module:
-        """A student of the same plan, its factors fitted in closed form to the moments as they are now."""
+        """Return a student of the same plan, with factors fitted in closed form to the present statistics."""
         return share(self.teacher, self.plan, self.profile)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is known, by site and part."""
+        """Return all statistics, by site and part."""
         found: dict[str, Tensor] = {}
         for name, site in self.profile.sites.items():
             found[f"{name}.rows"] = torch.tensor(site.rows, dtype=torch.float64)
@@ -60,7 +63,7 @@ class Moments:
         return found
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of ``tensors``, in place."""
+        """Replace the statistics by those that ``tensors`` returned."""
         sites = {}
         for name in self.profile.sites:
             parts = {part: tensors[key] for part in _PARTS if (key := f"{name}.{part}") in tensors}
@@ -69,10 +72,10 @@ class Moments:
 
 
 def blended(known: SiteStatistics, new: SiteStatistics, part: float) -> SiteStatistics:
-    """Moments of which ``part`` is new; where a site was not seen, what was known stays.
+    """Return statistics of which the fraction ``part`` is new. A site that the new batches did not reach keeps its own.
 
-    Each side is the mean of both, weighed by what they are worth together (rows · tr left · tr right), which itself is mixed,
-    so that sites keep their weights against each other. What lies between two means of inputs is left out of centred moments.
+    Each side is the mean of both, weighted by their masses (rows · tr left · tr right). The masses are mixed too, so sites keep
+    their weights relative to each other. The distance between the two means of inputs is left out of centred moments.
     """
     if not new.live or not known.live:
         return new if new.live else known

@@ -1,4 +1,4 @@
-"""JSON lines as they come in, to batches that an online learner takes, and the log of what it made of them."""
+"""From JSON lines to batches for an online learner, and the log of what it did with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOG = "updates.jsonl"
 
 
 class Chunk(NamedTuple):
-    """A batch of some lines, what is wrong with those that are left out of it, and the number of the last line."""
+    """A batch of some lines, the faults of lines that are left out, and the number of the last line."""
 
     batch: Batch
     faults: list[str]
@@ -31,10 +31,13 @@ class Chunk(NamedTuple):
 
 
 def chunks(lines: Iterable[str], opened: LoadedModel, size: int = 16, labels: bool = False, after: int = 0) -> Iterator[Chunk]:
-    """A batch for every ``size`` lines that come after some number of them.
+    """Yield a batch for every ``size`` lines, and skip the first ``after`` lines.
 
-    A line is an object with a ``text``, and a ``label`` where those are wanted. Where none of them serves the batch is
-    empty, which a learner refuses. Raises ``HprError`` for a model without a tokenizer.
+    A line is an object with a ``text``, and a ``label`` if labels count. If no line of a batch can be read, the batch is empty,
+    and a learner refuses it. Raises ``HprError`` for a model without a tokenizer.
+
+    >>> for chunk in chunks(open("stream.jsonl"), open_model("path/to/model")):
+    ...     healer.update(chunk.batch)
     """
     if opened.tokenizer is None:
         raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: use hpr.OnlineHealer with batches of inputs")
@@ -54,10 +57,10 @@ def chunks(lines: Iterable[str], opened: LoadedModel, size: int = 16, labels: bo
 
 
 class Log:
-    """One JSON line an update, with the number of the last line that it took, in the folder of the state.
+    """One JSON line per update, with the number of the last line that it took, in the folder of the state.
 
-    ``line``: the one that the state of a learner at some step has come to. What a crash kept from being logged is one update
-    at most, of ``size`` lines.
+    ``line``: the last line that the learner at this step has taken. A crash can lose the log of one update at most, of ``size``
+    lines.
     """
 
     def __init__(self, folder: Path, step: int, size: int):
@@ -69,7 +72,7 @@ class Log:
         self.line = int(last["line"] + (step - last["step"]) * size)
 
     def add(self, update: Update, line: int) -> None:
-        """Append what a batch did; what it did not do is left out."""
+        """Append an update. Fields that are None or False are left out."""
         row = {name: value for name, value in vars(update).items() if value is not None and value is not False}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | {"line": line}) + "\n")
@@ -98,4 +101,4 @@ def _row(line: str) -> dict[str, Any] | None:
         row = json.loads(line)
         return row if {"step", "line"} <= row.keys() else None
     except (ValueError, AttributeError):
-        return None  # half a line, of the moment of a crash
+        return None  # half a line, from a crash
