@@ -26,7 +26,8 @@ def parameter_groups(
     relative to the root mean square of the parameter (as in Adafactor, Shazeer & Stern 2018). Factors that several sites share
     get ``shared_rate`` times it. Private low-rank factors at a site that also reads a shared factor
     decay by ``delta_decay``, which pulls the site back to the shared factor; nothing else decays. Routers start at 0, so their
-    scale is that of a newly drawn Linear, and they get ``router_rate`` times the learning rate (30 times did harm, see ``docs/experiments.md``).
+    scale is that of a newly drawn Linear, and they get ``router_rate`` times the learning rate (30 times did
+    harm, see ``docs/experiments.md``).
 
     Raises ``HprError`` for weights that are not float32 or float64, and if no parameter takes a gradient.
     """
