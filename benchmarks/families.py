@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import hpr
 from hpr.anatomy.describe import describe
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.nn.bank import bank_of
 from hpr.plans.plan import keep_all
 from hpr.runtime.hooks import run
@@ -205,7 +205,7 @@ def check(family: Family) -> dict[str, Any]:
         row["unshare"] = bank_of(again) is None and close(answer(again, batch), found)
     row["cache"] = cached(student, batch)
     row["gradient"] = gradients_reach(student, family.batch(draw))
-    row["kept"] = unshareable(model, anatomy)
+    row["kept"] = not_swappable(model, anatomy)
     return row
 
 

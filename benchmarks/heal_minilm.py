@@ -20,12 +20,11 @@ from torch import Tensor, nn
 import hpr
 from common.paths import shared
 from common.tables import say
+from common.tasks import Embed, embedder, labelled_texts, sts_correlation, sts_pairs
 from common.texts import mixture
 from hpr.checkpoints.open import open_model
-from hpr.data.files import labelled_tsv, sts_pairs
 from hpr.data.splits import open_splits
 from hpr.evaluation.divergence import compare
-from hpr.evaluation.tasks import Embed, embedder, sts_correlation
 from hpr.healing.heal import HEALED
 from hpr.healing.loss import Weights
 from hpr.profiling.objectives import OBJECTIVES
@@ -40,7 +39,7 @@ def probe(embed: Embed) -> float:
     data = shared() / "data" / "sst2"
     rows, labels = {}, {}
     for name, most in (("train", PROBED), ("test", None)):
-        texts, known = labelled_tsv(data / f"{name}.tsv")
+        texts, known = labelled_texts(data / f"{name}.tsv")
         rows[name], labels[name] = embed(texts[:most]).double().cpu(), torch.tensor(known[:most])
     weight = fit_probe(rows["train"], labels["train"])
     return float((_logits(weight, rows["test"]).argmax(-1) == labels["test"]).double().mean())

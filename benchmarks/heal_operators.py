@@ -18,14 +18,13 @@ import hpr
 from common import peers
 from common.paths import shared
 from common.tables import markdown, say
+from common.tasks import embedder, sts_correlation, sts_pairs
 from heal_minilm import TEXTS
 from hpr.anatomy.describe import describe
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import first_batches
-from hpr.data.files import sts_pairs
 from hpr.data.splits import Splits, open_splits
 from hpr.evaluation.divergence import compare, divergence
-from hpr.evaluation.tasks import embedder, sts_correlation
 from hpr.healing.heal import HEALED
 from hpr.healing.loss import Weights
 from hpr.pipeline.rescore import rescore

@@ -58,7 +58,7 @@ def main() -> None:
     profile = replace(profile, interventions=intervene(model, choosing, GOAL))
     print(json.dumps({"interventions": profile.interventions}), flush=True)
     for reuse in reuses(model, profile.interventions, choosing, GOAL, price=PRICE):
-        plan = with_layers(keep_all(anatomy), anatomy, reuse.states, reuse.vanishing)
+        plan = with_layers(keep_all(anatomy), anatomy, reuse.states, reuse.dead_weights)
         report("reuse alone", hpr.share(model, plan), states=reuse.states, on_choosing=reuse.damage)
     sketch = draft(model, profile)
     for budget in BUDGETS:

@@ -21,13 +21,12 @@ import hpr
 from common import peers
 from common.paths import shared
 from common.tables import count, say
+from common.tasks import embedder, sts_correlation, sts_pairs
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import text_batches
-from hpr.data.files import sts_pairs
 from hpr.data.splits import open_splits
 from hpr.evaluation.divergence import compare
-from hpr.evaluation.tasks import embedder, sts_correlation
-from hpr.operators.registry import OPERATORS
+from hpr.operators.registry import plannable
 from hpr.pipeline.rescore import rescore
 from hpr.planning.draft import Draft
 from hpr.planning.planner import draft
@@ -150,12 +149,12 @@ def encoder(run: Run) -> None:
 def damage(run: Run) -> None:
     """Predicted against measured damage, plans of every operator at five budgets; what leaving one out costs."""
     rows, inside = [], []
-    every = draft(run.model, run.profile, operators=[*OPERATORS, "segments"], align=False).tracks
+    every = draft(run.model, run.profile, operators=plannable(), align=False).tracks
     for budget in ("80%", "65%", "50%", "40%", "30%"):
         limit = run.sketch.budget(budget)
         found = [*lagrangian.plan_candidates(every, run.sketch.limit(limit))]
         found += lagrangian.k_best(every, run.sketch.limit(limit), 3)
-        for name in OPERATORS:  # tables are always segmented: no operator alone could meet the smaller budgets
+        for name in plannable():  # tables are always segmented: no operator alone could meet the smaller budgets
             for beside in (set(), {"low rank"}):
                 with suppress(hpr.HprError):
                     tracks = restrict(every, {name, "segments", *beside})

@@ -18,15 +18,14 @@ from torch import nn
 import hpr
 from common.paths import shared
 from common.tables import markdown, say
+from common.tasks import embedder, sts_correlation, sts_pairs
 from common.texts import mixture
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import first_batches
-from hpr.data.files import sts_pairs
 from hpr.data.splits import open_splits
 from hpr.evaluation.cost import forward_flops
 from hpr.evaluation.divergence import compare
 from hpr.evaluation.latency import latency
-from hpr.evaluation.tasks import embedder, sts_correlation
 from hpr.healing.heal import HEALED
 from hpr.nn.bank import parameters
 from hpr.planning.planner import draft

@@ -27,6 +27,7 @@ import hpr
 from common.tables import count, markdown, say
 from families import answer
 from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.nn.bank import parameters
 from hpr.planning.planner import draft
 from hpr.plans.budget import parse_budget
@@ -136,7 +137,7 @@ def run(name: str, examples: int, operators: Sequence[str] | None) -> None:
             saved = hpr.save(student, Path(folder) / "out")
         size = (saved / "model.safetensors").stat().st_size
         equal = reloads(shape.model, student, saved, batches[0])
-    limit = parse_budget(shape.budget, describe(model))
+    limit = parse_budget(shape.budget, describe(model), bytes_per_parameter(model))
     used = parameters(student)
     say(
         model=name,

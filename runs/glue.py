@@ -17,7 +17,7 @@ import transformers as tf
 
 import hpr
 from hpr.checkpoints.open import open_model
-from hpr.data.files import labelled_tsv, read_texts
+from hpr.data.files import read_labels, read_texts
 from hpr.healing.optimizer import parameter_groups
 from hpr.nn.bank import parameters
 
@@ -27,8 +27,11 @@ Rows = tuple[list[tuple[str, ...]], list[int]]
 
 def sst2(data: Path) -> dict[str, Rows]:
     """Film reviews, 1 where favourable: train.tsv, dev.tsv and test.tsv."""
-    read = {name: labelled_tsv(data / f"{name}.tsv") for name in ("train", "dev", "test")}
-    return {name: ([(text,) for text in texts], labels) for name, (texts, labels) in read.items()}
+    rows = {}
+    for name in ("train", "dev", "test"):
+        labels = read_labels(data / f"{name}.tsv") or []
+        rows[name] = [(text,) for text in read_texts(data / f"{name}.tsv", "sentence")], [int(label) for label in labels]
+    return rows
 
 
 def mrpc(data: Path) -> dict[str, Rows]:

@@ -23,7 +23,7 @@ from glue import TASKS as CLASSES
 from glue import rows_of
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import input_batches
-from hpr.data.files import sts_pairs
+from hpr.data.files import read_texts
 from hpr.healing.loss import Weights
 from hpr.nn.bank import parameters
 from hpr.runtime.batch import Batch
@@ -40,8 +40,8 @@ def read(data: Path, task: str, tokenizer: PreTrainedTokenizerBase, most: int) -
     else:
         rows = {}
         for part in ("train", "test"):
-            one, two, scores = sts_pairs(data / task / f"stsb-en-{part}.csv")
-            rows[part] = list(zip(one, two, strict=True)), [value / 5 for value in scores]
+            first, second, scores = (read_texts(data / task / f"stsb-en-{part}.csv", column) for column in range(3))
+            rows[part] = list(zip(first, second, strict=True)), [float(score) / 5 for score in scores]
     found = {}
     for part, (texts, labels) in rows.items():
         many = most if part == "train" else None

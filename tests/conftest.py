@@ -69,7 +69,7 @@ def plan_of(anatomy: Anatomy, changed: Mapping[str, Sequence[Term]]) -> Plan:
     entries |= {name: Entry("test", tuple(terms), 0.25) for name, terms in changed.items()}
     budget = Budget("100%", anatomy.total_parameters)
     dense, other = anatomy.total_parameters, anatomy.other_parameters
-    return Plan(anatomy.model_class, anatomy.fingerprint, budget, dense, other, entries)
+    return Plan(anatomy.model_class, anatomy.fingerprint, budget, dense, other, entries, stacks=anatomy.stacks)
 
 
 def plan_everything(model: nn.Module, rank: int = 3) -> Plan:
@@ -84,7 +84,7 @@ def plan_everything(model: nn.Module, rank: int = 3) -> Plan:
 
 
 def random_factors(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: object = None) -> fitting.Fitted:
-    """Stands in for ``hpr.operators.fit``."""
+    """Stands in for ``Fits.fit``."""
     draw = torch.Generator().manual_seed(2)
     values: dict[str, Tensor] = {}
     for name, shape in plan.factors(anatomy).items():
@@ -97,7 +97,7 @@ def random_factors(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: obje
 
 @pytest.fixture
 def random_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "fit", random_factors)
+    monkeypatch.setattr(fitting.Fits, "fit", lambda fits, plan: random_factors(fits.model, fits.anatomy, plan))
 
 
 @pytest.fixture

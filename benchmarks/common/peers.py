@@ -79,7 +79,7 @@ def _private(model: nn.Module, sites: Sequence[Site], profile: Profile, budget: 
 
 
 def _plain(model: nn.Module, site: Site, profile: Profile, whitened: bool) -> Measured:
-    weight = module_at(model, site.path).weight.detach().double()  # type: ignore[union-attr, operator]
+    weight = module_at(model, site.name).weight.detach().double()  # type: ignore[union-attr, operator]
     ones = Side(torch.ones(len(weight)).double())
     known = profile.sites[site.name]
     right = known.right
@@ -90,4 +90,4 @@ def _plain(model: nn.Module, site: Site, profile: Profile, whitened: bool) -> Me
 
 def _set(student: nn.Module, site: Site, weight: Tensor) -> None:
     with torch.no_grad():
-        module_at(student, site.path).weight.copy_(weight)  # type: ignore[union-attr, operator]
+        module_at(student, site.name).weight.copy_(weight)  # type: ignore[union-attr, operator]

@@ -7,8 +7,9 @@ import random
 import re
 
 from common.paths import shared
+from common.tasks import labelled_texts, sts_pairs
 from hpr.data.docstrings import docstrings
-from hpr.data.files import labelled_tsv, read_texts, sts_pairs
+from hpr.data.files import read_texts
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 
@@ -22,7 +23,7 @@ def unlabelled() -> dict[str, list[str]]:
     kinds = {
         "docstrings": docstrings("calibration"),
         "captions": captions,
-        "reviews": [text for text in labelled_tsv(data / "sst2" / "train.tsv")[0] if len(text.split()) > 3],
+        "reviews": [text for text in labelled_texts(data / "sst2" / "train.tsv")[0] if len(text.split()) > 3],
         "news": [text for row in news if len(row) == 5 for text in row[3:]],
         "stories": _sentences(read_texts(data / "tinystories" / "calibration.txt")),
         "encyclopaedia": _sentences(read_texts(data / "wikitext-2" / "valid.txt")),

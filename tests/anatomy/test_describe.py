@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 from torch import nn
 
+from hpr.anatomy import describe as describing
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import base_of, module_at, weight_of
 from hpr.errors import HprError
@@ -62,10 +63,11 @@ def test_families(build: Build, family: str) -> None:
         for slot in slots:
             assert [site.layer for site in anatomy.slots()[name, slot]] == list(range(layers))
     assert {site.name: site.aliases for site in anatomy.sites if site.aliases} == ties
-    names = [site.name for site in anatomy.sites]
-    assert len(names) == len(set(names))
+    for key in ("name", "label"):
+        names = [getattr(site, key) for site in anatomy.sites]
+        assert len(names) == len(set(names))
     for site in anatomy.sites:
-        module = module_at(model, site.path)
+        module = module_at(model, site.name)
         assert weight_of(module).shape == (site.out_features, site.in_features)
         assert (getattr(module, "bias", None) is not None) == site.has_bias
         assert anatomy[site.name] is site
@@ -93,7 +95,7 @@ def test_names_below_a_head_are_those_of_the_base(build: Build, family: str) -> 
 def test_task_heads_hang_outside_the_base(build: Build) -> None:
     model = build("bert", tf.AutoModelForSequenceClassification)
     site = describe(model)["classifier"]
-    assert (site.path, site.stack, site.layer) == ("classifier", None, None)
+    assert (site.name, site.stack, site.layer) == ("classifier", None, None)
     assert module_at(model, "classifier") is model.classifier
 
 
@@ -112,6 +114,21 @@ def test_the_fingerprint_follows_the_weights(build: Build) -> None:
     with torch.no_grad():
         model.encoder.layer[1].output.dense.weight[0, 0] += 1
     assert describe(model).fingerprint != before
+    anatomy = describe(model)
+    found = anatomy.fingerprint
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] += 1
+    assert anatomy.fingerprint == found != describe(model).fingerprint
+
+
+def test_weights_are_read_for_the_fingerprint_alone(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    hashed = describing._fingerprint
+    monkeypatch.setattr(describing, "_fingerprint", lambda *given: read.append(1) or hashed(*given))
+    anatomy = describe(build("bert"))
+    assert not read
+    assert anatomy.fingerprint == anatomy.fingerprint
+    assert len(read) == 1
 
 
 class Block(nn.Module):
@@ -144,6 +161,14 @@ def test_select() -> None:
     assert {site.name for site in anatomy.select("table, blocks.1.*")} == {"table", "blocks.1.up", "blocks.1.down"}
     with pytest.raises(HprError, match="matches no site of Toy"):
         anatomy.select("encoder.*")
+
+
+def test_a_site_is_chosen_by_its_path_or_by_its_label(build: Build) -> None:
+    anatomy = describe(build("bert"))
+    by_label, by_path = anatomy.select("encoder.2.*"), anatomy.select("encoder.layer.2.*")
+    assert by_label == by_path
+    assert {site.name: site.label for site in by_path}["encoder.layer.2.output.dense"] == "encoder.2.output.dense"
+    assert anatomy["embeddings.word_embeddings"].label == "embeddings.word_embeddings"
 
 
 def test_errors_name_what_is_missing() -> None:

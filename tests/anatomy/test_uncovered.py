@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 from hpr.anatomy.describe import describe
-from hpr.anatomy.uncovered import Leftover, leftovers
+from hpr.anatomy.uncovered import Uncovered, uncovered
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 SOUND = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
@@ -49,45 +49,45 @@ def wav2vec2() -> nn.Module:
     return tf.Wav2Vec2Model(config)
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], list[Leftover]]] = {
+CASES: dict[str, tuple[Callable[[], nn.Module], list[Uncovered]]] = {
     "vit": (
         vit,
         [
-            Leftover("Conv2d", "weight", 1, 16 * 3 * 4 * 4, CONVOLUTION),
-            Leftover("ViTEmbeddings", "position_embeddings", 1, 17 * 16, OWN),
-            Leftover("ViTEmbeddings", "cls_token", 1, 16, VECTOR),
+            Uncovered("Conv2d", "weight", 1, 16 * 3 * 4 * 4, CONVOLUTION),
+            Uncovered("ViTEmbeddings", "position_embeddings", 1, 17 * 16, OWN),
+            Uncovered("ViTEmbeddings", "cls_token", 1, 16, VECTOR),
         ],
     ),
     "wav2vec2": (
         wav2vec2,
         [
-            Leftover("ParametrizedConv1d", "weight.original1", 1, 16 * 8 * 4, CONVOLUTION),
-            Leftover("Conv1d", "weight", 2, 8 * 10 + 8 * 8 * 3, CONVOLUTION),
-            Leftover("ParametrizedConv1d", "weight.original0", 1, 4, CONVOLUTION),
+            Uncovered("ParametrizedConv1d", "weight.original1", 1, 16 * 8 * 4, CONVOLUTION),
+            Uncovered("Conv1d", "weight", 2, 8 * 10 + 8 * 8 * 3, CONVOLUTION),
+            Uncovered("ParametrizedConv1d", "weight.original0", 1, 4, CONVOLUTION),
         ],
     ),
     "mixtral": (
         lambda: tf.MixtralModel(tf.MixtralConfig(**EXPERTS)),
-        [Leftover("MixtralTopKRouter", "weight", 2, 2 * 4 * 16, OWN)],
+        [Uncovered("MixtralTopKRouter", "weight", 2, 2 * 4 * 16, OWN)],
     ),
     "gpt-oss": (
         lambda: tf.GptOssModel(tf.GptOssConfig(**EXPERTS, head_dim=8, num_experts_per_tok=2)),
         [
-            Leftover("GptOssExperts", "gate_up_proj", 2, 2 * 4 * 16 * 48, TRANSPOSED),
-            Leftover("GptOssExperts", "down_proj", 2, 2 * 4 * 24 * 16, TRANSPOSED),
-            Leftover("GptOssExperts", "gate_up_proj_bias", 2, 2 * 4 * 48, OWN),
-            Leftover("GptOssExperts", "down_proj_bias", 2, 2 * 4 * 16, OWN),
-            Leftover("GptOssTopKRouter", "weight", 2, 2 * 4 * 16, OWN),
+            Uncovered("GptOssExperts", "gate_up_proj", 2, 2 * 4 * 16 * 48, TRANSPOSED),
+            Uncovered("GptOssExperts", "down_proj", 2, 2 * 4 * 24 * 16, TRANSPOSED),
+            Uncovered("GptOssExperts", "gate_up_proj_bias", 2, 2 * 4 * 48, OWN),
+            Uncovered("GptOssExperts", "down_proj_bias", 2, 2 * 4 * 16, OWN),
+            Uncovered("GptOssTopKRouter", "weight", 2, 2 * 4 * 16, OWN),
         ],
     ),
     "plain": (
         Spoken,
         [
-            Leftover(
+            Uncovered(
                 "Block", "mixing", 3, 3 * 3 * 8 * 8, "no matrix, nor experts that are read as F.linear(x, self.mixing[i])"
             ),
-            Leftover("Spoken", "positions", 1, 21 * 8, OWN),
-            Leftover("Spoken", "token", 1, 8, VECTOR),
+            Uncovered("Spoken", "positions", 1, 21 * 8, OWN),
+            Uncovered("Spoken", "token", 1, 8, VECTOR),
         ],
     ),
 }
@@ -99,7 +99,7 @@ def test_leftovers(name: str) -> None:
     with torch.device("meta"):
         model = build()
     anatomy = describe(model)
-    found = leftovers(model, anatomy)
+    found = uncovered(model, anatomy)
     assert sorted(found, key=str) == sorted(expected, key=str)
     assert [row.parameters for row in found] == sorted((row.parameters for row in found), reverse=True)
     flat = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() < 2)

@@ -16,9 +16,9 @@ import stories
 from common import peers, tables, texts
 from common.comparison import Ground, dropped, ground, spanning, students
 from common.paths import shared
+from common.tasks import sts_pairs
 from hpr.anatomy.lookup import weight_at
 from hpr.data.batches import Batches
-from hpr.data.files import sts_pairs
 from hpr.data.splits import Splits
 from hpr.plans.plan import keep_all
 from hpr.plans.terms import KEEP, Entry, Term
@@ -136,9 +136,9 @@ def test_students_stay_within_the_budget(llama):
 def test_spanning_groups(build):
     anatomy = hpr.describe(build("bart"))
     entries = {site.name: Entry(KEEP) for site in anatomy.sites}
-    names = ("encoder.0.fc1", "decoder.1.fc1")
+    names = ("encoder.layers.0.fc1", "decoder.layers.1.fc1")
     entries |= {name: Entry("tie", (Term("one"),)) for name in names}
-    entries |= {name: Entry("tie", (Term("two"),)) for name in ("encoder.0.fc2", "encoder.1.fc2")}
+    entries |= {name: Entry("tie", (Term("two"),)) for name in ("encoder.layers.0.fc2", "encoder.layers.1.fc2")}
     plan = replace(keep_all(anatomy), entries=entries)
     assert [set(group) for group in spanning(plan, anatomy)] == [set(names)]
 

@@ -136,7 +136,7 @@ def test_an_encoder_alone_takes_its_factors_only(build: Build, tmp_path: Path, i
 
 def test_a_shared_task_head_is_skipped_by_the_base_class(build: Build, tmp_path: Path) -> None:
     model = build("bert", tf.AutoModelForSequenceClassification)
-    name = "encoder.0.output.dense"
+    name = "encoder.layer.0.output.dense"
     student = share(
         model, plan_of(describe(model), {"classifier": low_rank_terms("classifier", 1), name: low_rank_terms(name)})
     )
@@ -281,7 +281,7 @@ def test_damaged_configurations_are_named(build: Build, tmp_path: Path) -> None:
     with pytest.raises(HprError, match="'colour'"):
         load_with(lambda spec: spec.update(colour="red"))
     with pytest.raises(HprError, match=r"no shape for factor 'encoder\.1\.output\.dense:u'"):
-        load_with(lambda spec: spec["factors"].pop("encoder.1.output.dense:u"))
+        load_with(lambda spec: spec["factors"].pop("encoder.layer.1.output.dense:u"))
     with pytest.raises(HprError, match=rf"{site} needs factor"):
         load_with(lambda spec: spec["sites"][site][0].update(rank=2))
     with pytest.raises(HprError, match="does not describe"):

@@ -114,7 +114,7 @@ def test_inspect(home):
     assert sum(part["parameters"] for part in found["parts"]) == found["parameters"]
     query = next(part for part in found["parts"] if part["name"] == "encoder · attention.self.query")
     assert (query["sites"], query["shape"], query["parameters"]) == (3, [16, 16], 768)
-    assert (found["ties"], found["unshareable"], found["objective"]) == ([], {}, "hidden")
+    assert (found["ties"], found["not_swappable"], found["objective"]) == ([], {}, "hidden")
     text = run("inspect", home / "model").stdout
     assert "encoder: 3 layers" in text
     assert "encoder: attention weights can be reused: 1, 2" in text
@@ -137,7 +137,7 @@ def test_inspect_says_why_attention_cannot_be_reused(tmp_path):
 def test_inspect_names_matrices_that_are_no_sites(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     tf.ViTModel(tf.ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path)
-    found = json.loads(run("inspect", tmp_path, "--json").stdout)["leftovers"]
+    found = json.loads(run("inspect", tmp_path, "--json").stdout)["uncovered"]
     assert found[0] == {"owner": "Conv2d", "parameter": "weight", "count": 1, "parameters": 768, "reason": "a convolution"}
     assert "no site: Conv2d.weight, 768 parameters: a convolution" in run("inspect", tmp_path).stdout
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hpr.data.batches import Batches, array_batches, in_input_order, text_batches
-from hpr.data.files import labelled_tsv, read_array, read_texts, sts_pairs
+from hpr.data.files import read_array, read_texts
 from hpr.errors import HprError
 from hpr.runtime.batch import POSITIONAL
 
@@ -139,26 +139,11 @@ def test_bad_texts_are_named(tmp_path: Path, name: str, content: bytes, column: 
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    for read in (read_texts, sts_pairs, labelled_tsv, read_array, array_batches):
+    for read in (read_texts, read_array, array_batches):
         with pytest.raises(HprError, match="no file at"):
             read(tmp_path / "none")
     with pytest.raises(HprError, match="cannot be read"):
         read_texts(tmp_path)
-
-
-def test_sts_and_labelled_tables(tmp_path: Path) -> None:
-    table = tmp_path / "sts.csv"
-    table.write_text('A "dog" thing.,"One, two.",5.0\nb,c,0\n')
-    assert sts_pairs(table) == (['A "dog" thing.', "b"], ["One, two.", "c"], [5.0, 0.0])
-    table.write_text("a,b,5\na,b,much\n")
-    with pytest.raises(HprError, match=r"row 2.*is not sentence, sentence, score"):
-        sts_pairs(table)
-    labelled = tmp_path / "sst.tsv"
-    labelled.write_text('sentence\tlabel\na "quoted \t1\nb\t0\n')
-    assert labelled_tsv(labelled) == (['a "quoted', "b"], [1, 0])
-    labelled.write_text("sentence\tlabel\na\tgood\n")
-    with pytest.raises(HprError, match="row 2"):
-        labelled_tsv(labelled)
 
 
 def test_array_batches(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from conftest import low_rank_terms, plan_everything, plan_of
@@ -23,7 +22,6 @@ from hpr.evaluation.cost import disk_bytes, file_bytes, flops_per_token, parts, 
 from hpr.evaluation.divergence import accuracy, compare, cosine, divergence, embeddings, neighbour_agreement
 from hpr.evaluation.evaluate import evaluate
 from hpr.evaluation.latency import latency, peak_memory
-from hpr.evaluation.tasks import classification_accuracy, embedder, sts_correlation
 from hpr.nn.bank import parameters
 from hpr.plans.plan import Plan
 from hpr.plans.terms import Term
@@ -120,7 +118,7 @@ def test_accuracy() -> None:
     model, batches = Linear(), Batches(rows(12), torch.arange(12).flip(0).tolist())
     with torch.no_grad():
         labels = model(torch.cat(list(batches)).flip(0)).argmax(-1)
-    assert classification_accuracy(model, batches, labels) == 1
+    assert accuracy(embeddings(model, batches, OBJECTIVES["classification"]), labels) == 1
 
 
 def test_loss_and_agreement_of_a_language_model(build: Build) -> None:
@@ -168,28 +166,6 @@ def test_what_cannot_be_compared_is_named() -> None:
         evaluate(Linear(), Linear(), batches, labels=[0] * 20)
     with pytest.raises(HprError, match="does not fit"):
         evaluate(Linear(), Linear(), batches, OBJECTIVES["embedding"])
-
-
-def test_sts_with_a_fake_embedder() -> None:
-    """Sentences are angles; the score falls with the angle between them."""
-    first, second = ["0", "0", "0", "10"], ["5", "90", "45", "12"]
-    calls = []
-
-    def embed(texts: list[str]) -> Tensor:
-        calls.append(list(texts))
-        angles = torch.tensor([float(text) for text in texts]).deg2rad()
-        return torch.stack([angles.cos(), angles.sin()], dim=1)
-
-    assert sts_correlation(embed, (first, second, [4.0, 0.0, 2.0, 5.0])) == pytest.approx(1)
-    assert sts_correlation(embed, (first, second, [1.0, 5.0, 2.0, 0.0])) == pytest.approx(-1)
-    found = sts_correlation(embed, (first, second, [1.0, 2.0, 2.0, 0.0]))
-    assert found == pytest.approx(spearmanr([-5, -90, -45, -2], [1, 2, 2, 0]).statistic)
-    assert calls[0] == ["0", "10", "5", "90", "45", "12"]  # each once
-    assert sts_correlation(lambda texts: torch.ones(len(texts), 2), (first, second, [4.0, 0.0, 2.0, 5.0])) == 0
-    with pytest.raises(HprError, match="3 scores"):
-        sts_correlation(embed, (first, second, [1.0, 2.0, 3.0]))
-    with pytest.raises(HprError, match="all alike"):
-        sts_correlation(embed, (first, second, [1.0] * 4))
 
 
 def plans(model: nn.Module) -> list[Plan]:
@@ -249,7 +225,7 @@ def test_plain_and_half_precision_files(build: Build, tmp_path: Path) -> None:
 def test_shared_factors_are_split_among_their_users(build: Build) -> None:
     teacher = build("bert")
     anatomy = describe(teacher)
-    tied = {f"encoder.{i}.attention.self.query": (Term("q"),) for i in range(3)}
+    tied = {f"encoder.layer.{i}.attention.self.query": (Term("q"),) for i in range(3)}
     student = share(teacher, plan_of(anatomy, tied))
     found = {part["name"]: part for part in parts(teacher, student, anatomy)}
     assert found["encoder · attention.self.query"] == {"name": "encoder · attention.self.query", "before": 768, "after": 256}
@@ -341,16 +317,8 @@ def test_labels_give_accuracy() -> None:
 
 
 def test_minilm(minilm: Path) -> None:
-    """Sizes of the real model; sentences that mean the same are near."""
-    model, tokenizer = tf.AutoModel.from_pretrained(minilm), tf.AutoTokenizer.from_pretrained(minilm)
+    model = tf.AutoModel.from_pretrained(minilm)
     anatomy = describe(model)
     assert parameters(model) == anatomy.total_parameters == 22_713_216
     assert disk_bytes(model) == pytest.approx(4 * 22_713_216, rel=1e-3)
     assert flops_per_token(model, anatomy) == 2 * (6 * (4 * 384**2 + 2 * 384 * 1536) + 384**2)
-    first = ["A man is eating food.", "The girl rides a horse.", "Stocks fell sharply today."]
-    second = ["A man eats something.", "A plane is landing at noon.", "The market dropped."]
-    embed = embedder(model, tokenizer)
-    similarity = (embed(first) * embed(second)).sum(-1)
-    assert similarity[1] < 0.3 < similarity[[0, 2]].min()
-    assert sts_correlation(embed, (first, second, [5.0, 0.0, 4.0])) > 0.8
-    torch.testing.assert_close(embed(first)[1:2], embed(first[1:2]), rtol=0, atol=1e-5)

@@ -24,7 +24,7 @@ from hpr.checkpoints import load, save
 from hpr.errors import HprError
 from hpr.evaluation.cost import flops_per_token, forward_flops, parts
 from hpr.layer_reuse.attention import attention_modules
-from hpr.layer_reuse.dead_weights import vanishing
+from hpr.layer_reuse.dead_weights import dead_weights
 from hpr.layer_reuse.install import droppable, reusable, with_states
 from hpr.layer_reuse.reuse import with_layers
 from hpr.nn.bank import parameters
@@ -68,7 +68,7 @@ def every_second(model: nn.Module, state: str) -> dict[str, str]:
 
 def planned(model: nn.Module, states: Mapping[str, str], batch: Any = None) -> Plan:
     anatomy = describe(model)
-    return with_layers(keep_all(anatomy), anatomy, states, vanishing(model, states, batch))
+    return with_layers(keep_all(anatomy), anatomy, states, dead_weights(model, states, batch))
 
 
 def made(name: str, state: str) -> tuple[nn.Module, nn.Module]:
@@ -435,7 +435,7 @@ def test_plans_that_contradict_themselves(change: dict[str, Any], words: str) ->
 def test_a_site_that_still_has_an_effect_cannot_vanish() -> None:
     model = make("BERT")
     data = planned(model, {"encoder.1": WEIGHTS}).to_dict()
-    data["sites"]["encoder.1.intermediate.dense"] = {"operator": "reused", "damage": 0.0, "terms": []}
+    data["sites"]["encoder.layer.1.intermediate.dense"] = {"operator": "reused", "damage": 0.0, "terms": []}
     with pytest.raises(HprError, match="its layer attends by itself"):
         share(model, Plan.from_dict(data))
 
@@ -448,5 +448,5 @@ def test_example_batches(name: str) -> None:
 
 def test_plain_modules_need_a_batch() -> None:
     with pytest.raises(HprError, match="give a batch"):
-        vanishing(Plain(), {"encoder.1": WEIGHTS})
+        dead_weights(Plain(), {"encoder.1": WEIGHTS})
     assert re.match("encoder", next(iter(reusable(Plain(), describe(Plain())))))

@@ -32,12 +32,18 @@ TERMS: dict[str, tuple[Term, ...]] = {
         Term("u", "v", RANK, rows=(2, 7), row_scale="r"),
         Term("b", "v2", 1, rows=(7, OUT)),
     ),
+    "segments in another order, one of two terms": (
+        Term("b", rows=(6, OUT)),
+        Term("u", "v", RANK, rows=(0, 6)),
+        Term("u2", "v2", 2, rows=(0, 6), column_scale="c"),
+    ),
+    "segments that overlap": (Term("a", rows=(0, 6)), Term("u", "v", RANK, rows=(3, OUT), row_scale="r")),
     "sum with a segment": (Term("u", "v", RANK), Term("a", rows=(4, 6))),
 }
 
 
 def make_bank(terms: tuple[Term, ...], dtype: torch.dtype = torch.float64) -> FactorBank:
-    site = Site("s", "s", "linear", OUT, IN, has_bias=False)
+    site = Site("s", "linear", OUT, IN, has_bias=False)
     shapes = {name: shape for term in terms for name, shape in term.shapes(site).items()}
     bank = FactorBank(shapes, dtype)
     draw = torch.Generator().manual_seed(0)
@@ -117,6 +123,32 @@ def test_an_id_beyond_the_table_raises_as_it_does_in_torch(kind: str, wrong: int
     site = SharedEmbedding(make_bank(TERMS[kind]), TERMS[kind], nn.Embedding(OUT, IN))
     with pytest.raises(IndexError):
         site(torch.tensor([wrong]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_without_a_term_are_zero(bias: bool) -> None:
+    terms = (Term("u", "v", RANK, rows=(5, 7)), Term("a", rows=(1, 3)))
+    bank = make_bank(terms)
+    site = SharedLinear(bank, terms, nn.Linear(IN, OUT, bias=bias).double())
+    x = torch.randn(2, 5, IN, dtype=torch.float64)
+    expected = x @ reference(bank, terms).T
+    torch.testing.assert_close(site(x), expected if site.bias is None else expected + site.bias)
+    assert [(run.start, run.stop, len(run.terms)) for run in site.runs] == [
+        (0, 1, 0),
+        (1, 3, 1),
+        (3, 5, 0),
+        (5, 7, 1),
+        (7, OUT, 0),
+    ]
+
+
+def test_other_terms_are_read_once_they_are_set() -> None:
+    terms = TERMS["sum"]
+    bank = make_bank(terms)
+    site = SharedLinear(bank, terms, nn.Linear(IN, OUT).double())
+    site.set_terms(terms[1:])
+    x = torch.randn(3, IN, dtype=torch.float64)
+    torch.testing.assert_close(site(x), x @ reference(bank, terms[1:]).T + site.bias)
 
 
 def test_conv1d_is_read_as_out_by_in() -> None:

@@ -15,7 +15,7 @@ import hpr
 from conftest import low_rank_terms, plan_everything, plan_of
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import slice_at, weight_at
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.evaluation.cost import parts, sizes
 from hpr.nn.bank import bank_of, parameters
@@ -87,8 +87,8 @@ class Net(nn.Module):
 
 
 class Fixed(Objective):
-    def loss(self, outputs: Tensor, batch: Tensor, generator: torch.Generator) -> Tensor:
-        return (outputs * direction(batch)).sum()
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        return (outputs * direction(batch["input"])).sum()
 
 
 def direction(batch: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def test_every_expert_is_a_site(model: tf.PreTrainedModel) -> None:
     assert experts == sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
     routers = sum(p.numel() for name, p in model.named_parameters() if name.endswith("mlp.gate.weight"))
     assert anatomy.other_parameters == routers + sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    assert unshareable(model, anatomy) == {}
+    assert not_swappable(model, anatomy) == {}
 
 
 def test_only_slices_that_a_linear_reads_are_sites() -> None:
@@ -184,7 +184,7 @@ def test_routers_made_from_a_linear_are_kept(ids: Tensor) -> None:
     anatomy = describe(model)
     profile = hpr.profile(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
     routers = {site.name for site in anatomy.sites if site.slot == "mlp.router"}
-    assert set(unshareable(model, anatomy)) == routers == {"layers.0.mlp.router", "layers.1.mlp.router"}
+    assert set(not_swappable(model, anatomy)) == routers == {"layers.0.mlp.router", "layers.1.mlp.router"}
     assert not any(profile.sites[name].live for name in routers)
     assert any(hpr.plan(model, profile, "60%").entries[f"{EXPERTS}.down_proj.{number}"].terms for number in range(4))
 
@@ -348,7 +348,7 @@ class Nosy(nn.Module):
 
 def test_experts_that_another_module_reads_are_kept() -> None:
     net = Nosy()
-    assert set(unshareable(net, describe(net))) == {f"experts.up.{number}" for number in range(3)}
+    assert set(not_swappable(net, describe(net))) == {f"experts.up.{number}" for number in range(3)}
 
 
 def test_errors_name_the_experts() -> None:
@@ -357,6 +357,6 @@ def test_errors_name_the_experts() -> None:
         attach(Net(), {path: (Term("f"),)}, {"f": FactorShape(7, 5)})
     twice = nn.ModuleDict({"one": Net(), "two": Net()})
     twice["two"].experts.up = twice["one"].experts.up
-    assert "read by two modules" in unshareable(twice, describe(twice))["one.experts.up.1"]
+    assert "read by two modules" in not_swappable(twice, describe(twice))["one.experts.up.1"]
     with pytest.raises(HprError, match="no experts at"):
         weight_at(nn.Sequential(nn.Linear(2, 2)), describe(Net())[path])

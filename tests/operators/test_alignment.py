@@ -1,4 +1,4 @@
-"""Aligned models compute the same, their profile turns along, and plans that align are carried out from their files alone."""
+"""Aligned models compute the same, their profile is transformed too, and a plan that aligns needs its file alone."""
 
 import copy
 import json
@@ -11,9 +11,9 @@ import transformers as tf
 import hpr
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
-from hpr.anatomy.symmetry import Aim, Stretch, Symmetry, layers_of, turn_site
+from hpr.anatomy.symmetry import AlignTarget, AxisSlice, Symmetry, layers_of, transform_site
 from hpr.errors import HprError
-from hpr.operators.alignment import align, goals, units
+from hpr.operators.alignment import align, align_options, symmetry_groups
 from hpr.operators.metric import measure
 from hpr.operators.registry import OPERATORS
 from hpr.planning.planner import draft
@@ -70,17 +70,17 @@ def case(request):
     return model, batch, hpr.profile(model, [batch])
 
 
-def all_goals(profile: Profile) -> list[tuple[Aim, ...]]:
-    return [aims for unit in units(profile.symmetries) for aims in goals(unit)]
+def all_options(profile: Profile) -> list[tuple[AlignTarget, ...]]:
+    return [targets for group in symmetry_groups(profile.symmetries) for targets in align_options(group)]
 
 
 def test_outputs_stay_the_same_in_float64(case) -> None:
     model, batch, profile = case
     before = outputs(model, batch)
-    assert all_goals(profile)
-    for aims in all_goals(profile):
-        aligned = align(model, profile, aims)
-        assert aligned.turns
+    assert all_options(profile)
+    for targets in all_options(profile):
+        aligned = align(model, profile, targets)
+        assert aligned.transforms
         assert (outputs(aligned.model, batch) - before).abs().max() < 1e-10
         weights = zip(model.parameters(), aligned.model.parameters(), strict=True)
         assert any((one - other).abs().max() > 1e-3 for one, other in weights)
@@ -91,15 +91,15 @@ def test_outputs_stay_the_same_in_float32(case) -> None:
     model = copy.deepcopy(model).float()
     batch = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
     profile = hpr.profile(model, [batch])
-    aims = [aim for unit in units(profile.symmetries) for aim in goals(unit)[0]]
-    before, after = outputs(model, batch), outputs(align(model, profile, aims).model, batch)
+    targets = [target for group in symmetry_groups(profile.symmetries) for target in align_options(group)[0]]
+    before, after = outputs(model, batch), outputs(align(model, profile, targets).model, batch)
     assert (after - before).abs().max() < 1e-5 * before.abs().max().clamp(min=1)
 
 
 def test_the_profile_turns_as_if_measured_anew(case) -> None:
     model, batch, profile = case
-    for aims in all_goals(profile):
-        aligned = align(model, profile, aims)
+    for targets in all_options(profile):
+        aligned = align(model, profile, targets)
         anew = hpr.profile(aligned.model, [batch])
         assert anew.fingerprint == aligned.profile.fingerprint
         compared = 0
@@ -118,11 +118,11 @@ def test_what_a_site_becomes_alone_costs_the_same(case) -> None:
     model, _, profile = case
     anatomy = describe(model)
     before = measure(model, anatomy, profile)
-    for aims in all_goals(profile):
-        aligned = align(model, profile, aims)
+    for targets in all_options(profile):
+        aligned = align(model, profile, targets)
         after = measure(aligned.model, anatomy, aligned.profile)
         for name in {
-            site.name for aim in aims for slots in layers_of(anatomy, aim.symmetry).values() for site in slots.values()
+            site.name for target in targets for slots in layers_of(anatomy, target.symmetry).values() for site in slots.values()
         }:
             for operator in ("keep", "low rank"):
                 one, other = (OPERATORS[operator].candidate([each[name]]) for each in (before, after))
@@ -131,7 +131,7 @@ def test_what_a_site_becomes_alone_costs_the_same(case) -> None:
 
 @pytest.fixture(scope="module")
 def planted():
-    """A BERT whose layers are turned copies of the lowest: other orders of neurons and heads, other axes within heads."""
+    """A BERT whose layers are transformed copies of the lowest: other orders of neurons and heads, other axes within heads."""
     torch.manual_seed(0)
     sizes = SIZES | {"hidden_size": 32, "intermediate_size": 64}
     model = tf.BertModel(tf.BertConfig(**sizes, **TEXT | {"vocab_size": 200}, initializer_range=0.2)).eval()
@@ -141,11 +141,11 @@ def planted():
     for layer in (1, 2):
         layers[layer].load_state_dict(layers[0].state_dict())
         for symmetry in found:
-            turn = torch.randperm(symmetry.blocks)
+            transform = torch.randperm(symmetry.blocks)
             if symmetry.kind == "rotation":
-                turn = torch.linalg.qr(torch.randn(symmetry.blocks, symmetry.size, symmetry.size).double())[0]
-            for stretch in symmetry.stretches:
-                turn_site(model, layers_of(describe(model), symmetry)[layer][stretch.slot], stretch, turn)
+                transform = torch.linalg.qr(torch.randn(symmetry.blocks, symmetry.size, symmetry.size).double())[0]
+            for axis_slice in symmetry.slices:
+                transform_site(model, layers_of(describe(model), symmetry)[layer][axis_slice.slot], axis_slice, transform)
     return model, batches, hpr.profile(model, batches, "embedding")
 
 
@@ -156,7 +156,7 @@ def test_planted_copies_are_found_and_tied(planted) -> None:
     plain = hpr.plan(model, profile, budget, "encoder.*", tied, align=False)
     aligned = hpr.plan(model, profile, budget, "encoder.*", tied)
     assert not plain.alignment
-    assert {aim.goal for aim in aligned.alignment} == {"match"}
+    assert {target.align_to for target in aligned.alignment} == {"layer below"}
     assert aligned.damage < 1e-3 * plain.damage
     student = hpr.share(model, aligned, profile)
     batch = {"input_ids": torch.randint(3, 200, (4, 12))}
@@ -218,19 +218,23 @@ def test_plans_without_alignment_say_nothing_of_it(planted) -> None:
     plan = hpr.plan(model, profile, "40%", "encoder.*", align=False)
     assert "alignment" not in plan.to_dict()
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).alignment == ()
-    private = hpr.plan(model, profile, "40%", "encoder.*", ["low rank"])  # where nothing is shared, nothing is turned
+    private = hpr.plan(model, profile, "40%", "encoder.*", ["low rank"])  # where nothing is shared, nothing is transformed
     assert private.alignment == ()
 
 
 def test_alignment_needs_its_profile_and_its_model(planted) -> None:
     model, _, profile = planted
     plan = hpr.plan(model, profile, "40%", "encoder.*")
-    with pytest.raises(HprError, match="profile it was made with"):
+    with pytest.raises(HprError, match="profile that it was made with"):
         hpr.share(model, plan)
-    wrong = Aim(Symmetry("encoder", "order", 8, (Stretch("output.dense", "columns", 0, 640),)), "match")
-    with pytest.raises(HprError, match=r"turns columns 0 to 640 of 'output.dense'"):
+    wrong = AlignTarget(Symmetry("encoder", "order", 8, (AxisSlice("output.dense", "columns", 0, 640),)), "layer below")
+    with pytest.raises(HprError, match=r"transforms columns 0 to 640 of 'output.dense'"):
         hpr.share(model, Plan.from_dict(plan.to_dict() | {"alignment": [wrong.to_list()]}), profile)
-    for broken in (["sideways", *wrong.to_list()[1:]], ["match", "encoder", "order"], ["match", "encoder", "order", 0, []]):
+    for broken in (
+        ["sideways", *wrong.to_list()[1:]],
+        ["layer below", "encoder", "order"],
+        ["layer below", "encoder", "order", 0, []],
+    ):
         with pytest.raises(HprError, match="not a plan"):
             Plan.from_dict(plan.to_dict() | {"alignment": [broken]})
 

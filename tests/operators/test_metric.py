@@ -60,7 +60,7 @@ def test_a_singular_or_zero_moment_still_has_a_root() -> None:
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_damage_is_half_the_weighted_trace(out: int, columns: int, left: bool, right: bool, rows: float, seed: int) -> None:
     one = Measured(
-        Site("s", "s", "linear", out, columns, True),
+        Site("s", "linear", out, columns, True),
         drawn(out, columns, seed=seed),
         Side(moment(out, left, seed + 1)),
         Side(moment(columns, right, seed + 2)),
@@ -74,7 +74,7 @@ def test_damage_is_half_the_weighted_trace(out: int, columns: int, left: bool, r
 
 
 def test_segment_is_the_damage_of_its_rows_alone() -> None:
-    one = Measured(Site("s", "s", "embedding", 6, 4, False), drawn(6, 4), Side(moment(6, True)), Side(moment(4)), 2.0)
+    one = Measured(Site("s", "embedding", 6, 4, False), drawn(6, 4), Side(moment(6, True)), Side(moment(4)), 2.0)
     change = drawn(6, 4, seed=5)
     parts = [one.segment(0, 2).damage(change[:2]), one.segment(2, 6).damage(change[2:])]
     assert sum(parts) == pytest.approx(one.damage(change), rel=1e-12)  # a diagonal left side couples no rows

@@ -6,7 +6,7 @@ import transformers as tf
 
 import hpr
 from hpr.anatomy.describe import describe
-from hpr.anatomy.symmetry import layers_of, turn_site
+from hpr.anatomy.symmetry import layers_of, transform_site
 from hpr.operators.metric import measure
 from hpr.operators.registry import OPERATORS
 from hpr.planning.alignment_check import worthwhile
@@ -23,12 +23,12 @@ def case():
     lower, upper = model.encoder.layer
     for name in ("intermediate", "output"):
         getattr(upper, name).load_state_dict(getattr(lower, name).state_dict())
-    for stretch in neurons.stretches:
-        turn_site(model, layers_of(describe(model), neurons)[1][stretch.slot], stretch, torch.randperm(64))
+    for axis_slice in neurons.slices:
+        transform_site(model, layers_of(describe(model), neurons)[1][axis_slice.slot], axis_slice, torch.randperm(64))
     return model, hpr.profile(model, batches)
 
 
-def aims(case, operators=OPERATORS, chosen=None, margin: float = 0.02):
+def targets(case, operators=OPERATORS, chosen=None, margin: float = 0.02):
     model, profile = case
     anatomy = describe(model)
     names = {site.name for site in anatomy.sites} if chosen is None else chosen
@@ -36,20 +36,20 @@ def aims(case, operators=OPERATORS, chosen=None, margin: float = 0.02):
 
 
 def test_a_permuted_copy_promises_to_pay(case) -> None:
-    found = aims(case, ["tie"])
-    assert any(aim.symmetry.blocks == 64 and aim.goal == "match" for aim in found)
+    found = targets(case, ["tie"])
+    assert any(target.symmetry.blocks == 64 and target.align_to == "layer below" for target in found)
 
 
 def test_private_operators_gain_nothing(case) -> None:
-    assert aims(case, ["keep", "low rank"], margin=0.0) == ()
+    assert targets(case, ["keep", "low rank"], margin=0.0) == ()
 
 
 def test_the_margin_decides(case) -> None:
-    assert set(aims(case, margin=0.9)) <= set(aims(case, margin=0.02)) | set(aims(case, margin=0.0))
-    assert aims(case, margin=1.0) == ()
+    assert set(targets(case, margin=0.9)) <= set(targets(case, margin=0.02)) | set(targets(case, margin=0.0))
+    assert targets(case, margin=1.0) == ()
 
 
 def test_only_what_is_planned_is_looked_at(case) -> None:
-    assert aims(case, chosen=set()) == ()
+    assert targets(case, chosen=set()) == ()
     attention = {site.name for site in describe(case[0]).sites if "attention" in site.name}
-    assert all("attention" in slot for aim in aims(case, ["tie"], attention) for slot in aim.symmetry.slots)
+    assert all("attention" in slot for target in targets(case, ["tie"], attention) for slot in target.symmetry.slots)

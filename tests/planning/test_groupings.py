@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from hpr.anatomy.model import Site
-from hpr.operators import tie
+from hpr.operators import shared_basis, tie
 from hpr.operators.metric import Measured, Side
 from hpr.operators.registry import OPERATORS
 from hpr.operators.tie import alike
-from hpr.planning.groupings import BASES, MATCHING, Groups, composites, matching, rules
+from hpr.planning.groupings import MATCHING, Groups, composites, matching, rules
 from hpr.plans.terms import KEEP
 from hpr.solver.composite import hull
 
@@ -29,7 +29,7 @@ def row(count, equal=(), seed=0, shape=(6, 5)):
     weights = torch.randn(count, *shape, generator=draw, dtype=torch.float64)
     for members in equal:
         weights[list(members)] = weights[members[0]].clone()
-    sites = [Site(f"s.{n}.w", f"s.{n}.w", "linear", *shape, True, "s", n, "w") for n in range(count)]
+    sites = [Site(f"s.{n}.w", "linear", *shape, True, "s", n, "w") for n in range(count)]
     return [Measured(s, w, moment(draw, shape[0]), moment(draw, shape[1]), 3.0) for s, w in zip(sites, weights, strict=True)]
 
 
@@ -79,7 +79,7 @@ def test_each_group_is_measured_once_and_cheaply() -> None:
     layers = row(6)
     groups = Groups(layers, runs(layers, 3), ALL)
     assert groups.shared((0, 2)) is groups.shared((0, 2))
-    assert {one.operator for one in groups.shared((0, 2))} == set(BASES)
+    assert {one.operator for one in groups.shared((0, 2))} == {shared_basis.INPUT, shared_basis.OUTPUT}
     assert {one.operator for one in groups.shared((0, 1))} == {n for n, one in OPERATORS.items() if one.shared} - {
         "base + block + private"
     }

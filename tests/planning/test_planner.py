@@ -12,9 +12,8 @@ import hpr
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site
-from hpr.operators import vocab_segments
 from hpr.operators.alignment import align
-from hpr.operators.registry import OPERATORS
+from hpr.operators.registry import OPERATORS, plannable
 from hpr.planning.draft import Draft
 from hpr.planning.options import LONGEST_GROUP
 from hpr.planning.planner import draft, known_operators
@@ -23,9 +22,10 @@ from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP
 from hpr.reporting.report import render_report
 from hpr.solver import lagrangian
+from hpr.solver.boundaries import boundary_probabilities
 from hpr.solver.composite import operators, restrict
 
-NAMES = (*OPERATORS, vocab_segments.NAME)
+NAMES = plannable()
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,12 @@ def test_json_round_trip_shares_to_the_same_model(model, profile, tmp_path) -> N
 def test_predicted_damage_bounds_that_of_the_fit(model, profile, sketch: Draft) -> None:
     plan = sketch.best(sketch.budget("50%"))
     dense = hpr.unshare(hpr.share(model, plan, profile))
-    turned = align(model, profile, plan.alignment)
-    measured = hpr.operators.metric.measure(turned.model, sketch.anatomy, turned.profile)
+    aligned = align(model, profile, plan.alignment)
+    measured = hpr.operators.metric.measure(aligned.model, sketch.anatomy, aligned.profile)
     total = 0.0
     for site in sketch.anatomy.sites:
         one = measured[site.name]
-        change = dense.get_submodule(site.path).weight.detach().double() - one.weight
+        change = dense.get_submodule(site.name).weight.detach().double() - one.weight
         damage = one.damage(change)
         assert (damage == 0) == (plan.entries[site.name].operator == KEEP) or not one.live
         total += damage
@@ -232,10 +232,20 @@ def test_one_matrix_for_several_is_tried_where_weights_are_alike_or_it_is_named(
     assert offered(draft(looped, found, operators=NAMES, align=False)) == shared
 
 
+def test_a_budget_in_bytes_counts_the_models_own_dtype(model, sketch: Draft) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    profile = hpr.profile(half, [{"input_ids": torch.randint(3, 200, (8, 10))}], "embedding")
+    drafted = draft(half, profile, operators=["low rank"])
+    assert drafted.budget("113.536KB").parameters == 24_000
+    assert sketch.budget("113.536KB").parameters == 12_000
+    assert drafted.narrowed("encoder.*").budget("113.536KB").parameters == 24_000
+
+
 def test_boundaries_are_probabilities(sketch: Draft) -> None:
-    found = sketch.best(sketch.budget("50%")).diagnostics["boundaries"]
-    assert set(found) <= {track.name for track in sketch.tracks}
-    assert found
+    plan = sketch.best(sketch.budget("50%"))
+    found = boundary_probabilities(sketch.tracks, plan.diagnostics["solver"]["multiplier"], 0.05 * plan.damage)
+    assert set(found) == {track.name for track in sketch.tracks if " · " in track.name}  # not the rows of an embedding
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
     for one in found.values():
         assert all(0 <= p <= 1 + 1e-9 for p in one["probabilities"])
         assert one["entropy"] >= 0
@@ -355,7 +365,7 @@ def test_a_planted_grouping_is_found(model, groups) -> None:
     found = {tuple(int(name.split(".")[1]) for name in group) for group in plan.groups()}
     assert found == {group for group in groups if len(group) > 1}
     json.dumps(plan.to_dict(), allow_nan=False)
-    report = render_report(plan.to_dict(), {"boundaries": plan.diagnostics["boundaries"]})
+    report = render_report(plan.to_dict(), {"boundaries": boundary_probabilities(sketch.tracks, 0.0, 0.1)})
     assert "encoder" in report
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import hpr
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, weight_of
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of
 from hpr.operators import naming
@@ -178,7 +178,7 @@ def test_models_that_a_preset_does_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("preset", PRESETS, ids=str)
 def test_plan_ties_groups_and_keeps_the_rest(family: str, preset: Preset) -> None:
     model = built(family)
-    anatomy, plan, kept = describe(model), preset.plan(model), unshareable(model, describe(model))
+    anatomy, plan, kept = describe(model), preset.plan(model), not_swappable(model, describe(model))
     layers = {stack.name: stack.layers for stack in anatomy.stacks}
     expected = anatomy.total_parameters
     for sites in anatomy.slots().values():
@@ -204,7 +204,7 @@ def test_factors_are_the_weights_of_the_first_layers(family: str) -> None:
     assert bank is not None
     for factor, users in shared(preset.plan(model)).items():
         first = min((anatomy[name] for name in users), key=lambda site: site.layer)  # type: ignore[arg-type,return-value]
-        weight = weight_of(module_at(model, first.path))
+        weight = weight_of(module_at(model, first.name))
         assert bank[factor].weight.std() == weight.std()
         assert torch.equal(bank[factor].weight, weight)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -234,7 +234,7 @@ def test_gradients_are_summed_over_members(family: str) -> None:
     bank = bank_of(student)
     assert bank is not None
     for factor, users in shared(plan).items():
-        modules = [module_at(dense, anatomy[name].path) for name in users]
+        modules = [module_at(dense, anatomy[name].name) for name in users]
         gradients = [one.weight.grad.T if isinstance(one, Conv1D) else one.weight.grad for one in modules]
         torch.testing.assert_close(bank[factor].weight.grad, sum(gradients), rtol=1e-5, atol=1e-5)
 
@@ -330,11 +330,11 @@ def test_an_encoder_and_its_decoder_as_one_sequence(groups: int, expected: str) 
     )  # fmt: skip
     model = tf.MarianMTModel(config).eval()
     plan = presets.cycle(groups, spanning=True).plan(model)
-    names = [f"{stack}.{layer}.self_attn.q_proj" for stack in ("encoder", "decoder") for layer in (0, 1)]
+    names = [f"{stack}.layers.{layer}.self_attn.q_proj" for stack in ("encoder", "decoder") for layer in (0, 1)]
     factors = [plan.entries[name].terms[0].u if plan.entries[name].terms else name for name in names]
     order = list(dict.fromkeys(factors))
     assert "".join(str(order.index(factor)) for factor in factors) == expected
-    crossed = [plan.entries[f"decoder.{layer}.encoder_attn.k_proj"].terms for layer in (0, 1)]
+    crossed = [plan.entries[f"decoder.layers.{layer}.encoder_attn.k_proj"].terms for layer in (0, 1)]
     assert (crossed[0] == crossed[1] != ()) == (groups == 1)
     student = hpr.share(model, presets.cycle(groups, spanning=True))
     inputs = {"input_ids": torch.tensor([[5, 6, 1]]), "decoder_input_ids": torch.tensor([[0, 7]])}

@@ -21,7 +21,7 @@ def test_barts_encoder_and_decoder_are_kin(build) -> None:
     anatomy, found = tracks_of(build("bart"))
     for slot in (*ATTENTION, "fc1", "fc2"):
         row = found[f"encoder · {slot} + decoder · {slot}"]
-        assert [site.name for site in row.sites] == [f"{stack}.{n}.{slot}" for stack in ("encoder", "decoder") for n in (0, 1)]
+        assert [site.label for site in row.sites] == [f"{stack}.{n}.{slot}" for stack in ("encoder", "decoder") for n in (0, 1)]
         assert row.spans == ((0, 2), (2, 4))
     crossing = [name for name in found if "encoder_attn" in name]
     assert crossing == [f"decoder · {slot.replace('self', 'encoder')}" for slot in ATTENTION]

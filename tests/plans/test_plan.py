@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from conftest import low_rank_terms, plan_of
 from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.anatomy.model import Anatomy
-from hpr.errors import HprError
+from hpr.errors import BudgetError, HprError, PlanError
 from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan, keep_all
-from hpr.plans.terms import KEEP, Entry, FactorShape, Term
+from hpr.plans.terms import KEEP, Entry, FactorShape, Term, terms_from_list, terms_to_list
 from hpr.runtime.files import write_text
 
-NAME = "encoder.1.output.dense"  # (16, 32)
+NAME = "encoder.layer.1.output.dense"  # (16, 32)
 
 
 @pytest.fixture
@@ -55,6 +57,18 @@ plans = st.builds(
 )
 
 
+@given(st.lists(terms(), max_size=4).map(tuple))
+def test_terms_round_trip(several: tuple[Term, ...]) -> None:
+    written = json.loads(json.dumps(terms_to_list(several)))
+    assert terms_from_list("a", written) == several
+    assert all(value not in (None, "") for term in written for value in term.values())
+
+
+def test_a_term_without_its_rank_has_no_shapes(anatomy: Anatomy) -> None:
+    with pytest.raises(PlanError, match=f"{NAME}: the term 'u' · 'v' has no rank"):
+        Term("u", "v").shapes(anatomy[NAME])
+
+
 @given(plans)
 def test_json_round_trip(plan: Plan) -> None:
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
@@ -70,10 +84,10 @@ def test_save_and_load(anatomy: Anatomy, tmp_path: Path) -> None:
 def test_counts(anatomy: Anatomy) -> None:
     assert keep_all(anatomy).parameters(anatomy) == anatomy.total_parameters
     assert keep_all(anatomy).damage == 0
-    plan = plan_of(anatomy, {NAME: low_rank_terms(NAME, 3), "encoder.0.output.dense": low_rank_terms(NAME, 3)})
+    plan = plan_of(anatomy, {NAME: low_rank_terms(NAME, 3), "encoder.layer.0.output.dense": low_rank_terms(NAME, 3)})
     assert plan.parameters(anatomy) == anatomy.total_parameters - 2 * 16 * 32 + 3 * (16 + 32)
     assert plan.damage == 0.5
-    assert plan.groups() == {("encoder.0.output.dense", NAME): [f"{NAME}:u", f"{NAME}:v"]}
+    assert plan.groups() == {("encoder.layer.0.output.dense", NAME): [f"{NAME}:u", f"{NAME}:v"]}
     plan.validate(anatomy)
 
 
@@ -111,7 +125,7 @@ BAD_TERMS: dict[str, tuple[tuple[Term, ...], str]] = {
 @pytest.mark.parametrize("case", BAD_TERMS)
 def test_bad_terms(anatomy: Anatomy, case: str) -> None:
     bad, words = BAD_TERMS[case]
-    with pytest.raises(HprError, match=words):
+    with pytest.raises(PlanError, match=words):
         plan_of(anatomy, {NAME: bad}).validate(anatomy)
 
 
@@ -139,15 +153,16 @@ def test_bad_entries(anatomy: Anatomy) -> None:
         (replace(plan, budget=Budget("9K", 1000)), "its budget 9K allows 1,000"),
     ]
     for bad, words in cases:
-        with pytest.raises(HprError, match=words):
+        with pytest.raises(PlanError, match=words):
             bad.validate(anatomy)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda data: data.update(format=2), "plan format 2 is not the 1"),
+        (lambda data: data.update(format=3), "plan format 3 is not the 2"),
         (lambda data: data.pop("format"), "plan format None"),
+        (lambda data: data.pop("stacks"), "not a plan.*stacks"),
         (lambda data: data.pop("budget"), "KeyError at 'budget'"),
         (lambda data: data["model"].pop("class"), "KeyError at 'class'"),
         (lambda data: data.update(sites=[]), "not a plan"),
@@ -161,39 +176,63 @@ def test_bad_entries(anatomy: Anatomy) -> None:
 def test_from_dict_names_the_bad_key(anatomy: Anatomy, change: Callable[[dict[str, Any]], object], words: str) -> None:
     data = json.loads(json.dumps(plan_of(anatomy, {NAME: low_rank_terms(NAME)}).to_dict()))
     change(data)
-    with pytest.raises(HprError, match=words):
+    with pytest.raises(PlanError, match=words):
         Plan.from_dict(data)
 
 
 def test_load_names_the_bad_file(tmp_path: Path) -> None:
-    with pytest.raises(HprError, match="no plan at"):
+    with pytest.raises(PlanError, match="no plan at"):
         Plan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(HprError, match="is not JSON"):
+    with pytest.raises(PlanError, match="is not JSON"):
         Plan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(HprError, match="is not JSON"):
+    with pytest.raises(PlanError, match="is not JSON"):
         Plan.load(tmp_path / "plan.json")
 
 
 def test_budgets(anatomy: Anatomy) -> None:
     total = anatomy.total_parameters
-    assert parse_budget("50%", anatomy).parameters == total // 2
-    assert parse_budget(" 100 % ", anatomy).parameters == total
-    assert parse_budget("2.5K", anatomy).parameters == 2500
-    assert parse_budget("3000", anatomy).parameters == 3000
-    assert parse_budget("1B", anatomy).parameters == total  # never more than there is
-    assert parse_budget("75.536KB", anatomy).parameters == (75536 - 65536) // 4
-    assert parse_budget("80KiB", anatomy, bytes_per_parameter=2).parameters == min(16 * 1024 // 2, total)
+    assert parse_budget("50%", anatomy, 4).parameters == total // 2
+    assert parse_budget(" 100 % ", anatomy, 4).parameters == total
+    assert parse_budget("2.5K", anatomy, 4).parameters == 2500
+    assert parse_budget("3000", anatomy, 4).parameters == 3000
+    assert parse_budget(str(total), anatomy, 4).parameters == total
+    assert parse_budget("75.536KB", anatomy, 4).parameters == (75536 - 65536) // 4
+    assert parse_budget("75.536KB", anatomy, 2).parameters == (75536 - 65536) // 2
+    assert parse_budget("80KiB", anatomy, 2.5).parameters == 16 * 1024 * 2 // 5
+    assert parse_budget("1KB", anatomy, 4).parameters == 0  # the smallest plan is then named in the error
     layers = sum(site.parameters for site in anatomy.select("encoder.*"))
-    assert parse_budget("50%", anatomy, only="encoder.*").parameters == layers // 2 + total - layers
-    assert parse_budget("50%", anatomy).text == "50%"
+    assert parse_budget("50%", anatomy, 4, only="encoder.*").parameters == layers // 2 + total - layers
+    assert parse_budget("50%", anatomy, 4).text == "50%"
+
+
+def test_bytes_per_parameter_follow_the_dtype(build: Callable[..., nn.Module]) -> None:
+    model = build("bert")
+    assert bytes_per_parameter(model) == 4
+    embeddings = model.get_input_embeddings()
+    embeddings.to(torch.bfloat16)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert bytes_per_parameter(model) == pytest.approx(4 - 2 * embeddings.weight.numel() / total)
+    assert bytes_per_parameter(model.to(torch.bfloat16)) == 2
+    with pytest.raises(HprError, match="Identity has no parameters"):
+        bytes_per_parameter(nn.Identity())
 
 
 @pytest.mark.parametrize("text", ["", "half", "0%", "-5%", "101%", "5X", "1e6", "%"])
 def test_bad_budgets(anatomy: Anatomy, text: str) -> None:
-    with pytest.raises(HprError, match=r"budget"):
-        parse_budget(text, anatomy)
+    with pytest.raises(BudgetError, match=r"budget"):
+        parse_budget(text, anatomy, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters"), [("500M", "500,000,000"), ("100B", "100,000,000,000"), ("4.065536MB", "1,000,000")]
+)
+def test_a_budget_above_the_model_is_refused(anatomy: Anatomy, text: str, parameters: str) -> None:
+    with pytest.raises(BudgetError, match=f"{parameters} parameters, more than the {anatomy.total_parameters:,} that"):
+        parse_budget(text, anatomy, 4)
+    with pytest.raises(BudgetError, match="more than"):
+        parse_budget(str(anatomy.total_parameters + 1), anatomy, 4)
 
 
 def test_write_text_is_all_or_nothing(tmp_path: Path) -> None:

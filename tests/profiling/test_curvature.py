@@ -378,7 +378,7 @@ def test_predicted_damage_has_the_unit_of_the_true_divergence(build: Build, obje
         one = found[site.name]
         if not one.live or site.name.endswith(("position_embeddings", "token_type_embeddings")):
             continue
-        module = module_at(model, site.path)
+        module = module_at(model, site.name)
         weight, bias = module.weight.clone(), getattr(module, "bias", None)
         old = None if bias is None else bias.clone()
         change = torch.randn(weight.shape, generator=draw).double() * 0.02 * weight.std()

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hpr.anatomy.describe import describe
 from hpr.errors import HprError
-from hpr.profiling.layer_features import cka, measure_layers
+from hpr.profiling.layer_features import cka_matrix, measure_layers
 from hpr.runtime.progress import reporting_to
 
 Build = Callable[..., nn.Module]
@@ -57,6 +57,11 @@ class Plain(nn.Module):
             y = block(x)
             x = y if isinstance(y, Tensor) else y[0]
         return x
+
+
+def cka(first: Tensor, second: Tensor) -> float:
+    """Linear CKA of two representations (N, D₁) and (N, D₂) of the same N examples."""
+    return cka_matrix([first, second])[0][1]
 
 
 def test_cka_is_the_formula() -> None:

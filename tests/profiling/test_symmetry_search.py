@@ -52,7 +52,7 @@ EXPECTED = {
 
 
 def spelled(symmetry: Symmetry) -> str:
-    names = [one.slot + (f"[{one.start}:]" if one.start else "") for one in symmetry.stretches]
+    names = [one.slot + (f"[{one.start}:]" if one.start else "") for one in symmetry.slices]
     return f"{symmetry.kind} {symmetry.blocks} {'+'.join(names)}"
 
 

@@ -29,20 +29,21 @@ def entry(operator, damage=0.0, *terms):
 
 BASE, BLOCK, NESTED = low_rank("base", 61), low_rank("block", 31), "base + block + private"
 PLAN = {
-    "format": 1,
+    "format": 2,
     "model": {"class": "BertModel", "fingerprint": "0123456789abcdef", "dense_parameters": 22_713_216},
     "budget": {"text": "50%", "parameters": 11_356_608},
     "predicted_damage": 0.25,
+    "stacks": {"encoder": {"path": "encoder.layer", "layers": 3}},
     "sites": {
         "embeddings.word_embeddings": entry(
             "segments", 0.02, low_rank("w0", 317, [0, 1000]), low_rank("w1", 93, [1000, 30522])
         ),
-        "encoder.0.attention.self.query": entry("tie", 0.01, {"u": "q01"}),
-        "encoder.1.attention.self.query": entry("tie", 0.01, {"u": "q01"}),
-        "encoder.2.attention.self.query": entry("keep"),
-        "encoder.0.output.dense": entry(NESTED, 0.03, BASE, BLOCK, low_rank("o0", 7)),
-        "encoder.1.output.dense": entry(NESTED, 0.03, BASE, BLOCK, low_rank("o1", 7)),
-        "encoder.2.output.dense": entry(NESTED, 0.03, BASE, low_rank("o2", 9)),
+        "encoder.layer.0.attention.self.query": entry("tie", 0.01, {"u": "q01"}),
+        "encoder.layer.1.attention.self.query": entry("tie", 0.01, {"u": "q01"}),
+        "encoder.layer.2.attention.self.query": entry("keep"),
+        "encoder.layer.0.output.dense": entry(NESTED, 0.03, BASE, BLOCK, low_rank("o0", 7)),
+        "encoder.layer.1.output.dense": entry(NESTED, 0.03, BASE, BLOCK, low_rank("o1", 7)),
+        "encoder.layer.2.output.dense": entry(NESTED, 0.03, BASE, low_rank("o2", 9)),
         "pooler.dense": entry("low rank", 0.0, low_rank("p", 13)),
     },
     "diagnostics": {},
@@ -87,7 +88,7 @@ METRICS = {
     "calibration": {"source": "docstrings", "examples": 1024, "tokens": 21_544},
 }
 MINIMAL = {"format": 1, "model": {"name": None}, "sizes": {"before": {"parameters": 200}, "after": {"parameters": 90}}}
-BARE_PLAN = {"format": 1, "model": {"class": "GPT2Model"}, "sites": {}}
+BARE_PLAN = {"format": 2, "model": {"class": "GPT2Model"}, "sites": {}}
 
 
 class Balance(HTMLParser):
@@ -156,7 +157,7 @@ def test_inputs_are_left_as_they_are():
 def test_every_site_and_rank_is_on_the_map():
     page = render_report(PLAN, METRICS).replace("<wbr>", "")
     for name in PLAN["sites"]:
-        assert page.count(name) >= 2  # on the map and in the list
+        assert page.count(name.replace("encoder.layer.", "encoder.")) >= 2  # on the map and in the list
     for rank in ["61+31+7", "61+9", ">13<", "full", "rank 317", "rank 93", "rows 0–999", "rows 1,000–30,521"]:
         assert rank in page
     for operator in {entry["operator"] for entry in PLAN["sites"].values()}:
@@ -166,11 +167,13 @@ def test_every_site_and_rank_is_on_the_map():
 def test_kin_slots_of_two_stacks_are_one_row_of_boundaries():
     keep, shared = {"operator": "keep", "damage": 0.0, "terms": []}, {"operator": "tie", "damage": 0.1, "terms": [{"u": "f"}]}
     far = {"operator": "tie", "damage": 0.1, "terms": [{"u": "g"}]}
-    names = ["encoder.0.fc", "encoder.1.fc", "decoder.0.fc", "decoder.1.fc"]
+    names = ["encoder.layers.0.fc", "encoder.layers.1.fc", "decoder.layers.0.fc", "decoder.layers.1.fc"]
+    stacks = {name: {"path": f"{name}.layers", "layers": 2} for name in ("encoder", "decoder")}
     for entries, taken in (([keep, shared, shared, keep], [True, False, True]), ([far, shared, far, shared], [True] * 3)):
-        plan = {"format": 1, "model": {"class": "Bart"}, "sites": dict(zip(names, entries, strict=True))}
+        sites = dict(zip(names, entries, strict=True))
+        plan = {"format": 2, "model": {"class": "Bart"}, "stacks": stacks, "sites": sites}
         metrics = {"boundaries": {"encoder · fc + decoder · fc": {"probabilities": [0.9, 0.2, 0.8], "entropy": 0.3}}}
-        plan_map = read_plan(plan, ["encoder", "decoder"])
+        plan_map = read_plan(plan)
         (section,) = sections.boundaries(plan_map, metrics)
         assert (section["stack"], section["rows"][0]["slot"], section["gaps"]) == (
             "encoder + decoder",
@@ -184,7 +187,7 @@ def test_kin_slots_of_two_stacks_are_one_row_of_boundaries():
 
 
 def test_groups_join_neighbours_and_widen():
-    plan_map = read_plan(PLAN, ["encoder"])
+    plan_map = read_plan(PLAN)
     (stack,) = plan_map.stacks
     query, output = stack.rows
     assert [cell.kind for cell in query.cells] == ["shared", "shared", "keep"]
@@ -201,17 +204,23 @@ def test_joins_run_through_a_group_and_stop_at_strangers():
     tied, other = [{"u": "shared"}], [{"u": "alone"}]
     terms = [tied, tied, tied, other, tied]  # not contiguous: the last one shares but has no neighbour to join
     sites = {f"h.{layer}.fc": {"operator": "tie", "terms": found} for layer, found in enumerate(terms)}
-    cells = read_plan({"sites": sites}).stacks[0].rows[0].cells
+    cells = read_plan({"stacks": {"h": {"path": "h", "layers": 5}}, "sites": sites}).stacks[0].rows[0].cells
     assert [cell.joins_left for cell in cells] == [False, True, True, False, False]
     assert [cell.joins_right for cell in cells] == [True, True, False, False, False]
     assert [cell.kind for cell in cells] == ["shared", "shared", "shared", "private", "shared"]
 
 
-def test_stacks_are_found_without_their_names():
-    sites = {f"decoder.layers.{layer}.mlp.experts.0.up": {"operator": "keep", "terms": []} for layer in (0, 2)}
-    (stack,) = read_plan({"sites": sites}).stacks
-    assert (stack.name, stack.layers, stack.rows[0].slot) == ("decoder.layers", 3, "mlp.experts.0.up")
+def test_sites_are_placed_by_the_stacks_of_the_plan():
+    keep = {"operator": "keep", "terms": []}
+    sites = {f"decoder.layers.{layer}.mlp.experts.0.up": keep for layer in (0, 2)}
+    stacks = {"decoder": {"path": "decoder.layers", "layers": 3}}
+    (stack,) = read_plan({"stacks": stacks, "sites": sites}).stacks
+    assert (stack.name, stack.layers, stack.rows[0].slot) == ("decoder", 3, "mlp.experts.0.up")
     assert stack.rows[0].cells[1] is None
+    assert [cell.site for cell in stack.cells] == ["decoder.0.mlp.experts.0.up", "decoder.2.mlp.experts.0.up"]
+    assert [cell.site for cell in read_plan({"sites": sites}).outside] == list(sites)
+    (root,) = read_plan({"stacks": {"": {"path": "", "layers": 1}}, "sites": {"0.up": keep, "1": keep}}).stacks
+    assert [cell.site for cell in root.cells] == ["0.up"]
 
 
 def test_overlapping_segments_get_lanes():
@@ -227,7 +236,7 @@ def test_overlapping_segments_get_lanes():
 def test_hostile_names_are_escaped():
     evil = '"><script>alert(1)</script>'
     plan, metrics = copy.deepcopy(PLAN), copy.deepcopy(METRICS)
-    plan["sites"][f"encoder.0.{evil}"] = {"operator": evil, "damage": 0.1, "terms": [low_rank(evil, 3)]}
+    plan["sites"][f"encoder.layer.0.{evil}"] = {"operator": evil, "damage": 0.1, "terms": [low_rank(evil, 3)]}
     plan["sites"][evil] = {"operator": evil, "damage": 0.1, "terms": [low_rank(evil, 3)]}
     metrics["model"] = {"name": evil, "class": evil, "fingerprint": evil}
     metrics["quality"][0] |= {"name": evil, "data": f"a | b\n# {evil}", "unit": evil}

@@ -12,7 +12,7 @@ from hpr.nn.bank import bank_of, terms_of
 from hpr.operators.metric import measure
 from hpr.routing.expected_gains import expected_gains
 
-SITE = "encoder.1.intermediate.dense"
+SITE = "encoder.layer.1.intermediate.dense"
 
 
 def texts(low: int, high: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -41,7 +41,7 @@ def test_the_gain_is_that_of_least_squares(made) -> None:
     assert all(0 <= gain < 1 for gain in gains.values())
     anatomy = describe(teacher)
     one, bank = measure(teacher, anatomy, profile)[SITE], bank_of(student)
-    path = anatomy[SITE].path
+    path = anatomy[SITE].name
     (term,) = terms_of(student)[path]
     u, v = (bank[name].dense().detach().double() for name in (term.u, term.v))
     inputs, seen = {}, []

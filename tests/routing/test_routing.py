@@ -17,10 +17,10 @@ from hpr.healing.optimizer import parameter_groups
 from hpr.healing.recipe import Recipe
 from hpr.healing.train import train
 from hpr.nn.bank import FactorBank, bank_of, parameters
-from hpr.nn.linear import SharedLinear
-from hpr.nn.router import weighed
+from hpr.nn.routed import RoutedLinear
 from hpr.planning.planner import draft
 from hpr.plans.plan import Plan, keep_all
+from hpr.plans.product import component_weights
 from hpr.plans.terms import FactorShape, Route, Term, entry_from_dict, routers_of, validate_entry
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.routing.collapse import collapse, mean_routes
@@ -166,7 +166,7 @@ def test_collapse(made, tmp_path) -> None:
     changed = decided(dynamic)
     flat = collapse(changed, batches)
     assert not torch.equal(output(flat, **inputs(kind)), output(changed, **inputs(kind)))
-    with pytest.raises(HprError, match=r"depends on the input: take hpr.collapse of the model first"):
+    with pytest.raises(HprError, match=r"depends on the input: use hpr.collapse on the model first"):
         hpr.unshare(changed)
     dense = hpr.unshare(flat)
     torch.testing.assert_close(output(dense, **inputs(kind)), output(flat, **inputs(kind)), atol=1e-4, rtol=1e-4)
@@ -203,12 +203,12 @@ def test_the_best_routed_plan_keeps_within_its_budget() -> None:
     torch.manual_seed(0)
     model = BUILDS["bert"]().eval()
     profile = hpr.profile(model, [inputs("bert", seed=seed) for seed in range(4)])
-    sketch = draft(model, profile)
-    limit = sketch.budget("70%")
-    plan = best_routed(sketch, limit, model)
-    assert plan.parameters(sketch.anatomy) <= limit.parameters
-    assert plan.damage > sketch.best(limit).damage
-    plan.validate(sketch.anatomy)
+    drafted = draft(model, profile)
+    limit = drafted.budget("70%")
+    plan = best_routed(drafted, limit, model)
+    assert plan.parameters(drafted.anatomy) <= limit.parameters
+    assert plan.damage > drafted.best(limit).damage
+    plan.validate(drafted.anatomy)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).entries == plan.entries
     with pytest.raises(HprError, match="no site of this plan has a term of rank 999 or more"):
         routed(plan, model, 999)
@@ -218,21 +218,21 @@ def test_routers_go_where_they_pay() -> None:
     torch.manual_seed(0)
     model = BUILDS["bert"]().eval()
     profile = hpr.profile(model, [inputs("bert", seed=seed) for seed in range(4)])
-    sketch = draft(model, profile)
-    limit, names = sketch.budget("70%"), [site.name for site in sketch.anatomy.select("encoder.*") if site.kind == "linear"]
-    static = sketch.best(limit)
+    drafted = draft(model, profile)
+    limit, names = drafted.budget("70%"), [site.name for site in drafted.anatomy.select("encoder.*") if site.kind == "linear"]
+    static = drafted.best(limit)
     priced = {
-        name: 4 * static.diagnostics["solver"]["multiplier"] * (sketch.anatomy[name].in_features + 1) / entry.damage
+        name: 4 * static.diagnostics["solver"]["multiplier"] * (drafted.anatomy[name].in_features + 1) / entry.damage
         for name in names
         if (entry := static.entries[name]).damage > 0 and any((term.rank or 0) >= 4 for term in entry.terms)
     }
     first = next(iter(priced))
     gains = {name: 0.99 * price for name, price in priced.items()}
-    assert best_routed(sketch, limit, model, gains=gains).entries == static.entries
-    plan = best_routed(sketch, limit, model, gains={**gains, first: 1.01 * priced[first]})
+    assert best_routed(drafted, limit, model, gains=gains).entries == static.entries
+    plan = best_routed(drafted, limit, model, gains={**gains, first: 1.01 * priced[first]})
     routed_sites = {name for name, entry in plan.entries.items() if routers_of(entry.terms)}
     assert routed_sites == {first}
-    assert plan.parameters(sketch.anatomy) <= limit.parameters
+    assert plan.parameters(drafted.anatomy) <= limit.parameters
 
 
 def test_healing_teaches_routers() -> None:
@@ -283,7 +283,7 @@ def test_whole_matrices_are_merged_for_a_sequence_where_that_is_cheaper(bias: bo
     shapes = {"a": FactorShape(6, 5), "b": FactorShape(6, 5), "r": FactorShape(2, 6)}
     bank = FactorBank(shapes)
     terms = tuple(Term(name, route=Route("r", 2, "sequence", place)) for place, name in enumerate("ab"))
-    site = SharedLinear(bank, terms, nn.Linear(5, 6, bias=bias), "x").double()
+    site = RoutedLinear(bank, terms, nn.Linear(5, 6, bias=bias), "x").double()
     bank.double()
     with torch.no_grad():
         for name in shapes:
@@ -300,7 +300,7 @@ def test_whole_matrices_are_merged_for_a_sequence_where_that_is_cheaper(bias: bo
     assert not site.merges(2)
     torch.testing.assert_close(site(x), expected)
     gradients = torch.autograd.grad(site(x).sum(), list(bank.parameters()))
-    monkeypatch.setattr(SharedLinear, "merges", lambda self, positions: False)
+    monkeypatch.setattr(RoutedLinear, "merges", lambda self, positions: False)
     torch.testing.assert_close(site(x), expected)
     for one, other in zip(gradients, torch.autograd.grad(site(x).sum(), list(bank.parameters())), strict=True):
         torch.testing.assert_close(one, other)
@@ -308,8 +308,8 @@ def test_whole_matrices_are_merged_for_a_sequence_where_that_is_cheaper(bias: bo
 
 def test_weights_of_components_and_of_whole_terms() -> None:
     alpha = torch.tensor([[0.5, 1.5]])
-    assert weighed(alpha, Route("r", 2), 5).tolist() == [[0.5, 1.5, 0.5, 1.5, 0.5]]
-    assert weighed(alpha, Route("r", 2, expert=1), None).tolist() == [[1.5]]
+    assert component_weights(alpha, Route("r", 2), 5).tolist() == [[0.5, 1.5, 0.5, 1.5, 0.5]]
+    assert component_weights(alpha, Route("r", 2, expert=1), None).tolist() == [[1.5]]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_weights_of_components_and_of_whole_terms() -> None:
     ],
 )
 def test_bad_routes_are_named(route, message) -> None:
-    anatomy, name = describe(BUILDS["bert"]()), "encoder.0.intermediate.dense"
+    anatomy, name = describe(BUILDS["bert"]()), "encoder.layer.0.intermediate.dense"
     term = {"u": "u", "v": "v", "rank": 4, "route": route}
     with pytest.raises(HprError, match=message):
         validate_entry(anatomy[name], entry_from_dict(name, {"operator": "low rank", "terms": [term]}))

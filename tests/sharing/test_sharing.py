@@ -12,14 +12,14 @@ from transformers.pytorch_utils import Conv1D
 from conftest import low_rank_terms, plan_everything, plan_of, random_factors
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, weight_of
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of
 from hpr.nn.embedding import SharedEmbedding
 from hpr.nn.linear import SharedLinear
 from hpr.nn.site import SharedSite
 from hpr.operators import fitting
-from hpr.plans.plan import keep_all
+from hpr.plans.plan import Plan, keep_all
 from hpr.plans.terms import FactorShape, Term
 from hpr.sharing.attach import attach
 from hpr.sharing.share import share
@@ -143,14 +143,14 @@ def test_own_forward_of_an_embedding_is_kept(build: Build, ids: Tensor, random_f
     tables = [site for site in anatomy.sites if site.kind == "embedding" and "bias" not in site.name]
     plan = plan_of(anatomy, {site.name: (Term(f"{site.name}:w"),) for site in tables})
 
-    def copy_weights(model: nn.Module, *_: object) -> fitting.Fitted:
-        return fitting.Fitted({f"{site.name}:w": weight_of(module_at(model, site.path)).detach() for site in tables}, {})
+    def copy_weights(fits: fitting.Fits, plan: object) -> fitting.Fitted:
+        return fitting.Fitted({f"{site.name}:w": weight_of(module_at(model, site.name)).detach() for site in tables}, {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "fit", copy_weights)
+        patch.setattr(fitting.Fits, "fit", copy_weights)
         student = share(model, plan)
     torch.testing.assert_close(outputs(student, ids), outputs(model, ids), rtol=0, atol=1e-6)
-    assert all(isinstance(module_at(student, site.path), SharedSite) for site in tables)
+    assert all(isinstance(module_at(student, site.name), SharedSite) for site in tables)
 
 
 class Reads(nn.Embedding):
@@ -189,7 +189,7 @@ def test_what_cannot_be_replaced_is_refused_untouched(odd: nn.Module, path: str,
     out_features, in_features = model.get_submodule(path).weight.shape[:2]
     with pytest.raises(HprError, match=rf"{path} .*{words}.*keep it"):
         attach(model, {path: (Term("w"),)}, {"w": FactorShape(out_features, in_features)})
-    assert (path in unshareable(model, describe(model))) != isinstance(odd, nn.Bilinear)  # which is no site at all
+    assert (path in not_swappable(model, describe(model))) != isinstance(odd, nn.Bilinear)  # which is no site at all
     assert bank_of(model) is None
     assert type(model.get_submodule(path)) is type(Toy(copy.deepcopy(odd)).get_submodule(path))
 
@@ -254,26 +254,25 @@ def test_sharing_twice_is_refused(build: Build, random_fit: None) -> None:
 @pytest.mark.parametrize("part", ["1", "2"])  # the bias change is a vector, the factor a matrix
 def test_bad_factors_name_the_site(build: Build, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     model = build("bert")
-    name = "encoder.1.output.dense"
+    name = "encoder.layer.1.output.dense"
 
-    def broken(*arguments: object) -> fitting.Fitted:
-        fitted = random_factors(*arguments)  # type: ignore[arg-type]
+    def broken(fits: fitting.Fits, plan: Plan) -> fitting.Fitted:
+        fitted = random_factors(fits.model, fits.anatomy, plan)
         for values in (fitted.factors[f"{name}:u"], fitted.bias_changes[name]):
             if part in str(values.dim()):
                 values.view(-1)[0] = torch.inf
         return fitted
 
-    monkeypatch.setattr(fitting, "fit", broken)
-    with pytest.raises(HprError, match=r"encoder\.1\.output\.dense: its .* is not finite"):
+    monkeypatch.setattr(fitting.Fits, "fit", broken)
+    with pytest.raises(HprError, match=r"encoder\.layer\.1\.output\.dense: its .* is not finite"):
         share(model, plan_of(describe(model), {name: low_rank_terms(name)}))
 
 
 def test_biases_take_the_change_and_those_without_are_passed(build: Build, random_fit: None) -> None:
     model = build("bert")
-    name = "encoder.1.output.dense"
-    path = describe(model)[name].path
+    name = "encoder.layer.1.output.dense"
     student = share(model, plan_of(describe(model), {name: low_rank_terms(name)}))
-    torch.testing.assert_close(module_at(student, path).bias, module_at(model, path).bias + 0.1)
+    torch.testing.assert_close(module_at(student, name).bias, module_at(model, name).bias + 0.1)
     share(build("llama"), plan_everything(build("llama")))  # has no biases
 
 

@@ -61,6 +61,7 @@ def test_the_leaves_of_every_point_add_up_to_it(seed):
     for index in range(len(found.choices)):
         leaves = Choice(found, index).leaves
         assert all(not leaf.candidate.parts for leaf in leaves)
+        assert Choice(found, index).ranks == ()
         assert sorted(site for leaf in leaves for site in leaf.candidate.sites) == sorted(found.sites)
         assert sum(leaf.parameters for leaf in leaves) == found.parameters[index]
         assert sum(leaf.damage for leaf in leaves) == pytest.approx(found.damages[index])

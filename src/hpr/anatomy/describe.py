@@ -1,10 +1,10 @@
 """What is in a Transformer, found by structure: stacks of repeated blocks, their layers, slots and sites.
 
-A *site* is one weight matrix W of shape (out, in), named ``stack.layer.slot`` (``encoder.3.intermediate.dense``). No table
-of architectures is consulted: a stack is a numbered container whose children repeat the same weight matrices, and a slot
-is a weight's path inside its block. An embedding table of V rows is a site of shape (V, d), just as the
-output head that is often tied to it. The experts of a mixture are often slices of one three-dimensional parameter: each is a
-site, named ``stack.layer.slot.expert``.
+A *site* is one weight matrix W of shape (out, in). Its name is the path of its module (``encoder.layer.3.intermediate.dense``).
+No table of architectures is used: a stack is a numbered container whose children repeat the same weight matrices, and a slot
+is the path of a weight inside its block. An embedding table of V rows is a site of shape (V, d), and so is the output head that
+is often tied to it. The experts of a mixture are often slices of one three-dimensional parameter. Each expert is a site: its
+name is the path of the parameter and its number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hpr.anatomy.fused_experts import sliced_parameters
@@ -24,9 +24,16 @@ from hpr.errors import HprError
 
 
 def describe(model: nn.Module) -> Anatomy:
-    """Find stacks, layers, slots and sites of any module by structure. Works on the meta device.
+    """The stacks, layers, slots and sites of any module, found by structure. Works on the meta device.
 
-    Raises ``HprError`` where the model has no weight matrix at all.
+    The values of the weights are read only if the fingerprint is asked for, once, as they are at that moment. Raises
+    ``HprError`` if the model has no weight matrix.
+
+    >>> anatomy = describe(AutoModel.from_pretrained("bert-base-uncased"))
+    >>> anatomy.stacks
+    (Stack(name='encoder', path='encoder.layer', layers=12),)
+    >>> anatomy["encoder.layer.3.output.dense"].label
+    'encoder.3.output.dense'
     """
     modules = _modules_by_path(model)
     stacks = tuple(_stacks(modules))
@@ -34,7 +41,8 @@ def describe(model: nn.Module) -> Anatomy:
     if not sites:
         raise HprError(f"{type(model).__name__} has no Linear or Embedding weight: there is nothing to share")
     total = sum(parameter.numel() for parameter in model.parameters())  # parameters() yields a tied one once
-    return Anatomy(type(model).__name__, stacks, sites, total, _fingerprint(model, sites))
+    weights = [weight_at(model, site).detach() for site in sites]
+    return Anatomy(type(model).__name__, stacks, sites, total, lambda: _fingerprint(sites, weights))
 
 
 def _modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,8 +85,7 @@ def _sites(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator
         out_features, in_features = weight_of(module).shape
         stack, layer, slot = _place(path, stacks)
         yield Site(
-            name=path if stack is None else f"{stack.name}.{layer}.{slot}",
-            path=path,
+            name=path,
             kind="embedding" if isinstance(module, nn.Embedding) else "linear",
             out_features=out_features,
             in_features=in_features,
@@ -100,12 +107,10 @@ def _experts(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterat
     for owners in paths_of.values():
         path, *others = owners
         stack, layer, slot = _place(path, stacks)
-        name = path if stack is None else f"{stack.name}.{layer}.{slot}"
         count, out_features, in_features = getattr(owners[path], path.rpartition(".")[2]).shape
         for number in range(count):
             yield Site(
-                name=f"{name}.{number}",
-                path=f"{path}.{number}",
+                name=f"{path}.{number}",
                 kind="linear",
                 out_features=out_features,
                 in_features=in_features,
@@ -127,13 +132,12 @@ def _place(path: str, stacks: tuple[Stack, ...]) -> tuple[Stack | None, int | No
     return None, None, path
 
 
-def _fingerprint(model: nn.Module, sites: tuple[Site, ...]) -> str:
+def _fingerprint(sites: tuple[Site, ...], weights: list[Tensor]) -> str:
     """A hash of names, shapes and a sample of values, so that a profile or plan of another model is noticed."""
     digest = hashlib.sha256()
-    for site in sites:
-        weight = weight_at(model, site)
+    for site, weight in zip(sites, weights, strict=True):
         digest.update(f"{site.name}:{tuple(weight.shape)};".encode())
         if not weight.is_meta:
-            sample = weight.detach()[:: max(1, weight.shape[0] // 8), :: max(1, weight.shape[1] // 8)]
+            sample = weight[:: max(1, weight.shape[0] // 8), :: max(1, weight.shape[1] // 8)]
             digest.update(sample.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

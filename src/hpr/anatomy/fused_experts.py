@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from hpr.anatomy.source_code import names_in, tree_of
 
 
 class Slice(NamedTuple):
@@ -54,9 +54,8 @@ def slice_below(root: nn.Module, path: str) -> Slice | None:
 @functools.cache
 def _read_by_slices(kind: Any) -> frozenset[str]:
     """Attributes P that the forward of a class reads as ``linear(…, self.P[…])``; none where its source is not at hand."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
-    except (OSError, TypeError, SyntaxError):
+    tree = tree_of(kind.forward) if "linear" in names_in(kind.forward) else None
+    if tree is None:
         return frozenset()
     found = set()
     for node in ast.walk(tree):

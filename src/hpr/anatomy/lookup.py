@@ -38,6 +38,17 @@ def has_module(model: nn.Module, path: str) -> bool:
     return True
 
 
+def bytes_per_parameter(model: nn.Module) -> float:
+    """The mean size of a unique parameter in bytes: 4.0 for float32, 2.0 for bfloat16, between them for a mixture.
+
+    Raises ``HprError`` for a model without parameters.
+    """
+    parameters = list(model.parameters())
+    if not (count := sum(parameter.numel() for parameter in parameters)):
+        raise HprError(f"{type(model).__name__} has no parameters: give a model with weights")
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters) / count
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
     """A site's weight as (out, in), whatever the module's own layout; a view, never a copy."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
@@ -47,10 +58,10 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 def weight_at(model: nn.Module, site: Site) -> torch.Tensor:
     """A site's weight as (out, in), a view of the parameter. Raises ``HprError`` where the model has no such site."""
     if site.expert is None:
-        return weight_of(module_at(model, site.path))
-    found = slice_at(model, site.path)
+        return weight_of(module_at(model, site.name))
+    found = slice_at(model, site.name)
     if found is None:
-        raise HprError(f"{type(model).__name__} has no experts at {site.path!r}: the plan or checkpoint is of another model")
+        raise HprError(f"{type(model).__name__} has no experts at {site.name!r}: the plan or checkpoint is of another model")
     return found.weight
 
 

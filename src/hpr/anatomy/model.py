@@ -1,12 +1,15 @@
 """The description of a model: its stacks, layers and sites.
 
-A *site* is one weight matrix W of shape (out, in), named ``stack.layer.slot`` (``encoder.3.intermediate.dense``)."""
+A *site* is one weight matrix W of shape (out, in). Its name is the path of its module (``encoder.layer.3.intermediate.dense``).
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Literal
 
 from hpr.errors import HprError
@@ -18,14 +21,18 @@ Kind = Literal["linear", "embedding"]
 class Site:
     """One weight matrix of the model.
 
-    ``path`` is the module's path below the base model, or below the whole model for what hangs outside the base (a task
-    head); ``module_at`` resolves both. ``aliases`` are the paths of further modules that read the same parameter (tied
-    weights, counted once). ``stack`` and ``layer`` are None outside the stacks. ``expert`` is the number of a slice of a
-    three-dimensional parameter, whose path then ends in the parameter's name and that number; None for modules.
+    ``name`` is the path of the module below the base model, or below the whole model for a module outside the base (a task
+    head). It is the key of the site in profiles, plans and checkpoints; ``module_at`` and ``weight_at`` resolve it.
+    ``aliases`` are the paths of further modules that read the same parameter (tied weights, counted once). ``stack`` and
+    ``layer`` are None outside the stacks. ``expert`` is the number of a slice of a three-dimensional parameter, and the name
+    then ends in the name of the parameter and that number; it is None for modules.
+
+    >>> site = Site("encoder.layer.3.output.dense", "linear", 768, 3072, True, "encoder", 3, "output.dense")
+    >>> site.label, site.parameters
+    ('encoder.3.output.dense', 2359296)
     """
 
     name: str
-    path: str
     kind: Kind
     out_features: int
     in_features: int
@@ -35,6 +42,14 @@ class Site:
     slot: str = ""
     aliases: tuple[str, ...] = ()
     expert: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Short text for people: ``stack.layer.slot`` (``encoder.3.output.dense``); the name outside the stacks."""
+        if self.layer is None:
+            return self.name
+        expert = () if self.expert is None else (str(self.expert),)
+        return ".".join([*([self.stack] if self.stack else []), str(self.layer), self.slot, *expert])
 
     @property
     def parameters(self) -> int:
@@ -67,13 +82,27 @@ class Stack:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Stacks, sites and parameter counts of a model. ``other_parameters``: biases, norms and all that is no site."""
+    """Stacks, sites and parameter counts of a model. ``other_parameters``: biases, norms and everything that is no site.
+
+    ``read_fingerprint`` computes the fingerprint from the weights; two descriptions are equal without it.
+
+    >>> anatomy = describe(model)
+    >>> anatomy["encoder.layer.3.output.dense"].parameters
+    2359296
+    >>> [site.label for site in anatomy.select("encoder.3.output.*")]
+    ['encoder.3.output.dense']
+    """
 
     model_class: str
     stacks: tuple[Stack, ...]
     sites: tuple[Site, ...]
     total_parameters: int
-    fingerprint: str
+    read_fingerprint: Callable[[], str] = field(compare=False, repr=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of names, shapes and a sample of the weights as they are when this is first asked for."""
+        return self.read_fingerprint()
 
     @property
     def site_parameters(self) -> int:
@@ -89,19 +118,22 @@ class Anatomy:
         return tuple(path for stack in self.stacks for path in stack.blocks)
 
     def __getitem__(self, name: str) -> Site:
-        for site in self.sites:
-            if site.name == name:
-                return site
+        if (site := self._by_name.get(name)) is not None:
+            return site
         raise HprError(f"no site named {name!r} in {self.model_class}; its sites are listed by `hpr inspect`")
 
+    @cached_property
+    def _by_name(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sites}
+
     def select(self, pattern: str | None) -> tuple[Site, ...]:
-        """Sites whose name matches a shell pattern (``encoder.*``); several patterns are separated by commas."""
+        """Sites whose name or label matches a shell pattern (``encoder.3.*``); several patterns are separated by commas."""
         if pattern is None:
             return self.sites
         patterns = [part.strip() for part in pattern.split(",")]
-        chosen = tuple(site for site in self.sites if any(fnmatchcase(site.name, part) for part in patterns))
+        chosen = tuple(site for site in self.sites if any(_matches(site, part) for part in patterns))
         if not chosen:
-            examples = ", ".join(site.name for site in self.sites[:3])
+            examples = ", ".join(site.label for site in self.sites[:3])
             raise HprError(f"only={pattern!r} matches no site of {self.model_class}; site names look like {examples}")
         return chosen
 
@@ -118,3 +150,7 @@ class Anatomy:
             key = (stack, slot) if (stack, slot) not in rows else (stack, f"{slot} {out_features}x{in_features}")
             rows[key] = tuple(sites)
         return rows
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    return fnmatchcase(site.name, pattern) or fnmatchcase(site.label, pattern)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dis
+import ast
 import functools
-import inspect
-import itertools
+import logging
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from hpr.anatomy.fused_experts import Slice
 from hpr.anatomy.lookup import module_at, slice_at
 from hpr.anatomy.model import Anatomy
+from hpr.anatomy.source_code import attribute_of_self, functions_of, names_in, tree_of
 from hpr.errors import HprError
+
+_log = logging.getLogger(__name__)
 
 
 def check_experts(model: nn.Module, path: str, expert: Slice) -> None:
@@ -37,7 +39,7 @@ _NO_COMPUTATION = (
 )  # read no weights to use
 
 
-def unshareable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+def not_swappable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     """Site name → why it has to be kept: its module cannot be replaced, or it is a table that is not of hidden states."""
     reasons: dict[str, str] = {}
     read_by_linears = {site.in_features for site in anatomy.sites if site.kind == "linear"}
@@ -45,11 +47,11 @@ def unshareable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     for site in anatomy.sites:
         if site.kind == "embedding":
             if site.in_features not in read_by_linears:
-                reasons[site.name] = f"{site.path} has rows that no Linear reads, like a table of relative positions: it stays"
-            elif not (all_frozen or module_at(model, site.path).weight.requires_grad):
-                reasons[site.name] = f"{site.path} is a fixed table (it takes no gradient): it stays"
+                reasons[site.name] = f"{site.name} has rows that no Linear reads, like a table of relative positions: it stays"
+            elif not (all_frozen or module_at(model, site.name).weight.requires_grad):
+                reasons[site.name] = f"{site.name} is a fixed table (it takes no gradient): it stays"
         try:
-            for path in (site.path, *site.aliases):
+            for path in (site.name, *site.aliases):
                 check_site(model, path)
         except HprError as error:
             reasons[site.name] = str(error)
@@ -94,31 +96,56 @@ def _check_read_past(model: nn.Module, path: str, module: nn.Module, parameter: 
 
 @functools.cache
 def _read_past(kind: Any, parameter: str) -> frozenset[str]:
-    """Names of children whose parameter a class reads itself, for more than its dtype: torch's MultiheadAttention does."""
-    found = set()
-    for owner in kind.__mro__:
-        for name, function in vars(owner).items():
-            if name in _NO_COMPUTATION or not inspect.isfunction(function):
-                continue
-            steps = [step.argval for step in dis.get_instructions(inspect.unwrap(function))]
-            for place in range(len(steps) - 4):
-                origin, child, weight, *after = steps[place : place + 5]
-                harmless = after[0] in ("dtype", "device", "shape") or after == ["torch", "Tensor"]  # the last: isinstance
-                if origin == "self" and weight == parameter and not harmless:
-                    found.add(child)
-    return frozenset(found)
+    """Names of children whose parameter a class reads itself, for more than its dtype: torch's MultiheadAttention does.
+
+    If the source of a method cannot be found, every child that the method mentions beside the parameter counts as read: a site
+    is then kept without need at worst, never replaced by mistake.
+    """
+    children: set[str | None] = set()
+    for name, function in functions_of(kind):
+        if name in _NO_COMPUTATION or parameter not in names_in(function):
+            continue
+        tree = tree_of(function)
+        if tree is None:
+            _log.info("%s.%s: children that it mentions beside %r are kept", kind.__qualname__, name, parameter)
+            children |= names_in(function)
+            continue
+        harmless = _harmless(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr == parameter and node not in harmless:
+                children.add(attribute_of_self(node.value))
+    return frozenset(child for child in children if child is not None)
+
+
+def _harmless(tree: ast.AST) -> set[ast.AST]:
+    """Nodes of whose value only the type, device or shape is asked: ``x`` in ``x.dtype`` and in ``isinstance(x, Tensor)``."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape"):
+            found.add(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            found.add(node.args[0])
+    return found
 
 
 def _delegates(kind: type[nn.Module]) -> bool:
-    """Whether every forward between a class and ``nn.Embedding`` hands over to the next and reads no weights itself.
+    """Whether every forward between a class and ``nn.Embedding`` calls the next one and reads no weights itself.
 
-    ``self.weight.dtype`` is harmless, since a shared module has that too.
+    ``self.weight.dtype`` is harmless, because a shared module has that too. False if the source is needed and not found.
     """
     for owner in kind.__mro__[: kind.__mro__.index(nn.Embedding)]:
-        if "forward" not in vars(owner):
+        forward = vars(owner).get("forward")
+        if forward is None:
             continue
-        steps = [step.argval for step in dis.get_instructions(inspect.unwrap(vars(owner)["forward"]))]
-        after_weight = [step for weight, step in itertools.pairwise(steps) if weight == "weight"]
-        if "super" not in steps or not {"dtype", "device"}.issuperset(after_weight):
+        names = names_in(forward)
+        if "super" not in names:
             return False
+        if "weight" in names:
+            tree = tree_of(forward)
+            if tree is None:
+                return False
+            attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+            harmless = {node.value for node in attributes if node.attr in ("dtype", "device")}
+            if any(node.attr == "weight" and node not in harmless for node in attributes):
+                return False
     return True

@@ -1,10 +1,10 @@
-"""Symmetries: changes of several weights at once that leave what a model computes as it is.
+"""Symmetries: changes of several weights at once that do not change what a model computes.
 
-The neurons of a feed-forward may stand in any order (rows of the projections into them, columns of the one out of them), and so
-may attention heads. Within a head the values may be rotated if the output projection is rotated back, and, unless something
-stands between them (rotary embeddings, norms of queries), queries together with keys.
+The neurons of a feed-forward network may be permuted (rows of the projections into them, columns of the projection out of
+them), and so may attention heads. Within a head the values may be rotated if the output projection is rotated back. Queries may
+be rotated together with keys, unless the model changes them in between (rotary embeddings, norms of queries).
 
-All turns are orthogonal, so that second moments turn along exactly and every damping of theirs stays what it was.
+All transforms are orthogonal. So second moments can be transformed exactly, and their damping stays the same.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from hpr.anatomy.lookup import module_at, weight_at
 from hpr.anatomy.model import Anatomy, Site
 
 Kind = Literal["order", "rotation"]
-Goal = Literal["match", "principal"]
+AlignTo = Literal["layer below", "principal axes"]
 SIDES = ("rows", "columns")
 
 
-class Stretch(NamedTuple):
-    """Rows [start, stop) of a slot's weights and biases, or columns of its weights."""
+class AxisSlice(NamedTuple):
+    """Rows [start, stop) of the weights and biases of a slot, or columns of its weights."""
 
     slot: str
     side: Literal["rows", "columns"]
@@ -35,94 +35,100 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class Symmetry:
-    """Stretches of one layer that may be turned together, in every layer of a stack.
+    """Slices of one layer that may be transformed together, in every layer of a stack.
 
-    Each stretch is cut into ``blocks`` equal parts. ``order``: the parts may be permuted, all stretches alike.
-    ``rotation``: each part may be multiplied by an orthogonal matrix, all stretches by the same; in a stretch that is g
-    times as long as the shortest (queries that share a key) each matrix serves g parts in a row.
+    Each slice is cut into ``blocks`` equal parts. ``order``: the parts may be permuted, in all slices alike. ``rotation``:
+    each part may be multiplied by an orthogonal matrix, the same one in all slices. If a slice is g times as long as the
+    shortest (queries that share a key), each matrix serves g consecutive parts.
     """
 
     stack: str
     kind: Kind
     blocks: int
-    stretches: tuple[Stretch, ...]
+    slices: tuple[AxisSlice, ...]
 
     @property
     def size(self) -> int:
         """Rows and columns of one rotation."""
-        return min(one.stop - one.start for one in self.stretches) // self.blocks
+        return min(part.stop - part.start for part in self.slices) // self.blocks
 
     @property
     def slots(self) -> frozenset[str]:
-        return frozenset(one.slot for one in self.stretches)
+        return frozenset(part.slot for part in self.slices)
 
     def to_list(self) -> list[Any]:
-        """As JSON values: stack, kind, blocks, stretches."""
-        return [self.stack, self.kind, self.blocks, [list(one) for one in self.stretches]]
+        """As JSON values: stack, kind, blocks, slices."""
+        return [self.stack, self.kind, self.blocks, [list(part) for part in self.slices]]
 
     @classmethod
     def from_list(cls, values: Sequence[Any]) -> Symmetry:
         """The inverse of ``to_list``. Raises ``ValueError`` or ``TypeError`` for anything else."""
-        stack, kind, blocks, stretches = values
-        found = cls(str(stack), kind, int(blocks), tuple(Stretch(str(a), b, int(c), int(d)) for a, b, c, d in stretches))
-        lengths = [one.stop - one.start for one in found.stretches]
-        fits = found.blocks > 0 and all(length > 0 and length % found.blocks == 0 for length in lengths)
-        if kind not in ("order", "rotation") or not (lengths and fits) or {one.side for one in found.stretches} - {*SIDES}:
+        stack, kind, blocks, slices = values
+        symmetry = cls(str(stack), kind, int(blocks), tuple(AxisSlice(str(a), b, int(c), int(d)) for a, b, c, d in slices))
+        lengths = [part.stop - part.start for part in symmetry.slices]
+        fits = symmetry.blocks > 0 and all(length > 0 and length % symmetry.blocks == 0 for length in lengths)
+        if kind not in ("order", "rotation") or not (lengths and fits) or {part.side for part in symmetry.slices} - {*SIDES}:
             raise ValueError(f"{values} is no symmetry")
-        return found
+        return symmetry
+
+
+SymmetryGroup = tuple[Symmetry, ...]  # symmetries of one attention or one feed-forward network: they have slots in common
 
 
 @dataclass(frozen=True)
-class Aim:
-    """A symmetry to use, and to what end.
+class AlignTarget:
+    """A symmetry to use, and what to align the layers to.
 
-    ``match``: each layer is made like the one below, which lowers the damage of a matrix that both use. ``principal``
-    (rotations only): each layer is turned into its own principal axes, most important first, which lowers that of a basis.
+    ``layer below``: each layer is made like the one below it, which lowers the damage of a matrix that both use. ``principal
+    axes`` (rotations only): each layer is rotated to its own principal axes, the most important first, which lowers the damage
+    of a basis that layers share.
     """
 
     symmetry: Symmetry
-    goal: Goal
+    align_to: AlignTo
 
     def touches(self, site: Site) -> bool:
-        """Whether it turns this site."""
+        """Whether it transforms this site."""
         return site.stack == self.symmetry.stack and site.slot in self.symmetry.slots
 
     def to_list(self) -> list[Any]:
-        """As JSON values: goal, then the symmetry's."""
-        return [self.goal, *self.symmetry.to_list()]
+        """As JSON values: what to align to, then the symmetry."""
+        return [self.align_to, *self.symmetry.to_list()]
 
     @classmethod
-    def from_list(cls, values: Sequence[Any]) -> Aim:
+    def from_list(cls, values: Sequence[Any]) -> AlignTarget:
         """The inverse of ``to_list``. Raises ``ValueError`` or ``TypeError`` for anything else."""
-        goal, *rest = values
-        found = cls(Symmetry.from_list(rest), goal)
-        if goal not in ("match", "principal") or (goal == "principal" and found.symmetry.kind != "rotation"):
-            raise ValueError(f"{goal!r} is no goal of this symmetry")
-        return found
+        align_to, *rest = values
+        target = cls(Symmetry.from_list(rest), align_to)
+        if align_to not in ("layer below", "principal axes"):
+            raise ValueError(f"{align_to!r} is neither 'layer below' nor 'principal axes'")
+        if align_to == "principal axes" and target.symmetry.kind != "rotation":
+            raise ValueError("only a rotation can align layers to principal axes")
+        return target
 
 
-def turned(matrix: Tensor, stretch: Stretch, turn: Tensor) -> Tensor:
-    """A copy of (n, …) with the rows of a stretch turned, by an order of its blocks (blocks,) or rotations (blocks, k, k)."""
-    part = matrix[stretch.start : stretch.stop]
-    if turn.dim() == 1:
-        part = part.reshape(len(turn), -1)[turn.to(part.device)].reshape(part.shape)
+def transformed(matrix: Tensor, axis_slice: AxisSlice, transform: Tensor) -> Tensor:
+    """A copy of (n, …) whose rows in a slice are transformed, by an order of blocks (blocks,) or rotations (blocks, k, k)."""
+    part = matrix[axis_slice.start : axis_slice.stop]
+    if transform.dim() == 1:
+        part = part.reshape(len(transform), -1)[transform.to(part.device)].reshape(part.shape)
     else:
-        blocks, size, _ = turn.shape
+        blocks, size, _ = transform.shape
         users = len(part) // (blocks * size)
-        part = (turn.repeat_interleave(users, 0).to(part) @ part.reshape(blocks * users, size, -1)).reshape(part.shape)
-    return torch.cat([matrix[: stretch.start], part, matrix[stretch.stop :]])
+        part = (transform.repeat_interleave(users, 0).to(part) @ part.reshape(blocks * users, size, -1)).reshape(part.shape)
+    return torch.cat([matrix[: axis_slice.start], part, matrix[axis_slice.stop :]])
 
 
-def turn_site(model: nn.Module, site: Site, stretch: Stretch, turn: Tensor) -> None:
-    """Turn a stretch of a site's weight, and its bias with the rows, in place."""
+def transform_site(model: nn.Module, site: Site, axis_slice: AxisSlice, transform: Tensor) -> None:
+    """Transform a slice of the weight of a site in place; rows of the bias follow the rows of the weight."""
     weight = weight_at(model, site).data
-    if stretch.side == "columns":
-        weight.copy_(turned(weight.T.double(), stretch, turn).T)
+    if axis_slice.side == "columns":
+        weight.copy_(transformed(weight.T.double(), axis_slice, transform).T)
         return
-    weight.copy_(turned(weight.double(), stretch, turn))
+    weight.copy_(transformed(weight.double(), axis_slice, transform))
     if site.has_bias:
-        bias: Tensor = module_at(model, site.path).bias.data  # type: ignore[union-attr, assignment]
-        bias.copy_(turned(bias.double(), stretch, turn))
+        bias: Tensor = module_at(model, site.name).bias.data  # type: ignore[union-attr, assignment]
+        bias.copy_(transformed(bias.double(), axis_slice, transform))
 
 
 def layers_of(anatomy: Anatomy, symmetry: Symmetry) -> dict[int, dict[str, Site]]:

@@ -15,7 +15,7 @@ _PARTS = ".parametrizations."  # torch keeps there what it puts a weight togethe
 
 
 @dataclass(frozen=True)
-class Leftover:
+class Uncovered:
     """``count`` parameters of one name in modules of one class, ``parameters`` numbers in all, and why they are no sites."""
 
     owner: str
@@ -25,7 +25,7 @@ class Leftover:
     reason: str
 
 
-def leftovers(model: nn.Module, anatomy: Anatomy) -> list[Leftover]:
+def uncovered(model: nn.Module, anatomy: Anatomy) -> list[Uncovered]:
     """All parameters of two or more dimensions that are no sites, each once, largest first. Works on the meta device.
 
     They are a part of ``anatomy.other_parameters``; the rest of that are biases, norms and the like.
@@ -37,14 +37,14 @@ def leftovers(model: nn.Module, anatomy: Anatomy) -> list[Leftover]:
             owner, _, name = path.rpartition(".") if _PARTS not in path else path.partition(_PARTS)
             module = model.get_submodule(owner)
             found[type(module).__name__, name, _reason(module, name, parameter)].append(parameter.numel())
-    rows = [Leftover(owner, name, len(sizes), sum(sizes), reason) for (owner, name, reason), sizes in found.items()]
+    rows = [Uncovered(owner, name, len(sizes), sum(sizes), reason) for (owner, name, reason), sizes in found.items()]
     return sorted(rows, key=lambda row: -row.parameters)
 
 
 def _parameter_of(model: nn.Module, site: Site) -> Tensor:
-    if site.expert is not None and (expert := slice_at(model, site.path)) is not None:
+    if site.expert is not None and (expert := slice_at(model, site.name)) is not None:
         return getattr(expert.module, expert.parameter)
-    return module_at(model, site.path).weight  # type: ignore[return-value]
+    return module_at(model, site.name).weight  # type: ignore[return-value]
 
 
 def _reason(owner: nn.Module, name: str, parameter: Tensor) -> str:

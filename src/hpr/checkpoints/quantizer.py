@@ -14,11 +14,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hpr.anatomy.lookup import has_module, slice_at
 from hpr.checkpoints.save import _check_checkpoint
-from hpr.errors import HprError
+from hpr.errors import CheckpointError
 from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
-from hpr.nn.experts import SharedExperts
-from hpr.nn.site import SharedSite
-from hpr.plans.terms import FactorShape, entry_from_dict, factors_of
+from hpr.nn.site import BankReader
+from hpr.plans.terms import FactorShape, factors_of, terms_from_list
 from hpr.runtime.files import CONFIG
 from hpr.sharing.attach import attach
 from hpr.sharing.specification import specification
@@ -41,11 +40,13 @@ class HprConfig(QuantizationConfigMixin):
         **unknown: Any,
     ):
         if format != FORMAT:
-            raise HprError(
+            raise CheckpointError(
                 f"the checkpoint has format {format!r}, this hpr reads {FORMAT}: hpr {hpr_version} or later reads it"
             )
         if unknown:
-            raise HprError(f"{CONFIG} has {sorted(unknown)[0]!r} in quantization_config, which hpr does not know: remove it")
+            raise CheckpointError(
+                f"{CONFIG} has {sorted(unknown)[0]!r} in quantization_config, which hpr does not know: remove it"
+            )
         self.quant_method = quant_method  # type: ignore[assignment]  # an open set of names, typed as a closed one
         self.format = format
         self.hpr_version = hpr_version
@@ -76,7 +77,7 @@ class HprQuantizer(HfQuantizer):
         if bank is not None:
             _check_loaded(bank)
             model.config.quantization_config = specification(model)
-            _settle(bank, [module for module in model.modules() if isinstance(module, SharedSite | SharedExperts)])
+            _settle(bank, [module for module in model.modules() if isinstance(module, BankReader)])
             _align(model)
         return model
 
@@ -104,20 +105,20 @@ register()
 def rebuild(model: nn.Module, config: HprConfig) -> FactorBank | None:
     """Attach the sites that a checkpoint describes, as far as this class has them: a head may be absent, or be another.
 
-    Returns the bank, its factors not yet loaded, or None where the model has none of the sites. Raises ``HprError``
+    Returns the bank, its factors not yet loaded, or None where the model has none of the sites. Raises ``CheckpointError``
     where the description contradicts itself or the model.
     """
     try:
-        terms = {path: entry_from_dict(path, {"operator": "", "terms": raw}).terms for path, raw in config.sites.items()}
+        terms = {path: terms_from_list(path, raw) for path, raw in config.sites.items()}
         shapes = {name: FactorShape(*shape) for name, shape in config.factors.items()}
         terms = {path: listed for path, listed in terms.items() if _has(model, path)}
         aliases = {path: [alias for alias in config.aliases.get(path, ()) if _has(model, alias)] for path in terms}
         layers = {path: state for path, state in config.layers.items() if _has(model, path)}
     except (TypeError, KeyError, AttributeError) as error:
-        raise HprError(f"{CONFIG} does not describe shared sites ({error}): save the model again with hpr") from error
+        raise CheckpointError(f"{CONFIG} does not describe shared sites ({error}): save the model again with hpr") from error
     used = {name for listed in terms.values() for name in factors_of(listed)}
     if missing := sorted(used - set(shapes)):
-        raise HprError(f"{CONFIG} has no shape for factor {missing[0]!r}: save the model again with hpr")
+        raise CheckpointError(f"{CONFIG} has no shape for factor {missing[0]!r}: save the model again with hpr")
     if not terms and not layers:
         return None
     return attach(model, terms, {name: shape for name, shape in shapes.items() if name in used}, aliases, layers=layers)
@@ -131,10 +132,10 @@ def _check_loaded(bank: FactorBank) -> None:
     """The same for checkpoints that are no safetensors files: transformers marks what it has loaded."""
     for name, tensor in bank.factors.state_dict(keep_vars=True).items():
         if not getattr(tensor, "_is_hf_initialized", False):
-            raise HprError(f"factor {name} was not in the weights given: pass all that save_pretrained wrote")
+            raise CheckpointError(f"factor {name} was not in the weights given: pass all that save_pretrained wrote")
 
 
-def _settle(bank: FactorBank, readers: Sequence[SharedSite | SharedExperts]) -> None:
+def _settle(bank: FactorBank, readers: Sequence[BankReader]) -> None:
     """Give each factor the dtype in which transformers loaded its sites (T5 keeps ``wo`` in float32), and clear placeholders.
 
     Transformers goes by names, and those of factors may contain ``wo`` by chance.

@@ -40,8 +40,8 @@ def inspect(model: Model = None, as_json: Json = False) -> None:
     found = anatomy_of(opened)
     notes = [line for stack in found["stacks"] for line in tables.stack_lines(stack)]
     notes += [f"tied: {' = '.join([tie['site'], *tie['aliases']])}" for tie in found["ties"]]
-    notes += [f"cannot be shared: {reason}" for reason in found["unshareable"].values()]
-    notes += [f"no site: {tables.leftover_line(row)}" for row in found["leftovers"]]
+    notes += [f"cannot be shared: {reason}" for reason in found["not_swappable"].values()]
+    notes += [f"no site: {tables.uncovered_line(row)}" for row in found["uncovered"]]
     notes += [f"objective: {found['objective']}", f"a profile needs {formatting.byte_count(found['profile_bytes'])} of memory"]
     show(found, as_json, tables.parts_table(found), lines(*notes))
 
@@ -88,6 +88,7 @@ def plan(
     """Decide which sites share what, at which rank, under a budget."""
     quiet()
     from hpr.anatomy.describe import describe
+    from hpr.anatomy.lookup import bytes_per_parameter
     from hpr.checkpoints.open import open_model
     from hpr.cli import tables
     from hpr.planning import planner
@@ -96,19 +97,19 @@ def plan(
 
     found = Profile.load(profile)
     opened = open_model(model, device)
-    limit = parse_budget(budget, describe(opened.model), only)  # before minutes are spent on curves
+    bytes_each = bytes_per_parameter(opened.model)
+    limit = parse_budget(budget, describe(opened.model), bytes_each, only)  # before minutes are spent on curves
     with bars():
         sketch = planner.draft(opened.model, found, only, operator_names(operators), align="auto" if align is None else align)
     best = sketch.best(limit)
     best.save(output)
     as_dict, used = best.to_dict(), best.parameters(sketch.anatomy)
-    stacks = [stack.name for stack in sketch.anatomy.stacks]
     result = {"output": str(output), "parameters": used} | {
         key: as_dict[key] for key in ("model", "budget", "predicted_damage", "diagnostics")
     }
     gain = [tables.alignment_line(best.damage, sketch.plain.best(limit).damage)] if best.alignment else []
     notes = lines(tables.solver_line(as_dict, used), *gain, f"written: {output}")
-    show(result, as_json, tables.plan_table(as_dict, stacks), tables.operators_table(as_dict), notes)
+    show(result, as_json, tables.plan_table(as_dict), tables.operators_table(as_dict), notes)
 
 
 def share(

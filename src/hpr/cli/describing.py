@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from hpr.anatomy.describe import describe
-from hpr.anatomy.swappable import unshareable
-from hpr.anatomy.uncovered import leftovers
+from hpr.anatomy.swappable import not_swappable
+from hpr.anatomy.uncovered import uncovered
 from hpr.data.loaded_model import LoadedModel
 from hpr.layer_reuse.install import droppable, reusable
 from hpr.profiling.curvature import memory_needed
@@ -51,7 +51,7 @@ def anatomy_of(opened: LoadedModel) -> dict[str, Any]:
         ],
         "parts": parts,
         "ties": [{"site": site.name, "aliases": list(site.aliases)} for site in anatomy.sites if site.aliases],
-        "unshareable": unshareable(opened.model, anatomy),
-        "leftovers": [asdict(row) for row in leftovers(opened.model, anatomy)],
+        "not_swappable": not_swappable(opened.model, anatomy),
+        "uncovered": [asdict(row) for row in uncovered(opened.model, anatomy)],
         "profile_bytes": memory_needed(anatomy),
     }

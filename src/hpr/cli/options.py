@@ -60,8 +60,7 @@ def _with_share(text: str) -> tuple[str, float]:
 
 def operator_names(text: str | None) -> list[str] | None:
     """``tie+scale, low-rank`` as the names that the planner knows; what is unknown is left for it to refuse."""
-    from hpr.operators import vocab_segments
-    from hpr.operators.registry import OPERATORS
+    from hpr.operators.registry import plannable
 
     if text is None:
         return None
@@ -69,5 +68,5 @@ def operator_names(text: str | None) -> list[str] | None:
     def squeezed(name: str) -> str:
         return "".join(name.lower().replace("-", " ").split())
 
-    known = {squeezed(name): name for name in (*OPERATORS, vocab_segments.NAME)}
+    known = {squeezed(name): name for name in plannable()}
     return [known.get(squeezed(part), part.strip()) for part in text.split(",")]

@@ -41,7 +41,7 @@ def stack_lines(stack: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def leftover_line(row: Mapping[str, Any]) -> str:
+def uncovered_line(row: Mapping[str, Any]) -> str:
     """Matrices that are no sites: whose, how many, how large, and why."""
     many = f"{row['count']} of " if row["count"] > 1 else ""
     return f"{many}{row['owner']}.{row['parameter']}, {exact(row['parameters'])} parameters: {row['reason']}"
@@ -67,9 +67,9 @@ def operators_table(plan: Mapping[str, Any]) -> Table:
     return grid
 
 
-def plan_table(plan: Mapping[str, Any], stacks: Sequence[str] = ()) -> Table:
+def plan_table(plan: Mapping[str, Any]) -> Table:
     """The plan, one line for each slot: layers, operator and rank of every group."""
-    found = read_plan(plan, stacks)
+    found = read_plan(plan)
     grid = _grid("Plan (layers: operator rank)", "part", "groups")
     for stack in found.stacks:
         for row in stack.rows:

@@ -72,33 +72,6 @@ def as_label(value: Any, number: int, source: object) -> float:
     return int(score) if score.is_integer() and "." not in str(value) else score
 
 
-def sts_pairs(path: Source) -> tuple[list[str], list[str], list[float]]:
-    """First sentences, second sentences and scores of an STS benchmark ``.csv`` without a header."""
-    first, second, scores = [], [], []
-    for number, row in enumerate(_table(path, _decoded(path)), 1):
-        try:
-            one, two, score = row
-            scores.append(float(score))
-        except ValueError as error:
-            raise HprError(f"{path}, row {number}: {row!r:.80} is not sentence, sentence, score") from error
-        first.append(one)
-        second.append(two)
-    return first, second, scores
-
-
-def labelled_tsv(path: Source) -> tuple[list[str], list[int]]:
-    """Texts and class numbers of a ``.tsv`` with a header and two columns (SST-2)."""
-    texts, labels = [], []
-    for number, row in enumerate(_table(path, _decoded(path))[1:], 2):
-        if len(row) != 2 or not row[1].strip().isdigit():
-            raise HprError(f"{path}, row {number}: {row!r:.80} is not a text and a class number from 0")
-        texts.append(row[0].strip())
-        labels.append(int(row[1]))
-    if not texts:
-        raise HprError(f"{path} has no rows below its header")
-    return texts, labels
-
-
 def read_array(source: Source | np.ndarray, key: str | None = None) -> np.ndarray:
     """An array as it is, or from an ``.npy`` file, or the one named ``key`` in an ``.npz`` (its only one needs no name).
 

@@ -105,7 +105,7 @@ def flops_per_token(model: nn.Module, anatomy: Anatomy) -> int:
         if site.expert is not None:
             total += 2 * site.parameters
             continue
-        modules = [module for path in (site.path, *site.aliases) if (module := _find(model, path)) is not None]
+        modules = [module for path in (site.name, *site.aliases) if (module := _find(model, path)) is not None]
         total += sum(_flops(module, site) for module in dict.fromkeys(modules))
     return total
 
@@ -153,12 +153,12 @@ def _by_part(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
 def _stored(model: nn.Module, site: Site, terms: Mapping[str, Sequence[Term]]) -> Iterator[tuple[Hashable, int]]:
     """What one site reads: (identity, parameters) of each factor or weight."""
     bank = bank_of(model)
-    if site.path in terms and bank is not None:
-        for factor in factors_of(terms[site.path]):
+    if site.name in terms and bank is not None:
+        for factor in factors_of(terms[site.name]):
             yield factor, bank[factor].shape.parameters
-    elif site.expert is not None and (expert := slice_at(model, site.path)) is not None:
+    elif site.expert is not None and (expert := slice_at(model, site.name)) is not None:
         yield (_storage(expert.weight), expert.number), expert.weight.numel()
-    elif (module := _find(model, site.path)) is not None:
+    elif (module := _find(model, site.name)) is not None:
         weight: Tensor = module.weight  # type: ignore[assignment]
         yield _storage(weight), weight.numel()
 

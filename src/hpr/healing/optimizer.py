@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from hpr.errors import HprError
 from hpr.healing.distributed import whole
 from hpr.nn.bank import BANK, bank_of, module_name, terms_of
+from hpr.plans.owners import owners
 from hpr.plans.terms import factors_of, routers_of
 
 ROUTER_RATE = 1.0
@@ -26,8 +26,8 @@ def parameter_groups(
     relative to the root mean square of the parameter (as in Adafactor, Shazeer & Stern 2018). Factors that several sites share
     get ``shared_rate`` times it. Private low-rank factors at a site that also reads a shared factor
     decay by ``delta_decay``, which pulls the site back to the shared factor; nothing else decays. Routers start at 0, so their
-    scale is that of a newly drawn Linear, and they get ``router_rate`` times the learning rate (30 times did
-    harm, see ``docs/experiments.md``).
+    scale is that of a newly drawn Linear, and they get ``router_rate`` times the learning rate
+    (30 times did harm, see ``docs/experiments.md``).
 
     Raises ``HprError`` for weights that are not float32 or float64, and if no parameter takes a gradient.
     """
@@ -57,8 +57,7 @@ def _roles(student: nn.Module) -> tuple[set[str], set[str], set[str]]:
     if bank_of(student) is None:
         return set(), set(), set()
     sites = terms_of(student)
-    readers = Counter(factor for terms in sites.values() for factor in factors_of(terms))
-    shared = {factor for factor, count in readers.items() if count > 1}
+    shared = {factor for factor, users in owners(sites).items() if len(users) > 1}
     deltas: set[str] = set()
     for terms in sites.values():
         private = [term for term in terms if shared.isdisjoint(term.factors)]

@@ -12,7 +12,7 @@ from torch import nn
 
 from hpr.anatomy.describe import describe
 from hpr.evaluation.divergence import divergence
-from hpr.layer_reuse.dead_weights import vanishing
+from hpr.layer_reuse.dead_weights import dead_weights
 from hpr.layer_reuse.install import droppable, reusable, with_states
 from hpr.layer_reuse.reuse import Interventions, Reuse
 from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
@@ -62,7 +62,7 @@ def reuses(
     for layer, damages in interventions.items():
         options = []
         for state, damage in damages.items():
-            saved = Reuse({layer: state}, vanishing(model, {layer: state}, batches[0]), damage).parameters(anatomy)
+            saved = Reuse({layer: state}, dead_weights(model, {layer: state}, batches[0]), damage).parameters(anatomy)
             if (gain := price * saved - damage) > 0:
                 options.append((gain, state))
         if options:
@@ -72,6 +72,6 @@ def reuses(
     for number, (_, state, layer) in enumerate(sorted(ranked, reverse=True)[:MOST_LAYERS], 1):
         states = {**states, layer: state}
         damage = divergence(with_states(model, states), model, batches, objective).mean
-        found.append(Reuse(dict(states), vanishing(model, states, batches[0]), damage))
+        found.append(Reuse(dict(states), dead_weights(model, states, batches[0]), damage))
         progress("reuse", number, min(MOST_LAYERS, len(ranked)))
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs
 
+from hpr.anatomy.source_code import names_in
 from hpr.errors import HprError
 
 NAME = "hpr_reuse"
@@ -234,5 +234,4 @@ def _take(role: Role, holder: Holder) -> Any:
 
 @functools.cache
 def _uses_interface(kind: Any) -> bool:
-    forward = inspect.unwrap(kind.forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+    return "ALL_ATTENTION_FUNCTIONS" in names_in(kind.forward)

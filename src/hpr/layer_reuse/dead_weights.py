@@ -19,7 +19,7 @@ from hpr.anatomy.model import Anatomy
 from hpr.errors import HprError
 from hpr.layer_reuse.attention import Holder, role_of
 from hpr.layer_reuse.install import attention_at, paths_of, reading_the_same, with_states
-from hpr.layer_reuse.reuse import Runs, Vanishing
+from hpr.layer_reuse.reuse import DeadWeights, RowRanges
 from hpr.plans.layer_states import DROPPED, site_layer
 from hpr.runtime.batch import Batch, BatchLike, example_batch
 from hpr.runtime.hooks import run, to_device_of
@@ -27,7 +27,7 @@ from hpr.runtime.hooks import run, to_device_of
 TOLERANCE = 1e-3  # how far attention computed here may move an output, as a share of its largest value
 
 
-def vanishing(model: nn.Module, states: Mapping[str, str], batch: BatchLike | None = None) -> Vanishing:
+def dead_weights(model: nn.Module, states: Mapping[str, str], batch: BatchLike | None = None) -> DeadWeights:
     """What vanishes from a model under some states of its layers (see ``reuse.with_states``).
 
     The gradients are those of a random projection of the output for one ``batch``, by default ``example_batch(model)``. Raises
@@ -35,17 +35,17 @@ def vanishing(model: nn.Module, states: Mapping[str, str], batch: BatchLike | No
     """
     anatomy = describe(model)
     probe = reading_the_same(with_states(model, states), torch.float32)
-    rows: dict[str, Runs] = {site.name: () for site in anatomy.sites if states.get(site_layer(site) or "") == DROPPED}
+    rows: dict[str, RowRanges] = {site.name: () for site in anatomy.sites if states.get(site_layer(site) or "") == DROPPED}
     removed = _beside_dropped(model, anatomy, states)
     taking = [path for path, state in paths_of(anatomy, states).items() if state != DROPPED]
     inside = _weighted_modules(probe, taking)
     if not inside:
-        return Vanishing(rows, removed)
+        return DeadWeights(rows, removed)
     batch = example_batch(model) if batch is None else to_device_of(batch, model)
     original = reading_the_same(model, torch.float32)
     before, after = _effects(original, inside, batch), _effects(probe, inside, batch)
     _check_attention(original, anatomy, states, batch)
-    sites = {site.path: site for site in anatomy.sites}
+    sites = {site.name: site for site in anatomy.sites}
     for path in inside:
         gone = not any(effect.any() for effect in after[path].values())
         if not any(effect.any() for effect in before[path].values()):
@@ -62,7 +62,7 @@ def vanishing(model: nn.Module, states: Mapping[str, str], batch: BatchLike | No
             stays = ~before[path]["weight"] | after[path]["weight"]
             if not stays.all():
                 rows[site.name] = tuple(_runs(stays))
-    return Vanishing(rows, removed)
+    return DeadWeights(rows, removed)
 
 
 def _weighted_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:

@@ -1,15 +1,15 @@
 """Reuse of computation: layers that are dropped, or that reuse the attention weights or the keys and values of a layer below.
 
-``with_states`` gives a model with such layers and all its weights, for an intervention; ``vanishing`` finds which weights have
+``with_states`` gives a model with such layers and all its weights, for an intervention; ``dead_weights`` finds which weights have
 no effect there any more, and ``with_layers`` puts that into a plan, which ``hpr.share`` carries out. Nothing is known by name:
 attention modules are those that call transformers' attention interface, matched by their path inside the block.
 """
 
 from __future__ import annotations
 
+import ast
 import copy
-import inspect
-import re
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Anatomy
+from hpr.anatomy.source_code import attribute_of_self, functions_of, names_in, tree_of
 from hpr.errors import HprError
 from hpr.layer_reuse.attention import Clearing, Holder, attention_modules, role_of
 from hpr.plans.layer_states import DROPPED, STATES, WEIGHTS, check_states, source
@@ -191,7 +192,7 @@ def _why_no_drop(model: nn.Module, path: str, layer: int) -> str | None:
     types = _attention_types(owner)
     if types is not None and len(set(types)) > 1:
         return f"{type(owner).__name__} attends in different ways by the number of the layer"
-    if (attribute := path.rpartition(".")[2]) and _indexes(type(owner), attribute):
+    if (attribute := path.rpartition(".")[2]) and _indexes(type(owner), attribute):  # type: ignore[arg-type]  # a class is hashable
         return f"{type(owner).__name__} picks layers by number"
     own, inside = {id(parameter) for parameter in block.parameters()}, {id(module) for module in block.modules()}
     for module in model.modules():
@@ -213,9 +214,20 @@ def _attention_types(owner: nn.Module) -> list[str] | None:
     return None if types is None else list(types)
 
 
-def _indexes(kind: type[nn.Module], attribute: str) -> bool:
-    """Whether the code of a class picks from a container by number; slices are harmless."""
-    try:
-        return re.search(rf"self\.{attribute}\[[^:\]]+\]", inspect.getsource(kind)) is not None
-    except (OSError, TypeError):
-        return False
+@functools.cache
+def _indexes(kind: Any, attribute: str) -> bool:
+    """Whether the code of a class picks from a container by number; slices are harmless.
+
+    If the source of a method that mentions the container cannot be found, it may: True, and ``tree_of`` logs it.
+    """
+    for _, function in functions_of(kind):
+        if attribute in names_in(function):
+            tree = tree_of(function)
+            if tree is None:
+                return True
+            picked = (
+                node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Slice)
+            )
+            if any(attribute_of_self(node.value) == attribute for node in picked):
+                return True
+    return False

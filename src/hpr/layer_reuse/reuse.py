@@ -18,23 +18,23 @@ class Reuse:
     """States of some layers, what vanishes with them, and their measured divergence together, in nats per example."""
 
     states: dict[str, str]
-    vanishing: Vanishing
+    dead_weights: DeadWeights
     damage: float
 
     def parameters(self, anatomy: Anatomy) -> int:
         """How many parameters vanish."""
         sites = sum(
             anatomy[name].parameters - sum(stop - start for start, stop in runs) * anatomy[name].in_features
-            for name, runs in self.vanishing.rows.items()
+            for name, runs in self.dead_weights.rows.items()
         )
-        return sites + sum(self.vanishing.removed.values())
+        return sites + sum(self.dead_weights.removed.values())
 
 
-Runs = tuple[tuple[int, int], ...]
+RowRanges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Vanishing:
+class DeadWeights:
     """What has no effect once layers have their states.
 
     ``rows``: site → runs [start, stop) of the rows that still have one; none where all of the weight is gone.
@@ -42,11 +42,11 @@ class Vanishing:
     by the site's name), or with another module (a norm, by its path).
     """
 
-    rows: dict[str, Runs]
+    rows: dict[str, RowRanges]
     removed: dict[str, int]
 
 
-def with_layers(plan: Plan, anatomy: Anatomy, states: Mapping[str, str], found: Vanishing) -> Plan:
+def with_layers(plan: Plan, anatomy: Anatomy, states: Mapping[str, str], found: DeadWeights) -> Plan:
     """The same plan with states of layers: the entries of what vanishes give way, all others stay.
 
     A fused projection of which some rows stay gets one term a run, the very rows of the original.

@@ -78,8 +78,9 @@ class FactorBank(nn.Module):
     def __init__(self, shapes: Mapping[str, FactorShape], dtype: torch.dtype | None = None):
         super().__init__()
         self.factors = nn.ModuleDict()
+        self._keys = {name: module_name(name) for name in shapes}
         for name, shape in shapes.items():
-            key = module_name(name)
+            key = self._keys[name]
             if hasattr(self.factors, key):
                 raise HprError(f"factor {name!r} has the key {key!r}, which is taken: give it another name")
             self.factors[key] = Factor(shape, dtype)
@@ -92,7 +93,7 @@ class FactorBank(nn.Module):
         return self.get_buffer(MEND).dtype
 
     def __getitem__(self, name: str) -> Factor:
-        return self.factors[module_name(name)]  # type: ignore[return-value]
+        return self.factors[self._keys.get(name) or module_name(name)]  # type: ignore[return-value]
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:

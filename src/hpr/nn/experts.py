@@ -20,13 +20,13 @@ from hpr.anatomy.fused_experts import Slice, sliced_parameters
 from hpr.anatomy.model import Site
 from hpr.errors import HprError
 from hpr.nn.bank import FactorBank
-from hpr.nn.site import dense, shell_of
+from hpr.nn.site import BankReader, dense
 from hpr.plans.terms import Term
 
 Terms = dict[str, tuple[Term, ...]]
 
 
-class SharedExperts(nn.Module):
+class SharedExperts(BankReader):
     """Stands where a module of experts stood; all that it had besides the shared parameters is its own.
 
     ``slices``: parameter → the terms of each expert. ``path`` is the module's, below the base model. A placeholder of two
@@ -35,11 +35,9 @@ class SharedExperts(nn.Module):
     """
 
     def __init__(self, bank: FactorBank, slices: Mapping[str, list[tuple[Term, ...]]], source: nn.Module, path: str):
-        super().__init__()
-        self._bank = (bank,)
-        self._shell = (shell_of(source),)
+        super().__init__(bank, source, path)
         self.slices = dict(slices)
-        self.path = path
+        self.placeholders = tuple(self.slices)
         self._modules = source._modules
         self._buffers = dict(source._buffers)
         self._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
@@ -49,25 +47,11 @@ class SharedExperts(nn.Module):
             self.register_buffer(name, torch.zeros(len(experts), 2, 1, dtype=dtype))
         for name, value in vars(source).items():  # its settings: the module around it may read them
             vars(self).setdefault(name, value)
-        self.train(source.training)
 
     def train(self, mode: bool = True) -> SharedExperts:
         """Also tells the module that computes in its place."""
-        self.shell.training = mode
+        self.template.training = mode
         return super().train(mode)
-
-    @property
-    def bank(self) -> FactorBank:
-        return self._bank[0]
-
-    @property
-    def shell(self) -> nn.Module:
-        """The module that this one replaces, its parameters on the meta device."""
-        return self._shell[0]
-
-    @property
-    def placeholders(self) -> tuple[str, ...]:
-        return tuple(self.slices)
 
     @property
     def terms_by_path(self) -> Terms:
@@ -81,19 +65,19 @@ class SharedExperts(nn.Module):
     def dense_parameter(self, name: str) -> Tensor:
         """The (experts, out, in) tensor that the terms add up to."""
         placeholder = self._buffers[name]
-        shape = self.shell._parameters[name].shape[1:]  # type: ignore[union-attr]
+        shape = self.template._parameters[name].shape[1:]  # type: ignore[union-attr]
         assert placeholder is not None
         return torch.stack([dense(self.bank, terms, shape, placeholder) for terms in self.slices[name]])
 
     def forward(self, *positional: Any, **named: Any) -> Any:
         parameters = {name: self.dense_parameter(name) for name in self.slices}
         if torch.compiler.is_compiling():  # it cannot follow a copy, and traces in one thread
-            return functional_call(self.shell, {**self._parameters, **parameters}, positional, named)  # type: ignore[dict-item]
+            return functional_call(self.template, {**self._parameters, **parameters}, positional, named)  # type: ignore[dict-item]
         return self._stand_in(parameters).forward(*positional, **named)
 
     def _stand_in(self, parameters: Mapping[str, Tensor]) -> nn.Module:
         """A module of the original's class with some parameters put in; made anew, so that threads do not meet in one."""
-        module = copy.copy(self.shell)
+        module = copy.copy(self.template)
         module._parameters = {**self._parameters, **parameters}  # type: ignore[dict-item]
         module._modules = self._modules
         module._buffers = {name: buffer for name, buffer in self._buffers.items() if name not in self.slices}
@@ -104,9 +88,9 @@ class SharedExperts(nn.Module):
         """The dense module again, with parameters of its own."""
         parameters = {}
         for name in self.slices:
-            wanted = bool(self.shell._parameters[name].requires_grad)  # type: ignore[union-attr]
+            wanted = bool(self.template._parameters[name].requires_grad)  # type: ignore[union-attr]
             parameters[name] = nn.Parameter(self.dense_parameter(name).detach(), requires_grad=wanted)
-        order = list(self.shell._parameters)
+        order = list(self.template._parameters)
         module = self._stand_in(parameters)
         module._parameters = {name: module._parameters[name] for name in order}
         return module
@@ -142,4 +126,4 @@ def shared_experts(
 def site_of(path: str, expert: Slice) -> Site:
     """An expert's site by its path alone, as the terms need it."""
     out_features, in_features = expert.weight.shape
-    return Site(path, path, "linear", out_features, in_features, has_bias=False, expert=expert.number)
+    return Site(path, "linear", out_features, in_features, has_bias=False, expert=expert.number)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpr.anatomy.lookup import module_at
-from hpr.errors import HprError
+from hpr.plans.product import fixed_weights
 from hpr.plans.terms import Route
 
 _MASK = "attention_mask"
@@ -38,7 +38,7 @@ class Routing:
     def __call__(self, route: Route, router: Tensor, x: Tensor, path: str) -> Tensor:
         """α (…, experts) for an input x (…, in); with one for each sequence, (batch, 1, …, experts)."""
         if route.per == "fixed":
-            return fixed(route, router)
+            return fixed_weights(route, router)
         mask = self.masks[-1] if self.masks and x.dim() > 2 else None
         counted = mask if mask is not None and mask.shape == x.shape[:-1] else None
         if route.per == "sequence" and x.dim() > 2:
@@ -47,21 +47,6 @@ class Routing:
         if self.taken is not None:
             self.taken.setdefault((path, route.router), []).append((weights, counted))
         return weights
-
-
-def fixed(route: Route, router: Tensor) -> Tensor:
-    """α (experts,) of a router that no input changes. Raises ``HprError`` for any other."""
-    if route.per != "fixed":
-        raise HprError(f"the router {route.router} depends on the input: take hpr.collapse of the model first")
-    return route.experts * router[:, 0].softmax(-1)
-
-
-def weighed(weights: Tensor, route: Route, rank: int | None) -> Tensor:
-    """α (…, experts) as what a term's rank components are multiplied by, (…, rank), or all of it, (…, 1)."""
-    if route.expert is not None:
-        return weights[..., route.expert : route.expert + 1]
-    assert rank is not None
-    return weights.repeat(*[1] * (weights.dim() - 1), -(-rank // route.experts))[..., :rank]
 
 
 def spread(shares: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""What every module that stands at a site has in common."""
+"""What all modules that read the bank have in common."""
 
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -10,43 +11,69 @@ from torch import Tensor, nn
 
 from hpr.anatomy.lookup import weight_of
 from hpr.nn.bank import FactorBank
-from hpr.nn.router import fixed, weighed
-from hpr.plans.terms import Term, routers_of
+from hpr.plans.product import product
+from hpr.plans.terms import Term, factors_of, routers_of
 
 
-class SharedSite(nn.Module):
-    """What a shared Linear and a shared Embedding have in common: their terms and the bank.
+class BankReader(nn.Module):
+    """A module that replaces one of the model and reads its weights from the bank.
 
-    The one-element ``weight`` buffer makes loading without hpr fail on its shape instead of silently re-initialising, and
-    serves models that read ``module.weight.dtype``. ``source`` is the module replaced; of it a shell without weights is
-    kept, from which ``unshare`` builds the stock module again. ``path`` is the site's path, also at its aliases.
+    ``source`` is the module replaced. A template of it, without weights, is kept: ``unshare`` builds the stock module from it.
+    Bank and template are held inside tuples, so that torch does not register them as submodules.
     """
 
-    placeholders = ("weight",)
-    weight: Tensor
+    placeholders: tuple[str, ...] = ("weight",)  # buffers with the names of the parameters that the bank replaces
 
-    def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str = ""):
-        nn.Module.__init__(self)  # not super(): with a subclass of nn.Embedding mixed in, that one would come next
+    def __init__(self, bank: FactorBank, source: nn.Module, path: str):
+        nn.Module.__init__(self)  # not super(): with a subclass of nn.Embedding mixed in, nn.Embedding would come next
         self._bank = (bank,)
-        self._shell = (shell_of(source),)
-        self.terms = tuple(terms)
+        self._template = (template_of(source),)
         self.path = path
-        self.out_features, self.in_features = weight_of(source).shape
-        self.register_buffer("weight", torch.zeros(1, dtype=bank.dtype))
-        self.train(source.training)
+        self.training = source.training
 
     @property
     def bank(self) -> FactorBank:
         return self._bank[0]
 
     @property
-    def shell(self) -> nn.Module:
+    def template(self) -> nn.Module:
         """The module that this one replaces, its parameters on the meta device."""
-        return self._shell[0]
+        return self._template[0]
+
+    @property
+    @abstractmethod
+    def terms_by_path(self) -> dict[str, tuple[Term, ...]]:
+        """The paths of the sites that this module replaces, each with its terms."""
+
+
+class SharedSite(BankReader):
+    """What the modules that replace one site (a Linear, an embedding table) have in common: their terms.
+
+    The one-element ``weight`` buffer makes loading without hpr fail on its shape instead of silently re-initialising, and
+    serves models that read ``module.weight.dtype``. ``path`` is the site's path, also at its aliases.
+    """
+
+    weight: Tensor
+
+    def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str = ""):
+        BankReader.__init__(self, bank, source, path)
+        self.out_features, self.in_features = self.sizes(source)
+        self.set_terms(terms)
+        self.register_buffer("weight", torch.zeros(1, dtype=bank.dtype))
+
+    @staticmethod
+    def sizes(source: nn.Module) -> tuple[int, int]:
+        """(out, in) of the weight replaced."""
+        out_features, in_features = weight_of(source).shape
+        return out_features, in_features
+
+    def set_terms(self, terms: Sequence[Term]) -> None:
+        """Read these terms from now on."""
+        self.terms = tuple(terms)
 
     @property
     def terms_by_path(self) -> dict[str, tuple[Term, ...]]:
-        """Its own path and terms."""
+        """The path of its site, and its terms."""
         return {self.path: self.terms}
 
     def dense_weight(self) -> Tensor:
@@ -66,27 +93,15 @@ class SharedSite(nn.Module):
 
 def dense(bank: FactorBank, terms: Sequence[Term], shape: Sequence[int], like: Tensor) -> Tensor:
     """The (out, in) matrix that terms add up to, with dtype and device of another tensor."""
-    total = torch.zeros(*shape, dtype=like.dtype, device=like.device)
-    for term in terms:
-        product = bank[term.u].dense()
-        if term.route is not None:
-            product = product * weighed(fixed(term.route, bank[term.route.router].weight), term.route, term.rank)
-        if term.v is not None:
-            product = product @ bank[term.v].dense()
-        if term.row_scale is not None:
-            product = product * bank[term.row_scale].weight.T
-        if term.column_scale is not None:
-            product = product * bank[term.column_scale].weight
-        start, stop = term.rows or (0, shape[0])
-        total[start:stop] = total[start:stop] + product
-    return total
+    values = {name: bank[name].dense() for name in factors_of(terms)}
+    return product(terms, values, shape[0], shape[1]).to(like)
 
 
-def shell_of(source: nn.Module) -> nn.Module:
+def template_of(source: nn.Module) -> nn.Module:
     """A shallow copy of a module whose parameters are on the meta device."""
-    shell = copy.copy(source)
-    shell._parameters = {
+    template = copy.copy(source)
+    template._parameters = {
         name: None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         for name, parameter in source._parameters.items()
     }
-    return shell
+    return template

@@ -1,7 +1,7 @@
-"""Alignment: turn the layers of a model, without changing what it computes, so that what they share has more in common.
+"""Alignment: transform the layers of a model so that they have more in common, without changing what the model computes.
 
-The symmetries that a profile found say what may be turned. The profile turns along in closed form, so no new pass over data is
-needed; and as turns are orthogonal, what a site may become alone (kept, low rank) costs the same before and after.
+The symmetries of a profile say which transforms are possible. The profile is transformed in closed form, so no new pass over
+data is needed. Transforms are orthogonal, so the damage of a site that shares nothing (kept, low rank) stays the same.
 """
 
 from __future__ import annotations
@@ -16,128 +16,144 @@ from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe
 from hpr.anatomy.model import Anatomy
-from hpr.anatomy.symmetry import Aim, Stretch, Symmetry, layers_of, turn_site, turned
+from hpr.anatomy.symmetry import AlignTarget, AxisSlice, Symmetry, SymmetryGroup, layers_of, transform_site, transformed
 from hpr.operators.matching import Pair, best_order, best_rotation, principal_rotation
 from hpr.operators.metric import Measured, measure, measured_site
 from hpr.profiling.profile import Profile, SiteStatistics
 
 
-class Turn(NamedTuple):
-    """What is done to the stretches of a symmetry in one layer: an order (blocks,) or rotations (blocks, k, k)."""
+class Transform(NamedTuple):
+    """What is done to the slices of a symmetry in one layer: an order (blocks,) or rotations (blocks, k, k)."""
 
     symmetry: Symmetry
     layer: int
-    turn: Tensor
+    transform: Tensor
 
 
 class Alignment(NamedTuple):
-    """A copy of a model that computes the same with turned weights, its profile, and the turns in the order they were made."""
+    """A copy of a model that computes the same with transformed weights, its profile, and the transforms in order."""
 
     model: nn.Module
     profile: Profile
-    turns: tuple[Turn, ...]
+    transforms: tuple[Transform, ...]
 
 
-def align(model: nn.Module, profile: Profile, aims: Iterable[Aim]) -> Alignment:
-    """Turn a copy of a model, and its profile with it. Depends on weights, profile and aims alone.
+def align(model: nn.Module, profile: Profile, targets: Iterable[AlignTarget]) -> Alignment:
+    """Transform a copy of a model, and its profile with it. Depends on weights, profile and targets alone.
 
     Outputs stay the same but for rounding. Raises ``HprError`` for a profile of another model.
     """
     anatomy = describe(model)
     profile.check(anatomy)
-    measured, statistics = measure(model, anatomy, profile), dict(profile.sites)
-    turns = turn_all(anatomy, measured, statistics, aims)
+    return align_measured(model, anatomy, measure(model, anatomy, profile), profile, targets)
+
+
+def align_measured(
+    model: nn.Module, anatomy: Anatomy, measured: Mapping[str, Measured], profile: Profile, targets: Iterable[AlignTarget]
+) -> Alignment:
+    """``align`` for a model whose sites are measured, as far as the targets touch them. ``measured`` stays as it is."""
+    statistics = dict(profile.sites)
+    transforms = transform_all(anatomy, dict(measured), statistics, targets)
     aligned = copy.deepcopy(model)
-    for symmetry, layer, turn in turns:
+    for symmetry, layer, transform in transforms:
         sites = layers_of(anatomy, symmetry)[layer]
-        for stretch in symmetry.stretches:
-            turn_site(aligned, sites[stretch.slot], stretch, turn)
-    return Alignment(aligned, replace(profile, fingerprint=describe(aligned).fingerprint, sites=statistics), tuple(turns))
+        for axis_slice in symmetry.slices:
+            transform_site(aligned, sites[axis_slice.slot], axis_slice, transform)
+    return Alignment(aligned, replace(profile, fingerprint=describe(aligned).fingerprint, sites=statistics), tuple(transforms))
 
 
-def turn_all(
+def transform_all(
     anatomy: Anatomy,
     measured: dict[str, Measured],
     statistics: dict[str, SiteStatistics],
-    aims: Iterable[Aim],
+    targets: Iterable[AlignTarget],
     only: Sequence[int] | None = None,
-) -> list[Turn]:
-    """Find the turns of all layers, or of some, and carry them out on sites in their metric and on their statistics, in place.
+) -> list[Transform]:
+    """Find the transforms of all layers (or of ``only`` some) and apply them to weights and statistics, in place.
 
-    A layer that is matched is matched to the one below as that was turned, so any run of layers is aligned.
+    Each layer is matched to the transformed layer below, so any run of layers is aligned.
     """
-    wanted = sorted(aims, key=lambda aim: aim.symmetry.kind)  # orders first, so that rotations find their places
-    turns = []
-    for aim in wanted:
-        layers = [layer for layer in layers_of(anatomy, aim.symmetry) if only is None or layer in only]
-        steps = [(None, layer) for layer in layers] if aim.goal == "principal" else itertools.pairwise(layers)
+    wanted = sorted(targets, key=lambda target: target.symmetry.kind)  # orders first, so that rotations find their places
+    transforms = []
+    for target in wanted:
+        layers = [layer for layer in layers_of(anatomy, target.symmetry) if only is None or layer in only]
+        steps = [(None, layer) for layer in layers] if target.align_to == "principal axes" else itertools.pairwise(layers)
         for below, layer in steps:
-            turn = _turn(anatomy, measured, wanted, aim, below, layer)
-            if turn is None:
+            transform = _transform(anatomy, measured, wanted, target, below, layer)
+            if transform is None:
                 continue
-            turns.append(Turn(aim.symmetry, layer, turn))
-            for stretch in aim.symmetry.stretches:
-                site = layers_of(anatomy, aim.symmetry)[layer][stretch.slot]
+            transforms.append(Transform(target.symmetry, layer, transform))
+            for axis_slice in target.symmetry.slices:
+                site = layers_of(anatomy, target.symmetry)[layer][axis_slice.slot]
                 weight = measured[site.name].weight
-                weight = turned(weight, stretch, turn) if stretch.side == "rows" else turned(weight.T, stretch, turn).T
-                statistics[site.name] = _turned_statistics(statistics[site.name], stretch, turn)
+                weight = (
+                    transformed(weight, axis_slice, transform)
+                    if axis_slice.side == "rows"
+                    else transformed(weight.T, axis_slice, transform).T
+                )
+                statistics[site.name] = _transformed_statistics(statistics[site.name], axis_slice, transform)
                 measured[site.name] = measured_site(site, weight, statistics[site.name])
-    return turns
+    return transforms
 
 
-def units(symmetries: Sequence[Symmetry]) -> list[tuple[Symmetry, ...]]:
-    """Symmetries that have stretches in common (one attention, one feed-forward) together."""
+def symmetry_groups(symmetries: Sequence[Symmetry]) -> list[SymmetryGroup]:
+    """Symmetries that have slices in common (one attention, one feed-forward) together."""
     found: list[list[Symmetry]] = []
     for symmetry in symmetries:
-        touched = [unit for unit in found if any(_meet(symmetry, one) for one in unit)]
-        found = [unit for unit in found if unit not in touched] + [[*itertools.chain(*touched), symmetry]]
-    return [tuple(unit) for unit in found]
+        touched = [group for group in found if any(_meet(symmetry, one) for one in group)]
+        found = [group for group in found if group not in touched] + [[*itertools.chain(*touched), symmetry]]
+    return [tuple(group) for group in found]
 
 
-def goals(unit: Sequence[Symmetry]) -> list[tuple[Aim, ...]]:
-    """What may be aimed at with a unit: principal axes of its heads, or layers that match."""
-    rotations = [one for one in unit if one.kind == "rotation" and one.size > 1]
-    principal = tuple(Aim(one, "principal") for one in rotations)
-    return [*([principal] if principal else []), tuple(Aim(one, "match") for one in unit)]
+def align_options(group: SymmetryGroup) -> list[tuple[AlignTarget, ...]]:
+    """The ways to align a group: each layer to the principal axes of its heads, or each layer to the layer below."""
+    rotations = [one for one in group if one.kind == "rotation" and one.size > 1]
+    principal = tuple(AlignTarget(one, "principal axes") for one in rotations)
+    return [*([principal] if principal else []), tuple(AlignTarget(one, "layer below") for one in group)]
 
 
 def _meet(one: Symmetry, other: Symmetry) -> bool:
     return one.stack == other.stack and bool(one.slots & other.slots)
 
 
-def _turn(
-    anatomy: Anatomy, measured: Mapping[str, Measured], aims: Sequence[Aim], aim: Aim, below: int | None, layer: int
+def _transform(
+    anatomy: Anatomy,
+    measured: Mapping[str, Measured],
+    targets: Sequence[AlignTarget],
+    target: AlignTarget,
+    below: int | None,
+    layer: int,
 ) -> Tensor | None:
-    """The best turn of one layer; None where the objective does not depend on it."""
-    symmetry, layers = aim.symmetry, layers_of(anatomy, aim.symmetry)
-    moved = {stretch: measured[layers[layer][stretch.slot].name] for stretch in symmetry.stretches}
+    """The best transform of one layer; None where the objective does not depend on it."""
+    symmetry, layers = target.symmetry, layers_of(anatomy, target.symmetry)
+    moved = {axis_slice: measured[layers[layer][axis_slice.slot].name] for axis_slice in symmetry.slices}
     if not all(one.live for one in moved.values()):
         return None
     if below is None:
         return principal_rotation(list(moved.items()), symmetry.blocks)
-    fixed = {stretch: measured[layers[below][stretch.slot].name] for stretch in symmetry.stretches}
-    pairs = {stretch: Pair(stretch, fixed[stretch], moved[stretch]) for stretch in symmetry.stretches}
+    fixed = {axis_slice: measured[layers[below][axis_slice.slot].name] for axis_slice in symmetry.slices}
+    pairs = {axis_slice: Pair(axis_slice, fixed[axis_slice], moved[axis_slice]) for axis_slice in symmetry.slices}
     if not all(one.live for one in fixed.values()):
         return None
     if symmetry.kind == "rotation":
         return best_rotation(list(pairs.values()), symmetry.blocks)
-    rotations = [one.symmetry for one in aims if one.symmetry.kind == "rotation" and one.symmetry.stack == symmetry.stack]
-    inside = [one.stretches for one in rotations if one.blocks == symmetry.blocks and pairs.keys() >= set(one.stretches)]
-    turning = [[pairs[stretch] for stretch in stretches] for stretches in inside]
-    staying = [pair for stretch, pair in pairs.items() if not any(stretch in stretches for stretches in inside)]
-    return best_order(turning, staying, symmetry.blocks)
+    rotations = [one.symmetry for one in targets if one.symmetry.kind == "rotation" and one.symmetry.stack == symmetry.stack]
+    inside = [one.slices for one in rotations if one.blocks == symmetry.blocks and pairs.keys() >= set(one.slices)]
+    rotating = [[pairs[axis_slice] for axis_slice in slices] for slices in inside]
+    staying = [pair for axis_slice, pair in pairs.items() if not any(axis_slice in slices for slices in inside)]
+    return best_order(rotating, staying, symmetry.blocks)
 
 
-def _turned_statistics(known: SiteStatistics, stretch: Stretch, turn: Tensor) -> SiteStatistics:
-    """Gradients of turned outputs turn with them, inputs of turned columns likewise; the other side sees nothing."""
-    if stretch.side == "rows":
-        return replace(known, left=_turned_moment(known.left, stretch, turn))
-    mean = None if known.mean is None else turned(known.mean, stretch, turn)
-    return replace(known, right=_turned_moment(known.right, stretch, turn), mean=mean)
+def _transformed_statistics(known: SiteStatistics, axis_slice: AxisSlice, transform: Tensor) -> SiteStatistics:
+    """Statistics of the transformed weight: its gradients change with its rows, its inputs with its columns."""
+    if axis_slice.side == "rows":
+        return replace(known, left=_transformed_moment(known.left, axis_slice, transform))
+    mean = None if known.mean is None else transformed(known.mean, axis_slice, transform)
+    return replace(known, right=_transformed_moment(known.right, axis_slice, transform), mean=mean)
 
 
-def _turned_moment(moment: Tensor, stretch: Stretch, turn: Tensor) -> Tensor:
-    if moment.dim() == 1 and turn.dim() > 1:  # a diagonal cannot follow a rotation
+def _transformed_moment(moment: Tensor, axis_slice: AxisSlice, transform: Tensor) -> Tensor:
+    if moment.dim() == 1 and transform.dim() > 1:  # a diagonal cannot follow a rotation
         moment = moment.diag()
-    moment = turned(moment, stretch, turn)
-    return moment if moment.dim() == 1 else turned(moment.T, stretch, turn).T
+    moment = transformed(moment, axis_slice, transform)
+    return moment if moment.dim() == 1 else transformed(moment.T, axis_slice, transform).T

@@ -17,6 +17,7 @@ from hpr.operators.linear_solvers import QUICK
 from hpr.operators.low_rank import damages, private_term, rank_costs, truncate
 from hpr.operators.metric import Measured, Side
 from hpr.operators.naming import group_name
+from hpr.operators.operator import Operator, TermsError, low_rank_factors, terms_of
 from hpr.operators.tie import estimate, tie
 from hpr.plans.terms import Term
 from hpr.solver.candidates import Candidate
@@ -35,7 +36,7 @@ def candidate(group: Sequence[Measured]) -> Candidate | None:
     private = np.unique(np.linspace(1, full - 1, 16).astype(int))
     choices, costs, found = [], [], []
     for base_rank in sorted({max(1, full // 8), max(1, full // 3)}):
-        base = _truncated(group, estimate(tuple(group)), base_rank)
+        base = _truncated(group, estimate(group), base_rank)
         for block_rank in (max(1, full // 8),):
             rests = [weight for _, weight in _after_blocks(group, base, block_rank)]
             curves = np.sum([damages(one, rest) for one, rest in zip(group, rests, strict=True)], axis=0)
@@ -65,27 +66,21 @@ def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """Top down: the base explains all members at once, each block its rest, each site what then remains."""
-    base_term, block_term, _ = terms[group[0].site.name]
-    assert base_term.rank is not None
-    assert block_term.rank is not None
-    base = _truncated(group, estimate(tuple(group)), base_term.rank)
-    values: dict[str, Tensor] = {}
-    _put(values, base_term, base)
-    for one, (pair, rest) in zip(group, _after_blocks(group, base, block_term.rank), strict=True):
-        _, own_block, private = terms[one.site.name]
-        assert private.rank is not None
-        _put(values, own_block, pair)
-        _put(values, private, truncate(one, private.rank, rest))
+    if len(group) < BLOCK:
+        raise TermsError(f"a group of {len(group)} has no blocks")
+    several = [[low_rank_factors(term) for term in terms_of(terms, one, 3)] for one in group]
+    (*base_names, base_rank), (_, _, block_rank), _ = several[0]
+    base = _truncated(group, estimate(group), base_rank)
+    values: dict[str, Tensor] = dict(zip(base_names, base, strict=True))
+    for one, names, (pair, rest) in zip(group, several, _after_blocks(group, base, block_rank), strict=True):
+        _, (*block_names, _), (*private_names, private_rank) = names
+        values |= dict(zip(block_names, pair, strict=True))
+        values |= dict(zip(private_names, truncate(one, private_rank, rest), strict=True))
     return values
 
 
 def _shared_term(name: str, site: Site, rank: int) -> Term:
     return Term(f"{name}.u", f"{name}.v", rank, identity=private_term(site, rank).identity)
-
-
-def _put(values: dict[str, Tensor], term: Term, pair: tuple[Tensor, Tensor]) -> None:
-    assert term.v is not None
-    values |= {term.u: pair[0], term.v: pair[1]}
 
 
 def _blocks(members: Sequence) -> Iterator[Sequence]:
@@ -120,3 +115,6 @@ def _after_blocks(
         pair = _inherited(block, rests, rank)
         result += [(pair, rest - pair[0] @ pair[1]) for rest in rests]
     return result
+
+
+OPERATOR = Operator(NAME, fit, candidate, terms, shared=True, merges=True)

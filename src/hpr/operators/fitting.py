@@ -1,24 +1,27 @@
-"""The operators: what may become of a group of sites. A new one is one file and one entry here.
-
-Each operator gives its curve (``candidate``: damage and parameters at every rank), its ``terms`` for a choice of ranks, and
-the ``fit`` of its factors; all three see sites in the metric of ``operators.metric``.
-"""
+"""Fits: a model measured once, and the factors of its plans, each group of sites fitted once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hpr.anatomy.describe import describe
 from hpr.anatomy.model import Anatomy, Site
-from hpr.errors import HprError
+from hpr.anatomy.symmetry import AlignTarget
+from hpr.errors import PlanError
+from hpr.operators.alignment import align_measured
 from hpr.operators.identity_block import store
-from hpr.operators.metric import Measured, measure
-from hpr.operators.registry import FITS
+from hpr.operators.metric import Measured, Metric, metric_of, weight64
+from hpr.operators.operator import Terms, TermsError
+from hpr.operators.registry import OPERATORS
+from hpr.operators.tie import Group
+from hpr.plans.owners import connected
 from hpr.plans.plan import Plan
-from hpr.plans.terms import Term, routers_of
+from hpr.plans.product import product as terms_product
+from hpr.plans.terms import Term, routers_of, validate_entry
 from hpr.profiling.profile import Profile
 
 
@@ -30,40 +33,114 @@ class Fitted:
     bias_changes: dict[str, Tensor]
 
 
-def fit(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: Profile | None) -> Fitted:
-    """All factors of a plan in closed form, in the metric of the profile (plain Frobenius without one).
+class Fits:
+    """A model measured in the metric of its profile, and the fits of its groups, each made once.
 
-    Biases take up what the change does to the mean output: W E[x] − Ŵ E[x]. Raises ``HprError`` for unknown operators and
-    for terms that do not fit their operator.
+    Without a profile the metric is plain Frobenius. Give one ``Fits`` to ``draft``, ``share`` and ``refit`` to measure a model
+    once for several plans. It assumes that the weights of ``model`` do not change meanwhile.
+
+    It keeps the damped moments and their roots, (out, out) and (in, in) float64 for every measured site, the fitted factors of
+    every distinct group, float64, and for every aligned plan's targets one aligned copy of the model. Weights in float64 live only
+    as long as the caller of ``measured`` keeps them. Raises ``HprError`` for a profile of another model.
+
+    >>> fits = Fits(model, profile)  # doctest: +SKIP
+    >>> students = [hpr.share(model, plan, fits=fits) for plan in plans]  # doctest: +SKIP
     """
-    if profile is not None:
-        profile.check(anatomy)
-    measured = measure(model, anatomy, profile)
-    raw: dict[str, Tensor] = {}
-    for operator, names in groups(plan):
-        if operator not in FITS:
-            raise HprError(f"{names[0]}: no operator {operator!r}; there are {', '.join(FITS)}")
-        terms = {name: plan.entries[name].terms for name in names}
+
+    def __init__(self, model: nn.Module, profile: Profile | None):
+        self.model = model
+        self.profile = profile
+        self.anatomy = describe(model)
+        if profile is not None:
+            profile.check(self.anatomy)
+        self._metrics: dict[str, Metric] = {}
+        self._groups: dict[tuple, Fitted] = {}
+        self._aligned: dict[tuple[AlignTarget, ...], Fits] = {}
+
+    def check(self, model: nn.Module, profile: Profile | None) -> None:
+        """Raise ``PlanError`` if these are the fits of another model, or of a profile with other statistics."""
+        other = profile is not None and (self.profile is None or self.profile.sites is not profile.sites)
+        if self.model is not model or other:
+            raise PlanError("these fits are of another model or profile: use Fits(model, profile) of this one")
+
+    def measured(self, names: Iterable[str] | None = None) -> dict[str, Measured]:
+        """Some sites, by default all, with their weights in float64 and their metric, by name."""
+        sites = self.anatomy.sites if names is None else [self.anatomy[name] for name in names]
+        found = {}
+        for site in sites:
+            weight = weight64(self.model, site)
+            if site.name not in self._metrics:
+                self._metrics[site.name] = metric_of(site, self.profile, weight)
+            found[site.name] = self._metrics[site.name].of(site, weight)
+        return found
+
+    def aligned(self, targets: Sequence[AlignTarget]) -> Fits:
+        """The fits of the aligned model: a copy that computes the same with transformed weights. Itself without targets."""
+        key = tuple(targets)
+        if not key:
+            return self
+        if key not in self._aligned:
+            if self.profile is None:
+                raise PlanError("the plan aligns layers, which takes the profile it was made with: give that profile, too")
+            sites = [site.name for site in self.anatomy.sites if any(target.touches(site) for target in key)]
+            model, profile, _ = align_measured(self.model, self.anatomy, self.measured(sites), self.profile, key)
+            aligned = Fits(model, profile)
+            touched = set(sites)
+            aligned._metrics = {name: one for name, one in self._metrics.items() if name not in touched}
+            self._aligned[key] = aligned
+        return self._aligned[key]
+
+    def fit(self, plan: Plan) -> Fitted:
+        """All factors of a plan in closed form. A plan with an alignment needs the fits of the aligned model.
+
+        Biases absorb what the change does to the mean output: W E[x] - Ŵ E[x]. Raises ``PlanError`` for unknown operators and
+        for terms that are not of the form of their operator.
+        """
+        factors: dict[str, Tensor] = {}
+        changes: dict[str, Tensor] = {}
+        for operator, names in groups(plan):
+            terms = {name: plan.entries[name].terms for name in names}
+            key = (operator, tuple(terms.items()))
+            if key not in self._groups:
+                for name in names:
+                    validate_entry(self.anatomy[name], plan.entries[name])
+                self._groups[key] = self._fit_group(operator, terms)
+            factors |= self._groups[key].factors
+            changes |= self._groups[key].bias_changes
+        routers = routers_of(term for entry in plan.entries.values() for term in entry.terms)
+        if routers:
+            shapes = plan.factors(self.anatomy)
+            factors |= {name: torch.zeros(shapes[name].stored).double() for name in routers}
+        return Fitted(factors, changes)
+
+    def _fit_group(self, operator: str, terms: Terms) -> Fitted:
+        first = next(iter(terms))
+        if operator not in OPERATORS:
+            raise PlanError(f"{first}: no operator {operator!r}; there are {', '.join(OPERATORS)}")
+        measured = self.measured(terms)
         try:
-            values = FITS[operator]([measured[name] for name in names], terms)
-            for name in names:
-                for term in terms[name]:
-                    shapes = term.shapes(anatomy[name])
-                    for factor, shape in ((factor, shapes[factor]) for factor in term.factors):
-                        if values[factor].shape != shape[:2]:
-                            raise ValueError(f"{factor} would be {tuple(values[factor].shape)}, not {shape[:2]}")
-        except (ValueError, AssertionError, IndexError, KeyError) as error:
-            raise HprError(f"{names[0]}: its terms are not those of {operator!r} ({error}); plan this site anew") from error
-        raw |= values
-    changes = {}
-    for name, entry in plan.entries.items():
-        one = measured[name]
-        if entry.terms and one.mean is not None:
-            changes[name] = (one.weight - product(entry.terms, raw, one.site)) @ one.mean * _covered(entry.terms, one)
-    every_term = [term for entry in plan.entries.values() for term in entry.terms]
-    routers = routers_of(every_term)
-    even = {name: torch.zeros(shape.stored).double() for name, shape in plan.factors(anatomy).items() if name in routers}
-    return Fitted({**store(raw, every_term), **even}, changes)
+            values = OPERATORS[operator].fit(Group(measured.values()), terms)
+            _check_shapes(values, terms, self.anatomy)
+        except TermsError as error:
+            raise PlanError(f"{first}: its terms are not those of {operator!r} ({error}); plan this site anew") from error
+        changes = {}
+        for name, several in terms.items():
+            one = measured[name]
+            if one.mean is not None:
+                changes[name] = (one.weight - product(several, values, one.site)) @ one.mean * _covered(several, one)
+        return Fitted(store(values, [term for several in terms.values() for term in several]), changes)
+
+
+def _check_shapes(values: Mapping[str, Tensor], terms: Terms, anatomy: Anatomy) -> None:
+    """Raise ``TermsError`` if a factor that the terms name is missing or has another shape."""
+    for name, several in terms.items():
+        for term in several:
+            shapes = term.shapes(anatomy[name])
+            for factor in term.factors:
+                if factor not in values:
+                    raise TermsError(f"nothing gives {factor}")
+                if values[factor].shape != shapes[factor][:2]:
+                    raise TermsError(f"{factor} would be {tuple(values[factor].shape)}, not {shapes[factor][:2]}")
 
 
 def _covered(terms: Sequence[Term], one: Measured) -> Tensor:
@@ -77,35 +154,10 @@ def _covered(terms: Sequence[Term], one: Measured) -> Tensor:
 
 def groups(plan: Plan) -> list[tuple[str, list[str]]]:
     """(operator, site names in plan order) for every set of sites tied together by common factors."""
-    owner: dict[str, str] = {}
-    leader: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while leader[name] != name:
-            name = leader[name]
-        return name
-
-    for name, entry in plan.entries.items():
-        leader[name] = name
-        for term in entry.terms:
-            for factor in term.factors:
-                leader[root(name)] = root(owner.setdefault(factor, name))
-    found: dict[str, list[str]] = {}
-    for name, entry in plan.entries.items():
-        if entry.terms:
-            found.setdefault(root(name), []).append(name)
-    return [(plan.entries[names[0]].operator, names) for names in found.values()]
+    sets = connected({name: entry.terms for name, entry in plan.entries.items()})
+    return [(plan.entries[names[0]].operator, names) for names in sets]
 
 
 def product(terms: Sequence[Term], values: Mapping[str, Tensor], site: Site) -> Tensor:
     """The (out, in) matrix that terms of plain factors add up to."""
-    total = values[terms[0].u].new_zeros(site.out_features, site.in_features)
-    for term in terms:
-        matrix = values[term.u] if term.v is None else values[term.u] @ values[term.v]
-        if term.row_scale is not None:
-            matrix = values[term.row_scale].T * matrix
-        if term.column_scale is not None:
-            matrix = matrix * values[term.column_scale]
-        start, stop = term.rows or (0, site.out_features)
-        total[start:stop] += matrix
-    return total
+    return terms_product(terms, values, site.out_features, site.in_features)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from hpr.anatomy.model import Site
 from hpr.operators.metric import Measured
+from hpr.operators.operator import Operator
 from hpr.plans.terms import KEEP, Term
 from hpr.solver.candidates import Candidate
 
@@ -19,11 +19,9 @@ def candidate(group: Sequence[Measured]) -> Candidate:
     return Candidate(KEEP, (one.site.name,), ((),), np.array([one.site.parameters]), np.zeros(1))
 
 
-def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term, ...]]:
-    """No terms: the site's own module stays."""
-    return {site.name: () for site in sites}
-
-
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
-    """Nothing to fit."""
+    """No factors: the site's own module stays."""
     return {}
+
+
+OPERATOR = Operator(KEEP, fit, candidate)

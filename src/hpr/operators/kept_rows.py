@@ -1,7 +1,6 @@
-"""Reused: a weight of which some rows, or all, have no effect any more, since its layer reuses what one below computes.
+"""Kept rows: what stays of a weight if its layer reuses the attention of a layer below and some rows lose their effect.
 
-The rows that still have one stay as they are, one term a run: of a fused projection of queries, keys and values those of the
-values.
+The remaining rows are stored unchanged, one term per run. For a fused query-key-value projection these are the value rows.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from hpr.operators.metric import Measured
+from hpr.operators.operator import Operator
 from hpr.plans.layer_states import REUSED
 from hpr.plans.terms import Term
-
-NAME = REUSED
 
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
@@ -25,3 +23,6 @@ def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dic
             start, stop = term.rows or (0, one.site.out_features)
             values[term.u] = one.weight[start:stop]
     return values
+
+
+OPERATOR = Operator(REUSED, fit, needs_layer_state=True)

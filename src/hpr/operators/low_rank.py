@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hpr.anatomy.model import Site
 from hpr.operators.metric import Measured, eigenvectors, tails
+from hpr.operators.operator import Operator, low_rank_factors, only_site, terms_of
 from hpr.plans.terms import Term
 from hpr.solver.candidates import Candidate
 
@@ -61,12 +62,11 @@ def private_term(site: Site, rank: int, name: str = "", rows: tuple[int, int] | 
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """U (out, rank) and V (rank, in), the best in the metric."""
-    (one,) = group
-    (term,) = terms[one.site.name]
-    assert term.rank is not None
-    assert term.v is not None
-    u, v = truncate(one, term.rank)
-    return {term.u: u, term.v: v}
+    one = only_site(group)
+    (term,) = terms_of(terms, one, 1)
+    u_name, v_name, rank = low_rank_factors(term)
+    u, v = truncate(one, rank)
+    return {u_name: u, v_name: v}
 
 
 def truncate(one: Measured, rank: int, matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -83,3 +83,6 @@ def truncate(one: Measured, rank: int, matrix: Tensor | None = None) -> tuple[Te
 def rank_choices(ranks: np.ndarray) -> tuple[tuple[int, ...], ...]:
     """Ranks as a candidate's choices."""
     return tuple((int(rank),) for rank in ranks)
+
+
+OPERATOR = Operator(NAME, fit, candidate, terms)

@@ -117,24 +117,52 @@ class Measured:
         return Measured(self.site, self.weight[start:stop], self.left.part(start, stop), self.right, self.rows)
 
 
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The metric of one site: ``Measured`` without the weight."""
+
+    left: Side
+    right: Side
+    rows: float
+    mean: Tensor | None = None
+
+    def of(self, site: Site, weight: Tensor) -> Measured:
+        """A weight (out, in), float64, in this metric."""
+        return Measured(site, weight, self.left, self.right, self.rows, self.mean)
+
+
 def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict[str, Measured]:
     """Every site of a model in its metric, on its GPU if it has one; without a profile, in the plain Frobenius metric."""
     measured = {}
     for site in anatomy.sites:
-        weight = weight_at(model, site).detach()
-        weight = weight.to(weight.device if weight.is_cuda else "cpu", torch.float64)  # other accelerators have none
-        known = profile.sites[site.name] if profile else plain_statistics(site)
-        if profile and site.kind == "embedding" and known.live:
-            known = replace(known, left=smooth_frequencies(known.left))
-        measured[site.name] = measured_site(site, weight, known)
+        weight = weight64(model, site)
+        measured[site.name] = metric_of(site, profile, weight).of(site, weight)
     return measured
 
 
+def weight64(model: nn.Module, site: Site) -> Tensor:
+    """The weight of a site (out, in), float64, on its GPU or on the CPU: other accelerators have no float64."""
+    weight = weight_at(model, site).detach()
+    return weight.to(weight.device if weight.is_cuda else "cpu", torch.float64)
+
+
+def metric_of(site: Site, profile: Profile | None, weight: Tensor) -> Metric:
+    """The metric of a site by its profile, on the device of ``weight``; plain Frobenius without a profile."""
+    known = profile.sites[site.name] if profile else plain_statistics(site)
+    if profile and site.kind == "embedding" and known.live:
+        known = replace(known, left=smooth_frequencies(known.left))
+    return _metric(site, weight, known)
+
+
 def measured_site(site: Site, weight: Tensor, known: SiteStatistics) -> Measured:
-    """A site's weight (out, in), float64, in the metric of its statistics, where the weight lies."""
+    """A site's weight (out, in), float64, in the metric of its statistics, on the device of the weight."""
+    return _metric(site, weight, known).of(site, weight)
+
+
+def _metric(site: Site, weight: Tensor, known: SiteStatistics) -> Metric:
     left = Side(known.left.to(weight), OUTPUT_DAMPING if site.kind == "linear" else DAMPING)
     mean = None if known.mean is None else known.mean.to(weight)
-    return Measured(site, weight, left, Side(known.right.to(weight)), known.rows, mean)
+    return Metric(left, Side(known.right.to(weight)), known.rows, mean)
 
 
 def smooth_frequencies(counts: Tensor, window: int = 255) -> Tensor:

@@ -17,6 +17,7 @@ from hpr.operators.linear_solvers import solve_shared
 from hpr.operators.low_rank import rank_choices
 from hpr.operators.metric import Measured, Side, eigenvectors
 from hpr.operators.naming import group_name
+from hpr.operators.operator import Operator, low_rank_factors, terms_of
 from hpr.plans.terms import Term
 from hpr.solver.candidates import Candidate
 
@@ -60,24 +61,18 @@ def output_terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tup
 
 def input_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """Alternating least squares from the pooled start."""
-    (first,) = terms[group[0].site.name]
-    assert first.v is not None
-    assert first.rank is not None
-    private, shared = alternate(group, first.rank)
-    return {first.v: shared, **{terms[one.site.name][0].u: u for one, u in zip(group, private, strict=True)}}
+    names = [low_rank_factors(terms_of(terms, one, 1)[0]) for one in group]
+    _, shared_name, rank = names[0]
+    private, shared = alternate(group, rank)
+    return {shared_name: shared, **{name: u for (name, _, _), u in zip(names, private, strict=True)}}
 
 
 def output_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """The same with the sites read the other way round."""
-    (first,) = terms[group[0].site.name]
-    assert first.rank is not None
-    private, shared = alternate([one.transposed for one in group], first.rank)
-    values = {first.u: shared.T}
-    for one, v in zip(group, private, strict=True):
-        name = terms[one.site.name][0].v
-        assert name is not None
-        values[name] = v.T
-    return values
+    names = [low_rank_factors(terms_of(terms, one, 1)[0]) for one in group]
+    shared_name, _, rank = names[0]
+    private, shared = alternate([one.transposed for one in group], rank)
+    return {shared_name: shared.T, **{name: v.T for (_, name, _), v in zip(names, private, strict=True)}}
 
 
 def pooled_basis(group: Sequence[Measured], count: int | None = None) -> Tensor:
@@ -139,3 +134,11 @@ def _damages(one: Measured, basis: Tensor) -> np.ndarray:
     gains = projected.square().sum(1)
     left = one.energy - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
     return (0.5 * one.rows * left.clamp(min=0)).cpu().numpy()
+
+
+INPUT_OPERATOR = Operator(
+    INPUT, input_fit, input_candidate, input_terms, shared=True, quick=True, helped_by=("principal axes",)
+)
+OUTPUT_OPERATOR = Operator(
+    OUTPUT, output_fit, output_candidate, output_terms, shared=True, quick=True, helped_by=("principal axes",)
+)

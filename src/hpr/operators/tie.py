@@ -7,7 +7,7 @@ ALBERT and Takase & Kiyono tie from scratch; a pretrained group is tied to the m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from hpr.anatomy.model import Site
 from hpr.operators.linear_solvers import QUICK, THOROUGH, _solve, solve_shared
 from hpr.operators.metric import Measured, Side
 from hpr.operators.naming import group_name
+from hpr.operators.operator import Operator, TermsError, terms_of, whole_matrix
 from hpr.plans.terms import Term
 from hpr.solver.candidates import Candidate
 
@@ -39,7 +40,7 @@ def alike(group: Sequence[Measured]) -> bool:
 
 def candidate(group: Sequence[Measured]) -> Candidate:
     """One point: one matrix instead of many."""
-    shared = estimate(tuple(group))
+    shared = estimate(group)
     damage = sum(one.damage(shared - one.weight) for one in group)
     names = tuple(one.site.name for one in group)
     return Candidate(TIE, names, ((),), np.array([group[0].site.parameters]), np.array([damage]))
@@ -47,7 +48,7 @@ def candidate(group: Sequence[Measured]) -> Candidate:
 
 def scale_candidate(group: Sequence[Measured]) -> Candidate:
     """One point: one matrix, and two diagonals for each site (a bound: the fit also moves the matrix)."""
-    shared, rows, columns = tie_and_scale(group, estimate(tuple(group)), rounds=1)
+    shared, rows, columns = tie_and_scale(group, estimate(group), rounds=1)
     damage = sum(one.damage(r[:, None] * shared * c - one.weight) for one, r, c in zip(group, rows, columns, strict=True))
     site = group[0].site
     cost = site.parameters + len(group) * (site.out_features + site.in_features)
@@ -67,25 +68,38 @@ def scale_terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tupl
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """The tied matrix."""
-    return {terms[group[0].site.name][0].u: tie(group)}
+    (term,) = terms_of(terms, group[0], 1)
+    return {whole_matrix(term): tie(group)}
 
 
 def scale_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """The tied matrix and the diagonals, stored as (1, n)."""
+    several = [terms_of(terms, one, 1)[0] for one in group]
+    scales = [_scales(term) for term in several]
     shared, rows, columns = tie_and_scale(group, tie(group))
-    values = {terms[group[0].site.name][0].u: shared}
-    for one, r, c in zip(group, rows, columns, strict=True):
-        term = terms[one.site.name][0]
-        assert term.row_scale is not None
-        assert term.column_scale is not None
-        values |= {term.row_scale: r[None], term.column_scale: c[None]}
+    values = {whole_matrix(several[0]): shared}
+    for (row_scale, column_scale), r, c in zip(scales, rows, columns, strict=True):
+        values |= {row_scale: r[None], column_scale: c[None]}
     return values
 
 
-@lru_cache(maxsize=4)
-def estimate(group: tuple[Measured, ...]) -> Tensor:
-    """The tied matrix to within a few steps: what curves are made of. Several operators ask for it in a row."""
-    return tie(group, steps=QUICK)
+def _scales(term: Term) -> tuple[str, str]:
+    if term.row_scale is None or term.column_scale is None:
+        raise TermsError(f"the term of {term.u} has no two diagonals")
+    return term.row_scale, term.column_scale
+
+
+class Group(tuple[Measured, ...]):
+    """Sites that several operators measure one after another: their quick tied matrix is computed once."""
+
+    @cached_property
+    def estimate(self) -> Tensor:
+        return tie(self, steps=QUICK)
+
+
+def estimate(group: Sequence[Measured]) -> Tensor:
+    """The tied matrix (out, in) after a few steps of the solver, precise enough for curves. A ``Group`` remembers its own."""
+    return group.estimate if isinstance(group, Group) else tie(group, steps=QUICK)
 
 
 def tie(
@@ -140,3 +154,7 @@ def _best_row_scale(one: Measured, matrix: Tensor) -> Tensor:
     system = one.left.moment * products
     ridge = 1e-9 * float(system.diagonal().mean()) + torch.finfo(torch.float64).tiny  # a matrix of zeros has any scale
     return torch.linalg.solve(system + ridge * torch.eye(len(system)).to(system), cross)
+
+
+OPERATOR = Operator(TIE, fit, candidate, terms, shared=True, merges=True, quick=True, helped_by=("layer below",))
+SCALED_OPERATOR = Operator(SCALE, scale_fit, scale_candidate, scale_terms, shared=True, merges=True)

@@ -16,6 +16,7 @@ from hpr.operators.linear_solvers import QUICK
 from hpr.operators.low_rank import damages, private_term, rank_choices, rank_costs, truncate
 from hpr.operators.metric import Measured
 from hpr.operators.naming import group_name
+from hpr.operators.operator import Operator, low_rank_factors, terms_of, whole_matrix
 from hpr.operators.tie import estimate, tie
 from hpr.plans.terms import Term
 from hpr.solver.candidates import Candidate
@@ -47,18 +48,18 @@ def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """Alternate: corrections given the tied matrix, tied matrix given the corrections."""
-    ranks = [terms[one.site.name][1].rank or 0 for one in group]
+    several = [terms_of(terms, one, 2) for one in group]
+    pairs = [low_rank_factors(delta) for _, delta in several]
+    ranks = [rank for _, _, rank in pairs]
     shared = min(
         _starts(group), key=lambda start: sum(_damage(one, start, rank) for one, rank in zip(group, ranks, strict=True))
     )
     for _ in range(_ROUNDS):
         shared = _settled(group, shared, ranks)
     deltas = [truncate(one, rank, one.weight - shared) for one, rank in zip(group, ranks, strict=True)]
-    values = {terms[group[0].site.name][0].u: shared}
-    for one, (u, v) in zip(group, deltas, strict=True):
-        term = terms[one.site.name][1]
-        assert term.v is not None
-        values |= {term.u: u, term.v: v}
+    values = {whole_matrix(several[0][0]): shared}
+    for (u_name, v_name, _), (u, v) in zip(pairs, deltas, strict=True):
+        values |= {u_name: u, v_name: v}
     return values
 
 
@@ -68,7 +69,7 @@ def _curve(group: Sequence[Measured], shared: Tensor) -> np.ndarray:
 
 def _starts(group: Sequence[Measured]) -> list[Tensor]:
     """Tied matrices: as it is, and settled for a few ranks."""
-    shared = estimate(tuple(group))
+    shared = estimate(group)
     anchors = [max(1, int(share * min(shared.shape))) for share in _ANCHORS]
     return [shared, *(_settled(group, shared, [rank] * len(group)) for rank in anchors)]
 
@@ -81,3 +82,6 @@ def _settled(group: Sequence[Measured], shared: Tensor, ranks: Sequence[int]) ->
     """The tied matrix, given corrections of some rank to what it was."""
     deltas = [truncate(one, rank, one.weight - shared) for one, rank in zip(group, ranks, strict=True)]
     return tie(group, [one.weight - u @ v for one, (u, v) in zip(group, deltas, strict=True)], start=shared, steps=QUICK)
+
+
+OPERATOR = Operator(NAME, fit, candidate, terms, shared=True, merges=True)

@@ -6,7 +6,6 @@ al. 2018) clusters rows by frequency for the same reason. Where to cut is decide
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -17,12 +16,12 @@ from torch import Tensor
 from hpr.anatomy.model import Site
 from hpr.operators.low_rank import private_term, rank_choices, rank_costs, truncate
 from hpr.operators.metric import Measured, tails
+from hpr.operators.operator import Operator, RowRange, RowRuns, low_rank_factors, only_site
 from hpr.plans.terms import KEEP, Term
 from hpr.solver.candidates import Candidate, Track
 
 NAME = "segments"
 _SHORTEST = 16
-_LABEL = re.compile(r"(.+)\[(\d+):(\d+)\]")
 
 
 def track(one: Measured) -> Track:
@@ -43,7 +42,7 @@ def track(one: Measured) -> Track:
             options = [_curve(one, start, stop, total)] if min(stop - start, columns) > 1 else []
             if first == last:
                 cost = np.array([(stop - start) * columns])
-                options.append(Candidate(KEEP, (_label(one, start, stop),), ((),), cost, np.zeros(1)))
+                options.append(Candidate(KEEP, (one.site.name,), ((),), cost, np.zeros(1), rows=(start, stop)))
             candidates[first, last + 1] = tuple(options)
     return Track(one.site.name, len(grams), candidates)
 
@@ -56,11 +55,10 @@ def row_bounds(rows: int) -> list[int]:
     return [0, *reversed(cuts)]
 
 
-def merge(site: Site, chosen: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Term, ...]:
-    """Terms for the chosen runs, (label, ranks) each; ranks () is a kept run. Neighbouring kept runs become one."""
+def merge(site: Site, chosen: Sequence[tuple[RowRange, tuple[int, ...]]]) -> tuple[Term, ...]:
+    """Terms for the chosen runs, (rows, ranks) each; ranks () is a kept run. Neighbouring kept runs become one."""
     runs: list[tuple[int, int, tuple[int, ...]]] = []
-    for label, ranks in sorted(chosen, key=lambda pair: rows_of(pair[0])):
-        start, stop = rows_of(label)
+    for (start, stop), ranks in sorted(chosen):
         if runs and not ranks and not runs[-1][2] and runs[-1][1] == start:
             runs[-1] = (runs[-1][0], stop, ())
         else:
@@ -74,29 +72,18 @@ def merge(site: Site, chosen: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Te
     return tuple(terms)
 
 
-def rows_of(label: str) -> tuple[int, int]:
-    """``table[64:128]`` → (64, 128)."""
-    match = _LABEL.fullmatch(label)
-    assert match is not None
-    return int(match[2]), int(match[3])
-
-
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """Each run on its own."""
-    (one,) = group
+    one = only_site(group)
     values: dict[str, Tensor] = {}
     for term in terms[one.site.name]:
         start, stop = term.rows or (0, one.site.out_features)
         if term.v is None:
             values[term.u] = one.weight[start:stop]
         else:
-            assert term.rank is not None
-            values[term.u], values[term.v] = truncate(one.segment(start, stop), term.rank)
+            u_name, v_name, rank = low_rank_factors(term)
+            values[u_name], values[v_name] = truncate(one.segment(start, stop), rank)
     return values
-
-
-def _label(one: Measured, start: int, stop: int) -> str:
-    return f"{one.site.name}[{start}:{stop}]"
 
 
 def _curve(one: Measured, start: int, stop: int, gram: Tensor) -> Candidate:
@@ -104,4 +91,8 @@ def _curve(one: Measured, start: int, stop: int, gram: Tensor) -> Candidate:
     ranks = np.arange(1, min(rows, columns))
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
     damages = (0.5 * one.rows * tails(values)).cpu().numpy()[ranks]
-    return Candidate(NAME, (_label(one, start, stop),), rank_choices(ranks), rank_costs((rows, columns), ranks), damages)
+    costs = rank_costs((rows, columns), ranks)
+    return Candidate(NAME, (one.site.name,), rank_choices(ranks), costs, damages, rows=(start, stop))
+
+
+OPERATOR = Operator(NAME, fit, rows=RowRuns(track, merge))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.checkpoints import save
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import first_batches
@@ -101,7 +102,8 @@ def compress(
     if output is not None:
         save.check_folder(output)
     goal = objective_for(opened.model, objective or opened.objective)
-    parse_budget(budget, describe(opened.model), only)  # a budget that is none, or operators that are none, are said at once
+    # a budget that is none, or operators that are none, are said at once
+    parse_budget(budget, describe(opened.model), bytes_per_parameter(opened.model), only)
     known_operators(operators)
     if routers < 0 or routers == 1:
         raise HprError(f"routers {routers}: at least 2 experts, between which a router chooses, or 0 for no routers")

@@ -17,8 +17,7 @@ from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits
 from hpr.errors import HprError
 from hpr.evaluation.divergence import Comparison
-from hpr.operators import vocab_segments
-from hpr.operators.registry import OPERATORS
+from hpr.operators.registry import plannable
 from hpr.planning.draft import Draft
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP
@@ -105,7 +104,7 @@ def plan_rows(
 
 def operator_gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
     """What the best plan without each operator, and without alignment, would cost, for those that the plan uses."""
-    used = {entry.operator for entry in plan.entries.values()} & {*OPERATORS, vocab_segments.NAME} - {KEEP}
+    used = {entry.operator for entry in plan.entries.values()} & set(plannable()) - {KEEP}
     best = sketch.best(plan.budget).damage
     gains = []
     for operator in sorted(used):

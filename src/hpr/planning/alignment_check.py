@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence, Set
 import numpy as np
 
 from hpr.anatomy.model import Anatomy, Site
-from hpr.anatomy.symmetry import Aim, Symmetry, layers_of
-from hpr.operators import low_rank, shared_basis, tie
-from hpr.operators.alignment import goals, turn_all, units
+from hpr.anatomy.symmetry import AlignTarget, SymmetryGroup, layers_of
+from hpr.operators import low_rank
+from hpr.operators.alignment import align_options, symmetry_groups, transform_all
 from hpr.operators.metric import Measured
 from hpr.operators.registry import OPERATORS
 from hpr.profiling.profile import Profile
@@ -21,8 +21,6 @@ from hpr.profiling.profile import Profile
 SHARES = (0.5, 0.25)  # of a pair's parameters
 MARGIN = 0.02
 Damages = dict[str, np.ndarray]
-_HELPED = {"match": {tie.TIE}, "principal": {shared_basis.INPUT, shared_basis.OUTPUT}}  # only these are looked at again
-_QUICK = (tie.TIE, shared_basis.INPUT, shared_basis.OUTPUT)  # others lie between these, and cost more to look at
 
 
 def worthwhile(
@@ -32,17 +30,18 @@ def worthwhile(
     chosen: Set[str],
     operators: Set[str],
     margin: float = MARGIN,
-) -> tuple[Aim, ...]:
-    """For every attention and feed-forward the best aims, where they lower its damage by more than a share of ``margin``.
+) -> tuple[AlignTarget, ...]:
+    """For every attention and feed-forward the best targets, where they lower its damage by more than a share of ``margin``.
 
     ``chosen``: names of the sites that are planned; ``operators``: names of those that may be used. The pair is that in the
     middle of its stack. Damage is the least at half and at a quarter of the pair's parameters, summed over its slots.
     """
-    names = [name for name in _QUICK if name in operators]
-    names = names or [name for name, operator in OPERATORS.items() if operator.shared and name in operators]
-    found: list[Aim] = []
-    for unit in units(profile.symmetries):
-        pairs = _middle_pairs(anatomy, unit, chosen)
+    every = [operator for name, operator in OPERATORS.items() if operator.shared and name in operators]
+    tried = [operator for operator in every if operator.quick] or every
+    names = [operator.name for operator in tried]
+    found: list[AlignTarget] = []
+    for symmetries in symmetry_groups(profile.symmetries):
+        pairs = _middle_pairs(anatomy, symmetries, chosen)
         if not pairs:
             continue
         layers = [site.layer for site in pairs[0] if site.layer is not None]
@@ -51,25 +50,25 @@ def worthwhile(
         shared = [_least(group, names) for group in groups]
         before = _total(shared, alone)
         best = 1 - margin
-        aims: tuple[Aim, ...] = ()
-        for goal in goals(unit):
+        targets: tuple[AlignTarget, ...] = ()
+        for option in align_options(symmetries):
             state = dict(measured)
-            turn_all(anatomy, state, dict(profile.sites), goal, layers)
-            helped = [name for name in names if name in _HELPED[goal[0].goal]] or names
-            turned = [_least([state[site.name] for site in pair], helped) for pair in pairs]
-            after = _total([old | new for old, new in zip(shared, turned, strict=True)], alone)
+            transform_all(anatomy, state, dict(profile.sites), option, layers)
+            helped = [operator.name for operator in tried if option[0].align_to in operator.helped_by] or names
+            transformed = [_least([state[site.name] for site in pair], helped) for pair in pairs]
+            after = _total([old | new for old, new in zip(shared, transformed, strict=True)], alone)
             known = np.isfinite(before) & (before > 0)
             ratio = float((after[known] / before[known]).mean()) if known.any() else 1.0
             if ratio < best:
-                best, aims = ratio, goal
-        found += aims
+                best, targets = ratio, option
+        found += targets
     return tuple(found)
 
 
-def _middle_pairs(anatomy: Anatomy, unit: Sequence[Symmetry], chosen: Set[str]) -> list[tuple[Site, Site]]:
-    """The sites of each slot of a unit in two neighbouring layers, as far as they are chosen."""
+def _middle_pairs(anatomy: Anatomy, symmetries: SymmetryGroup, chosen: Set[str]) -> list[tuple[Site, Site]]:
+    """The sites of each slot of a group in two neighbouring layers, as far as they are chosen."""
     sites: dict[int, dict[str, Site]] = {}
-    for symmetry in unit:
+    for symmetry in symmetries:
         for layer, slots in layers_of(anatomy, symmetry).items():
             sites.setdefault(layer, {}).update({slot: site for slot, site in slots.items() if site.name in chosen})
     couples = [(layer, layer + 1) for layer in sorted(sites) if sites[layer].keys() & sites.get(layer + 1, {}).keys()]
@@ -80,7 +79,7 @@ def _middle_pairs(anatomy: Anatomy, unit: Sequence[Symmetry], chosen: Set[str]) 
 
 
 def _alone(group: Sequence[Measured], operators: Set[str]) -> np.ndarray:
-    """Damage at each share if nothing is shared; no turn changes it."""
+    """Damage at each share if nothing is shared; no transform changes it."""
     if low_rank.NAME not in operators:
         return np.full(len(SHARES), np.inf)
     return np.sum([_least([one], [low_rank.NAME])[low_rank.NAME] for one in group], axis=0)

@@ -12,17 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpr.anatomy.model import Anatomy, Site
-from hpr.anatomy.symmetry import Aim, Symmetry
+from hpr.anatomy.symmetry import AlignTarget, Symmetry
 from hpr.errors import HprError
 from hpr.layer_reuse.reuse import Reuse, with_layers
-from hpr.operators import vocab_segments
-from hpr.operators.alignment import units
-from hpr.operators.registry import OPERATORS
+from hpr.operators.alignment import symmetry_groups
+from hpr.operators.registry import OPERATORS, plannable
 from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, Entry
 from hpr.solver import lagrangian
-from hpr.solver.boundaries import boundaries
 from hpr.solver.candidates import Candidate, Choice, Solution, Track
 from hpr.solver.composite import restrict
 
@@ -31,26 +29,27 @@ from hpr.solver.composite import restrict
 class Draft:
     """All candidates of a model, measured: ``tracks`` for the solver, ``fixed`` sites that stay as they are.
 
-    ``turned``: the candidates of the same model, aligned as ``alignment`` says, where that may pay. Plans are made of either.
+    ``aligned``: the candidates of the same model, aligned as ``alignment`` says, where that may pay. Plans are made of either.
     """
 
     anatomy: Anatomy
     tracks: tuple[Track, ...]
     fixed: tuple[Site, ...]
+    bytes_per_parameter: float
     only: str | None = None
-    alignment: tuple[Aim, ...] = ()
-    turned: Draft | None = None
+    alignment: tuple[AlignTarget, ...] = ()
+    aligned: Draft | None = None
     reuse: Reuse | None = None
 
     def reusing(self, reuse: Reuse) -> Draft:
         """The same candidates for what is left once some layers are dropped or reuse what others compute."""
-        gone = set(reuse.vanishing.rows)
+        gone = set(reuse.dead_weights.rows)
         chosen = {site.name for site in self.anatomy.sites} - gone
         tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
         planned = {name for track in tracks for name in _sites(track)}
         fixed = tuple(site for site in self.anatomy.sites if site.name not in planned | gone)
-        turned = self.turned and self.turned.reusing(reuse)
-        return replace(self, tracks=tracks, fixed=fixed, turned=turned, reuse=reuse)
+        aligned = self.aligned and self.aligned.reusing(reuse)
+        return replace(self, tracks=tracks, fixed=fixed, aligned=aligned, reuse=reuse)
 
     def narrowed(self, only: str) -> Draft:
         """The same candidates for some sites alone; all others stay as they are."""
@@ -58,7 +57,8 @@ class Draft:
         tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
         planned = {name for track in tracks for name in _sites(track)}
         fixed = tuple(site for site in self.anatomy.sites if site.name not in planned)
-        return Draft(self.anatomy, tracks, fixed, only, self.alignment, self.turned and self.turned.narrowed(only))
+        aligned = self.aligned and self.aligned.narrowed(only)
+        return replace(self, tracks=tracks, fixed=fixed, only=only, aligned=aligned, reuse=None)
 
     def limit(self, budget: Budget) -> int:
         """Parameters left for the sites on the tracks. Raises ``HprError`` where nothing is left, naming the least budget."""
@@ -73,12 +73,12 @@ class Draft:
         kept = self.anatomy.other_parameters + sum(site.parameters for site in self.fixed)
         if self.reuse is None:
             return kept
-        vanished = sum(self.anatomy[name].parameters for name in self.reuse.vanishing.rows)
+        vanished = sum(self.anatomy[name].parameters for name in self.reuse.dead_weights.rows)
         return kept + vanished - self.reuse.parameters(self.anatomy)
 
     def budget(self, text: str) -> Budget:
         """A budget as text (50%, 11M, 45MB) for this model."""
-        return parse_budget(text, self.anatomy, self.only)
+        return parse_budget(text, self.anatomy, self.bytes_per_parameter, self.only)
 
     def best(self, budget: Budget) -> Plan:
         """The plan of least predicted damage, of all searches: all operators together and each one alone."""
@@ -87,11 +87,11 @@ class Draft:
     @property
     def plain(self) -> Draft:
         """The same without alignment."""
-        return replace(self, turned=None)
+        return replace(self, aligned=None)
 
     @property
     def _either(self) -> tuple[Draft, ...]:
-        return (self,) if self.turned is None else (self, self.turned)
+        return (self,) if self.aligned is None else (self, self.aligned)
 
     def _best(self, budget: Budget) -> Plan:
         return self.plan(self._guarded(lagrangian.plan_candidates, budget)[0], budget)
@@ -103,16 +103,16 @@ class Draft:
         shows up there), then the best structures of the K-best search. Where aligning may pay, the last one is the best
         plan of the worse of the two, aligned or not.
         """
-        if self.turned is None:
+        if self.aligned is None:
             return self._alternatives(budget, count)
         better, worse = sorted(self._either, key=lambda one: one._best(budget).damage)
         return [*better._alternatives(budget, max(1, count - 1)), *([worse._best(budget)] if count > 1 else [])]
 
     def _alternatives(self, budget: Budget, count: int) -> list[Plan]:
         found = [self._guarded(lagrangian.plan_candidates, budget)[0]]
-        used = sorted({choice.candidate.operator for choice in found[0].choices} - {KEEP, vocab_segments.NAME})
+        used = {choice.candidate.operator for choice in found[0].choices if choice.candidate.rows is None} - {KEEP}
         if len(used) > 1:
-            for operator in used:
+            for operator in sorted(used):
                 with suppress(HprError):  # the budget cannot be met without it
                     found.append(self._without(operator, budget))
         found += self._guarded(lagrangian.k_best, budget, count)
@@ -126,7 +126,7 @@ class Draft:
         return min((one.plan(one._without(operator, budget), budget) for one in self._either), key=lambda plan: plan.damage)
 
     def _without(self, operator: str, budget: Budget) -> Solution:
-        others = {name for name in (*OPERATORS, vocab_segments.NAME) if name != operator}
+        others = set(plannable()) - {operator}
         best = lagrangian.plan_candidates(restrict(self.tracks, others), self.limit(budget))[0]
         return replace(best, label=f"without {operator}")
 
@@ -134,10 +134,11 @@ class Draft:
         """Write a solution down, one entry per site in model order."""
         entries = {site.name: Entry(KEEP) for site in self.fixed}
         for choice in solution.choices:
-            entries |= _entries(choice, self.anatomy)
-        entries |= _segmented(solution.choices, self.anatomy)
-        entries |= {name: Entry(KEEP) for name in (self.reuse.vanishing.rows if self.reuse else ())}  # give way below
-        diagnostics = {"label": solution.label, "solver": _account(solution), "boundaries": self._boundaries(solution)}
+            if choice.candidate.rows is None:
+                entries |= _entries(choice, self.anatomy)
+        entries |= _entries_by_rows(solution.choices, self.anatomy)
+        entries |= {name: Entry(KEEP) for name in (self.reuse.dead_weights.rows if self.reuse else ())}  # give way below
+        diagnostics = {"label": solution.label, "solver": _account(solution)}
         plan = Plan(
             model_class=self.anatomy.model_class,
             fingerprint=self.anatomy.fingerprint,
@@ -146,6 +147,7 @@ class Draft:
             other_parameters=self.anatomy.other_parameters,
             entries={site.name: entries[site.name] for site in self.anatomy.sites},
             diagnostics=diagnostics,
+            stacks=self.anatomy.stacks,
         )
         plan = replace(plan, alignment=_used(self.alignment, plan, self.anatomy))
         return plan if self.reuse is None else _with_reuse(plan, self.anatomy, self.reuse)
@@ -164,37 +166,27 @@ class Draft:
             f"{self.untouched:,} of them are biases, norms and sites that are not to be changed. Raise the budget"
         )
 
-    def _boundaries(self, solution: Solution) -> dict[str, Any]:
-        """Group-boundary probabilities of a semi-Markov CRF at the solution's multiplier, for tracks of several layers."""
-        if not solution.multiplier:
-            return {}
-        temperature = 0.05 * solution.damage / max(1, len(self.tracks))
-        found = {}
-        for track in self.tracks:
-            if len(_sites(track)) > 1 and temperature > 0:
-                one = boundaries(track, solution.multiplier, temperature)
-                found[track.name] = {"probabilities": one.probabilities.tolist(), "entropy": one.entropy}
-        return found
-
 
 def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:
     """The plan with states of layers, their damage spread over the sites that vanish."""
-    plan = with_layers(plan, anatomy, reuse.states, reuse.vanishing)
-    share = reuse.damage / len(reuse.vanishing.rows)
-    spread = {name: replace(plan.entries[name], damage=share) for name in reuse.vanishing.rows}
+    plan = with_layers(plan, anatomy, reuse.states, reuse.dead_weights)
+    share = reuse.damage / len(reuse.dead_weights.rows)
+    spread = {name: replace(plan.entries[name], damage=share) for name in reuse.dead_weights.rows}
     named = ", ".join(f"{layer} {state}" for layer, state in reuse.states.items())
     label = f"{plan.diagnostics['label']}, {named}"
     return replace(plan, entries={**plan.entries, **spread}, diagnostics={**plan.diagnostics, "label": label})
 
 
-def _used(aims: Sequence[Aim], plan: Plan, anatomy: Anatomy) -> tuple[Aim, ...]:
+def _used(targets: Sequence[AlignTarget], plan: Plan, anatomy: Anatomy) -> tuple[AlignTarget, ...]:
     """Those that serve a group of the plan: of an attention or feed-forward that shares anything all, else none."""
     sharing = [anatomy[name] for names in plan.groups() for name in names]
     used: set[Symmetry] = set()
-    for unit in units([aim.symmetry for aim in aims]):
-        if any(aim.touches(site) for aim in aims if aim.symmetry in unit for site in sharing if site.expert is None):
-            used |= set(unit)
-    return tuple(aim for aim in aims if aim.symmetry in used)
+    for group in symmetry_groups([target.symmetry for target in targets]):
+        if any(
+            target.touches(site) for target in targets if target.symmetry in group for site in sharing if site.expert is None
+        ):
+            used |= set(group)
+    return tuple(target for target in targets if target.symmetry in used)
 
 
 def _narrowed(track: Track, chosen: set[str]) -> Track | None:
@@ -219,30 +211,29 @@ def _sites(track: Track) -> set[str]:
 
 
 def _labelled(candidates: Iterable[Candidate]) -> set[str]:
-    labels = {label for one in candidates for label in one.sites}
-    return {label.rpartition("[")[0] if label.endswith("]") else label for label in labels}
+    return {site for one in candidates for site in one.sites}
 
 
 def _entries(choice: Choice, anatomy: Anatomy) -> dict[str, Entry]:
     candidate = choice.candidate
-    if candidate.sites[0].endswith("]"):
-        return {}
     terms = OPERATORS[candidate.operator].terms([anatomy[name] for name in candidate.sites], choice.ranks)
     share = choice.damage / len(terms)
     return {name: Entry(candidate.operator, own, share) for name, own in terms.items()}
 
 
-def _segmented(choices: Sequence[Choice], anatomy: Anatomy) -> dict[str, Entry]:
-    """Entries of the embedding tables, each put together from its runs of rows."""
+def _entries_by_rows(choices: Sequence[Choice], anatomy: Anatomy) -> dict[str, Entry]:
+    """Entries of the embedding tables, each put together from the choices for its runs of rows."""
     runs: dict[str, list[Choice]] = {}
     for choice in choices:
-        label = choice.candidate.sites[0]
-        if label.endswith("]"):
-            runs.setdefault(label.rpartition("[")[0], []).append(choice)
+        if choice.candidate.rows is not None:
+            runs.setdefault(choice.candidate.sites[0], []).append(choice)
     entries = {}
-    for name, own in runs.items():
-        terms = vocab_segments.merge(anatomy[name], [(one.candidate.sites[0], one.ranks) for one in own])
-        entries[name] = Entry(vocab_segments.NAME if terms else KEEP, terms, sum(one.damage for one in own))
+    for name, several in runs.items():
+        operator = next((one.candidate.operator for one in several if one.candidate.operator != KEEP), KEEP)
+        chosen = [(one.candidate.rows, one.ranks) for one in several if one.candidate.rows is not None]
+        by_rows = OPERATORS[operator].rows
+        terms = () if by_rows is None else by_rows.terms(anatomy[name], chosen)
+        entries[name] = Entry(operator if terms else KEEP, terms, sum(one.damage for one in several))
     return entries
 
 

@@ -15,14 +15,13 @@ from itertools import pairwise
 
 import networkx
 
-from hpr.operators import shared_basis, tie
 from hpr.operators.metric import Measured
 from hpr.operators.registry import OPERATORS
+from hpr.operators.tie import Group, alike
 from hpr.planning.presets import Preset
 from hpr.solver.candidates import Candidate
 from hpr.solver.composite import compose, hull
 
-BASES = (shared_basis.INPUT, shared_basis.OUTPUT)
 MATCHING = "matching"
 Intervals = Mapping[tuple[int, int], tuple[Candidate, ...]]
 Members = tuple[int, ...]  # positions of a group, in order
@@ -34,8 +33,9 @@ class Groups:
 
     def __init__(self, row: Sequence[Measured], runs: Intervals, allowed: set[str]):
         self._row, self._runs = row, runs
-        self._bases = [OPERATORS[name].candidate for name in BASES if name in allowed]
-        self._tie = tie.TIE in allowed
+        quick = [one for name, one in OPERATORS.items() if one.shared and one.quick and name in allowed]
+        self._bases = [operator.candidate for operator in quick if not operator.merges]
+        self._merging = [operator.candidate for operator in quick if operator.merges]
         self._measured: dict[Members, tuple[Candidate, ...]] = {}
 
     def shared(self, members: Members) -> tuple[Candidate, ...]:
@@ -44,10 +44,10 @@ class Groups:
         if len(members) == run[1] - run[0] and run in self._runs:
             return self._runs[run]
         if members not in self._measured:
-            group = [self._row[index] for index in members]
+            group = Group(self._row[index] for index in members)
             found = [candidate(group) for candidate in self._bases]
-            if self._tie and (tie.alike(group) or not self._bases):
-                found.append(tie.candidate(group))
+            if self._merging and (alike(group) or not self._bases):
+                found += [candidate(group) for candidate in self._merging]
             self._measured[members] = tuple(one for one in found if one is not None)
         return self._measured[members]
 

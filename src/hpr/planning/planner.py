@@ -12,15 +12,15 @@ from typing import Literal
 
 from torch import nn
 
-from hpr.anatomy.describe import describe
-from hpr.anatomy.swappable import unshareable
-from hpr.anatomy.symmetry import Aim
-from hpr.errors import HprError
-from hpr.operators import vocab_segments
-from hpr.operators.alignment import turn_all
-from hpr.operators.metric import Measured, measure
-from hpr.operators.registry import OPERATORS
-from hpr.operators.tie import alike
+from hpr.anatomy.lookup import bytes_per_parameter
+from hpr.anatomy.swappable import not_swappable
+from hpr.anatomy.symmetry import AlignTarget
+from hpr.errors import HprError, PlanError
+from hpr.operators.alignment import transform_all
+from hpr.operators.fitting import Fits
+from hpr.operators.metric import Measured
+from hpr.operators.registry import OPERATORS, plannable
+from hpr.operators.tie import Group, alike
 from hpr.planning.alignment_check import MARGIN, worthwhile
 from hpr.planning.draft import Draft
 from hpr.planning.groupings import Groups, Similar, composites
@@ -40,6 +40,7 @@ def draft(
     operators: Iterable[str] | None = None,
     longest_group: int = LONGEST_GROUP,
     align: bool | Literal["auto"] = "auto",
+    fits: Fits | None = None,
 ) -> Draft:
     """Measure every candidate of a model. ``operators``: names to consider, *keep* always among them; by default all, those
     that make one matrix of several only where the weights are alike (``tie.alike``), which is rare in pretrained models.
@@ -48,20 +49,20 @@ def draft(
     (see ``worthwhile``), True wherever it promises anything. Raises ``HprError`` for a profile of another model, a pattern
     that matches nothing and operators that do not exist.
     """
-    anatomy = describe(model)
-    profile.check(anatomy)
     allowed = known_operators(operators)
-    measured = measure(model, anatomy, profile)
-    bound = unshareable(model, anatomy)
+    fits = Fits(model, profile) if fits is None else fits
+    fits.check(model, profile)
+    anatomy, measured = fits.anatomy, fits.measured()
+    bound = not_swappable(model, anatomy)
     chosen = {site.name for site in anatomy.select(only) if measured[site.name].live and site.name not in bound}
     fixed = tuple(site for site in anatomy.sites if site.name not in chosen)
     every = rows(model, anatomy, chosen)
     if not every:
         raise HprError("no site is left to plan: every one is unused by the objective or outside only=")
-    aims: tuple[Aim, ...] = ()
+    targets: tuple[AlignTarget, ...] = ()
     if align:
-        aims = worthwhile(anatomy, profile, measured, chosen, allowed, MARGIN if align == "auto" else 0.0)
-    touched = [any(aim.touches(site) for aim in aims for site in row.sites if site.expert is None) for row in every]
+        targets = worthwhile(anatomy, profile, measured, chosen, allowed, MARGIN if align == "auto" else 0.0)
+    touched = [any(target.touches(site) for target in targets for site in row.sites if site.expert is None) for row in every]
     total, tracks = len(every) + sum(touched), []
 
     def curves(row: Row) -> Track:
@@ -70,24 +71,25 @@ def draft(
     for index, row in enumerate(every):
         tracks.append(curves(row))
         progress("curves", index + 1, total)
-    plain = Draft(anatomy, tuple(tracks), fixed, only)
-    if not aims:
+    plain = Draft(anatomy, tuple(tracks), fixed, bytes_per_parameter(model), only)
+    if not targets:
         return plain
-    turn_all(anatomy, measured, dict(profile.sites), aims)
+    transform_all(anatomy, measured, dict(profile.sites), targets)
     done = len(every)
     for index, row in enumerate(every):
         if touched[index]:
             tracks[index] = curves(row)
             done += 1
             progress("curves", done, total)
-    return replace(plain, turned=Draft(anatomy, tuple(tracks), fixed, only, aims))
+    return replace(plain, aligned=replace(plain, tracks=tuple(tracks), alignment=targets))
 
 
 def known_operators(names: Iterable[str] | None) -> set[str]:
     """The operators to consider, all for None. Raises ``HprError`` for one that does not exist."""
-    allowed = set((*OPERATORS, vocab_segments.NAME) if names is None else names)
-    if unknown := sorted(allowed - {*OPERATORS, vocab_segments.NAME}):
-        raise HprError(f"no operator {unknown[0]!r}; there are {', '.join((*OPERATORS, vocab_segments.NAME))}")
+    there = plannable()
+    allowed = set(there if names is None else names)
+    if unknown := sorted(allowed.difference(there)):
+        raise PlanError(f"no operator {unknown[0]!r}; there are {', '.join(there)}")
     return allowed
 
 
@@ -114,12 +116,14 @@ def _track(row: Row, group: Sequence[Measured], allowed: set[str], named: bool, 
     What makes one matrix of several is tried where these are alike, or where operators were ``named``.
     """
     whole = dict.fromkeys([*row.spans, (0, len(group))])
-    if group[0].site.kind == "embedding" and vocab_segments.NAME in allowed:
-        return vocab_segments.track(group[0])
+    if group[0].site.kind == "embedding":
+        for name, operator in OPERATORS.items():
+            if operator.rows is not None and name in allowed:
+                return operator.rows.track(group[0])
     candidates: dict[tuple[int, int], tuple[Candidate, ...]] = {}
     for start in range(len(group)):
         for stop in range(start + 1, len(group) + 1):
-            members = group[start:stop]
+            members = Group(group[start:stop])
             if len(members) > longest and (start, stop) not in whole:
                 continue
             if not row.adjacent(start, stop):
@@ -130,7 +134,7 @@ def _track(row: Row, group: Sequence[Measured], allowed: set[str], named: bool, 
                 for name, operator in OPERATORS.items()
                 if operator.shared == (len(members) > 1)
                 and (name in allowed or name == KEEP)
-                and (likely or not operator.alike)
+                and (likely or not operator.merges)
             ]
             if kept := tuple(option for option in options if option is not None):
                 candidates[start, stop] = kept

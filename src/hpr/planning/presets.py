@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site, Stack
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.operators import tie
 from hpr.operators.fitting import Fitted
@@ -105,7 +105,7 @@ class Preset:
                 f"build the model with more layers"
             )
         inside = [site for site in anatomy.select(self.only) if site.stack is not None and site.kind == "linear"]
-        bound = unshareable(model, anatomy)
+        bound = not_swappable(model, anatomy)
         free = {site for site in inside if site.name not in bound}
         if not free:
             why = next((bound[site.name] for site in inside), "those are embeddings or outside the stacks")

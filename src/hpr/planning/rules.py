@@ -18,9 +18,9 @@ from torch import nn
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site, Stack
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
-from hpr.layer_reuse.dead_weights import vanishing
+from hpr.layer_reuse.dead_weights import dead_weights
 from hpr.layer_reuse.reuse import with_layers
 from hpr.operators import naming, tie
 from hpr.operators.fitting import Fitted
@@ -50,8 +50,8 @@ class ByRule:
         plan = keep_all(anatomy)
         states = dict.fromkeys(found.copied, DROPPED) | dict.fromkeys(found.reused, WEIGHTS)
         if states:
-            plan = with_layers(plan, anatomy, states, vanishing(model, states, self.batch))
-        bound = unshareable(model, anatomy)
+            plan = with_layers(plan, anatomy, states, dead_weights(model, states, self.batch))
+        bound = not_swappable(model, anatomy)
         entries = dict(plan.entries)
         for members in _groups(anatomy, found):
             if not bound.keys() & {site.name for site in members}:

@@ -6,33 +6,46 @@ import re
 from dataclasses import dataclass
 
 from hpr.anatomy.model import Anatomy
-from hpr.errors import HprError
+from hpr.errors import BudgetError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-_FILE_OVERHEAD = 64 * 1024  # header of a safetensors file and the one-element guards
+_FILE_OVERHEAD = 64 * 1024  # header of a safetensors file and the one-element placeholders
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on unique parameters. ``text`` is what the user wrote, ``parameters`` what it means for this model."""
+    """A limit on unique parameters. ``text`` is what the user wrote, ``parameters`` what it means for this model.
+
+    >>> Budget("50%", 11_000_000)
+    Budget(text='50%', parameters=11000000)
+    """
 
     text: str
     parameters: int
 
 
-def parse_budget(text: str, anatomy: Anatomy, only: str | None = None, bytes_per_parameter: int = 4) -> Budget:
+def parse_budget(text: str, anatomy: Anatomy, bytes_per_parameter: float, only: str | None = None) -> Budget:
     """Turn ``50%``, ``11M`` (parameters) or ``45MB`` (on disk) into a limit on unique parameters.
 
-    A percentage counts all unique parameters, embeddings included; with ``only`` it counts the weights of the selected
-    sites, and everything else stays on top. Raises ``HprError`` for what is no budget.
+    A percentage counts all unique parameters, embeddings included. With ``only`` it counts the weights of the selected sites,
+    and all other parameters are added. ``11B`` is 11 billion parameters, ``11KB`` is 11,000 bytes, ``11KiB`` is 11,264 bytes.
+    ``bytes_per_parameter`` is what the model stores (see ``anatomy.lookup.bytes_per_parameter``): 45 MB of bfloat16 hold twice
+    as many parameters as 45 MB of float32. Raises ``BudgetError`` for a text that is not a budget and for a budget above the
+    model's size.
+
+    >>> anatomy = describe(model)  # 22,713,216 parameters in float32
+    >>> parse_budget("50%", anatomy, bytes_per_parameter(model))
+    Budget(text='50%', parameters=11356608)
+    >>> parse_budget("45MB", anatomy, bytes_per_parameter(model))
+    Budget(text='45MB', parameters=11233616)
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGB]?|[KMG]i?B)\s*", text, flags=re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
-        raise HprError(f"{text!r} is no budget: write a share (50%), parameters (11M) or a size on disk (45MB)")
+        raise BudgetError(f"{text!r} is no budget: write a share (50%), parameters (11M) or a size on disk (45MB)")
     value, unit = float(match[1]), match[2].upper()
     if unit == "%":
         if value > 100:
-            raise HprError(f"a budget of {text} is more than the model has: at most 100%")
+            raise BudgetError(f"a budget of {text} is more than the model has: give at most 100%")
         selected = sum(site.parameters for site in anatomy.select(only))
         whole = anatomy.total_parameters if only is None else selected
         limit = int(whole * value / 100) + (anatomy.total_parameters - whole)
@@ -41,4 +54,9 @@ def parse_budget(text: str, anatomy: Anatomy, only: str | None = None, bytes_per
         limit = int((size - _FILE_OVERHEAD) // bytes_per_parameter)
     else:
         limit = int(value * _UNITS[unit])
-    return Budget(text.strip(), max(0, min(limit, anatomy.total_parameters)))
+    if limit > anatomy.total_parameters:
+        raise BudgetError(
+            f"a budget of {text} is {limit:,} parameters, more than the {anatomy.total_parameters:,} that the model has: "
+            f"give at most 100%"
+        )
+    return Budget(text.strip(), max(0, limit))

@@ -1,9 +1,9 @@
-"""What may become of a whole layer, and what that asks of a plan.
+"""States of whole layers in a plan: dropped, or reusing the attention of a layer below; and checks that entries match.
 
-A layer is named ``stack.layer`` (``encoder.3``); one that computes all by itself is not listed. It may be *dropped*
-(ShortGPT, Men et al., 2024); it may multiply its values by the attention weights of a layer below (Xiao et al., 2019; Reuse
-Transformer, Bhojanapalli et al., 2021); or it may attend, with queries of its own, to the keys and values of a layer below
-(cross-layer attention, Brandon et al., 2024).
+A layer is named ``stack.layer`` (``encoder.3``); a layer that computes everything itself has no state. Others are *dropped*
+(ShortGPT, Men et al., 2024), multiply their values by the attention weights of a layer below (Xiao et al., 2019; Reuse
+Transformer, Bhojanapalli et al., 2021), or attend with their queries to the keys and values of a layer below (cross-layer
+attention, Brandon et al., 2024).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hpr.anatomy.model import Anatomy, Site
-from hpr.errors import HprError
+from hpr.errors import PlanError
 
 DROPPED = "dropped"
 WEIGHTS = "attention reused"
@@ -26,46 +26,54 @@ def site_layer(site: Site) -> str | None:
 
 
 def source(states: Mapping[int, str], layer: int) -> int | None:
-    """The nearest layer below that has what a layer reuses; ``states`` are those of its stack. None where there is none.
+    """The nearest layer below that computes what a layer reuses, None if there is none.
 
-    Attention weights come from a layer that computes them, be it from the keys of another; keys and values from one that has
-    both of its own.
+    ``states``: layer → state, for the layers of one stack that have one. Attention weights come from a layer that computes
+    them, from its keys or those of another layer; keys and values come from a layer that computes both.
+
+    >>> source({2: WEIGHTS, 3: WEIGHTS}, 3)
+    1
     """
     allowed = ("", KEYS) if states.get(layer) == WEIGHTS else ("",)
     return next((below for below in range(layer - 1, -1, -1) if states.get(below, "") in allowed), None)
 
 
 def check_states(layers: Mapping[str, str], counts: Mapping[str, int]) -> None:
-    """Raise ``HprError`` for a layer or state that does not exist, and for a lowest layer that is not its own.
+    """Raise ``PlanError`` for a layer or state that does not exist, and for a lowest layer with a state.
 
     ``counts``: the number of layers of each stack.
     """
     for name, state in layers.items():
         stack, _, number = name.rpartition(".")
         if stack not in counts or not number.isdigit() or int(number) >= counts[stack]:
-            known = ", ".join(f"{one}.0 to {one}.{count - 1}" for one, count in counts.items()) or "none"
-            raise HprError(f"layers: there is no layer {name!r}; this model has {known}")
+            present = ", ".join(f"{stack}.0 to {stack}.{count - 1}" for stack, count in counts.items()) or "none"
+            raise PlanError(f"layers: there is no layer {name!r}; this model has {present}: correct the name")
         if state not in STATES:
-            raise HprError(f"layer {name}: {state!r} is no state of a layer; leave it out, or choose {', '.join(STATES)}")
+            raise PlanError(f"layer {name}: {state!r} is no state of a layer: leave it out, or choose {', '.join(STATES)}")
         if int(number) == 0:
-            raise HprError(f"layer {name} is the lowest of its stack and cannot be {state!r}: let it be its own")
+            raise PlanError(f"layer {name} is the lowest of its stack and cannot be {state!r}: remove its state")
 
 
 def check_entries(
     anatomy: Anatomy, layers: Mapping[str, str], removed: Mapping[str, int], operators: Mapping[str, tuple[str, bool]]
 ) -> None:
-    """Raise ``HprError`` where entries contradict the states; ``operators``: site → its operator, and whether it has terms."""
+    """Raise ``PlanError`` if entries contradict the states; ``operators``: site → operator, and whether it has terms."""
     for name, (operator, has_terms) in operators.items():
         layer = site_layer(anatomy[name])
         state = layers.get(layer or "", "")
         if (operator == DROPPED) != (state == DROPPED):
-            raise HprError(f"{name}: it is {operator!r} and its layer {state or 'its own'!r}; both are {DROPPED!r}, or neither")
+            raise PlanError(
+                f"{name}: its operator is {operator!r}, the state of its layer {state!r}: "
+                f"make sure that both are {DROPPED!r}, or neither"
+            )
         if operator == DROPPED and has_terms:
-            raise HprError(f"{name}: a dropped site has no terms: remove them")
+            raise PlanError(f"{name}: a dropped site has no terms: remove them")
         if operator == REUSED and state not in (WEIGHTS, KEYS):
-            raise HprError(f"{name}: it is {REUSED!r}, but layer {layer} reuses nothing: give it the state, or plan to keep it")
+            raise PlanError(
+                f"{name}: it is {REUSED!r}, but layer {layer} reuses nothing: give the layer a state, or keep the site"
+            )
     for path, count in removed.items():
         if not layers:
-            raise HprError(f"removed: {path} cannot vanish where no layer is dropped or reuses anything: leave it out")
+            raise PlanError(f"removed: {path} cannot be removed, because no layer is dropped or reuses anything: leave it out")
         if type(count) is not int or count < 0:
-            raise HprError(f"removed: {path} with {count!r} parameters; write a whole number from 0 up")
+            raise PlanError(f"removed: {path} with {count!r} parameters: write a whole number from 0 up")

@@ -1,4 +1,4 @@
-"""The plan: one entry per site, a list of terms each, saved as JSON that a person can read, edit and diff."""
+"""The plan: one entry per site with a list of terms, saved as JSON that a person can read, edit and diff."""
 
 from __future__ import annotations
 
@@ -9,26 +9,38 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpr.anatomy.model import Anatomy
-from hpr.anatomy.symmetry import Aim, layers_of
-from hpr.errors import HprError
+from hpr.anatomy.model import Anatomy, Stack
+from hpr.anatomy.symmetry import AlignTarget, layers_of
+from hpr.errors import HprError, PlanError
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import check_entries, check_states
+from hpr.plans.owners import owners
 from hpr.plans.terms import KEEP, Entry, FactorShape, entry_from_dict, entry_to_dict, spelled, validate_entry
 from hpr.runtime.files import write_text
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One entry per site of a model, under a budget. ``diagnostics`` holds what the solver has to say (JSON values).
+    """One entry per site of a model, under a budget. ``diagnostics`` holds the solver's notes (JSON values).
 
-    ``layers``: layer name (``encoder.3``) → its state, where it does not compute all by itself (see ``planning.layers``);
-    ``removed``: how many parameters besides the weights of sites go with such layers (see ``vanishing.Vanishing``).
+    ``entries``: site name → entry; ``dense_parameters`` and ``other_parameters`` count the unique parameters of the original
+    model, all of them and those outside the sites. ``layers``: name (``encoder.3``) → state of each layer that is dropped or
+    reuses attention (see ``plans.layer_states``); ``removed``: path → number of parameters outside the sites that such layers
+    no longer need.
 
-    With an ``alignment`` the model's layers are turned before they share: the entries are of the turned weights. The turns
-    follow from the original weights, the profile and these aims.
+    ``stacks``: those of the model, for reports that are made from the plan alone.
+
+    With an ``alignment`` the model's layers are transformed before they share, and the entries describe the transformed
+    weights. The transforms follow from the original weights, the profile and these targets.
+
+    >>> plan = hpr.plan(model, profile, budget="50%")
+    >>> plan.entries["encoder.layer.3.output.dense"].operator
+    'shared output basis'
+    >>> plan.parameters(hpr.describe(model)) <= plan.budget.parameters
+    True
+    >>> plan.save("plan.json")
     """
 
     model_class: str
@@ -40,7 +52,8 @@ class Plan:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, int] = field(default_factory=dict)
-    alignment: tuple[Aim, ...] = ()
+    alignment: tuple[AlignTarget, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     @property
     def damage(self) -> float:
@@ -48,60 +61,54 @@ class Plan:
         return sum(entry.damage for entry in self.entries.values())
 
     def factors(self, anatomy: Anatomy) -> dict[str, FactorShape]:
-        """Factor name → shape. Raises ``HprError`` where two users of a factor disagree on its shape."""
+        """Factor name → shape. Raises ``PlanError`` if two sites need different shapes of one factor."""
         shapes: dict[str, FactorShape] = {}
         for name, entry in self.entries.items():
             for term in entry.terms:
                 for factor, shape in term.shapes(anatomy[name]).items():
                     if shapes.setdefault(factor, shape) != shape:
-                        raise HprError(
+                        raise PlanError(
                             f"factor {factor!r} is {spelled(shapes[factor])} at one site and {spelled(shape)} at {name}: "
-                            f"sites that share a factor need the same rank and size; make them agree"
+                            f"sites that share a factor need the same rank and size: make them agree"
                         )
         return shapes
 
     def parameters(self, anatomy: Anatomy) -> int:
-        """Unique parameters of the compressed model: private ones, kept weights and every factor once."""
+        """Unique parameters of the compressed model: those outside the sites, kept weights and every factor once."""
         kept = sum(anatomy[name].parameters for name, entry in self.entries.items() if entry.operator == KEEP)
         other = self.other_parameters - sum(self.removed.values())
         return other + kept + sum(shape.parameters for shape in self.factors(anatomy).values())
 
     def groups(self) -> dict[tuple[str, ...], list[str]]:
-        """Sites that share at least one factor, as site names → the factors they share."""
-        owners: dict[str, list[str]] = {}
-        for name, entry in self.entries.items():
-            for term in entry.terms:
-                for factor in term.factors:
-                    if name not in owners.setdefault(factor, []):
-                        owners[factor].append(name)
+        """Names of sites that share factors → names of these factors."""
         shared: dict[tuple[str, ...], list[str]] = {}
-        for factor, sites in owners.items():
+        for factor, sites in owners({name: entry.terms for name, entry in self.entries.items()}).items():
             if len(sites) > 1:
                 shared.setdefault(tuple(sites), []).append(factor)
         return shared
 
     def validate(self, anatomy: Anatomy) -> None:
-        """Check everything before a model is touched. Raises ``HprError`` naming the value, the limit and the mend."""
+        """Check the plan against a model before the model changes. Raises ``PlanError`` for the first fault."""
         if self.fingerprint != anatomy.fingerprint:
-            raise HprError(
+            raise PlanError(
                 f"the plan was made for a {self.model_class} with fingerprint {self.fingerprint}, this is a "
-                f"{anatomy.model_class} with {anatomy.fingerprint}: plan this model anew, or load the one planned for"
+                f"{anatomy.model_class} with {anatomy.fingerprint}: plan this model anew, or load the one it was made for"
             )
         names = {site.name for site in anatomy.sites}
         if missing := sorted(names - set(self.entries)):
-            raise HprError(f"the plan has no entry for {missing[0]} ({len(missing)} missing): add one, {KEEP!r} if in doubt")
+            raise PlanError(f"the plan has no entry for {missing[0]} ({len(missing)} missing): add one, {KEEP!r} if in doubt")
         if unknown := sorted(set(self.entries) - names):
-            raise HprError(f"the plan names {unknown[0]}, which this model does not have: remove it or correct the name")
+            raise PlanError(f"the plan names {unknown[0]}, which this model does not have: remove it or correct the name")
         check_states(self.layers, {stack.name: stack.layers for stack in anatomy.stacks})
         operators = {name: (entry.operator, bool(entry.terms)) for name, entry in self.entries.items()}
         check_entries(anatomy, self.layers, self.removed, operators)
         for name, entry in self.entries.items():
             validate_entry(anatomy[name], entry)
-        for aim in self.alignment:
-            _validate_aim(anatomy, aim)
+        for target in self.alignment:
+            _validate_target(anatomy, target)
         used = self.parameters(anatomy)
         if used > self.budget.parameters:
-            raise HprError(
+            raise PlanError(
                 f"the plan needs {used:,} parameters, its budget {self.budget.text} allows {self.budget.parameters:,}: "
                 f"lower some ranks or raise the budget"
             )
@@ -115,19 +122,20 @@ class Plan:
                 "dense_parameters": self.dense_parameters,
                 "other_parameters": self.other_parameters,
             },
+            "stacks": {stack.name: {"path": stack.path, "layers": stack.layers} for stack in self.stacks},
             "budget": asdict(self.budget),
             "predicted_damage": self.damage,
             **({"layers": dict(self.layers), "removed": dict(self.removed)} if self.layers else {}),
-            **({"alignment": [aim.to_list() for aim in self.alignment]} if self.alignment else {}),
+            **({"alignment": [target.to_list() for target in self.alignment]} if self.alignment else {}),
             "sites": {name: entry_to_dict(entry) for name, entry in self.entries.items()},
             "diagnostics": dict(self.diagnostics),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of ``to_dict``. Raises ``HprError`` naming the key that is missing or of the wrong kind."""
+        """The inverse of ``to_dict``. Raises ``PlanError`` naming the key that is missing or of the wrong kind."""
         if data.get("format") != FORMAT:
-            raise HprError(f"plan format {data.get('format')!r} is not the {FORMAT} this version reads: plan anew")
+            raise PlanError(f"plan format {data.get('format')!r} is not the {FORMAT} that this version reads: plan anew")
         try:
             model = data["model"]
             return cls(
@@ -140,31 +148,33 @@ class Plan:
                 diagnostics=data.get("diagnostics", {}),
                 layers=dict(data.get("layers", {})),
                 removed=dict(data.get("removed", {})),
-                alignment=tuple(Aim.from_list(values) for values in data.get("alignment", ())),
+                alignment=tuple(AlignTarget.from_list(values) for values in data.get("alignment", ())),
+                stacks=tuple(Stack(name, str(of["path"]), int(of["layers"])) for name, of in data["stacks"].items()),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, HprError):
                 raise
-            raise HprError(
-                f"not a plan: {type(error).__name__} at {error}; compare with a plan written by `hpr plan`"
+            raise PlanError(
+                f"not a plan: {type(error).__name__} at {error}: compare it with a plan that `hpr plan` wrote"
             ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON atomically."""
+        """Write the plan as JSON, atomically."""
         write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that ``save`` wrote. Raises ``PlanError`` for a file that is missing or is not a plan."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError as error:
-            raise HprError(f"no plan at {path}: `hpr plan` writes one") from error
+            raise PlanError(f"no plan at {path}: write one with `hpr plan`") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise HprError(f"{path} is not JSON ({error}): undo the edit or plan anew") from error
+            raise PlanError(f"{path} is not JSON ({error}): undo the edit or plan anew") from error
 
 
 def keep_all(anatomy: Anatomy) -> Plan:
-    """The identity plan: every site kept, so the student's outputs equal the teacher's bit for bit."""
+    """The identity plan: every site is kept, so the student's outputs equal the teacher's bit for bit."""
     return Plan(
         model_class=anatomy.model_class,
         fingerprint=anatomy.fingerprint,
@@ -172,19 +182,20 @@ def keep_all(anatomy: Anatomy) -> Plan:
         dense_parameters=anatomy.total_parameters,
         other_parameters=anatomy.other_parameters,
         entries={site.name: Entry(KEEP) for site in anatomy.sites},
+        stacks=anatomy.stacks,
     )
 
 
-def _validate_aim(anatomy: Anatomy, aim: Aim) -> None:
-    layers = layers_of(anatomy, aim.symmetry)
-    for stretch in aim.symmetry.stretches:
+def _validate_target(anatomy: Anatomy, target: AlignTarget) -> None:
+    layers = layers_of(anatomy, target.symmetry)
+    for axis_slice in target.symmetry.slices:
         sizes = [
-            site.out_features if stretch.side == "rows" else site.in_features
+            site.out_features if axis_slice.side == "rows" else site.in_features
             for sites in layers.values()
-            for site in [sites[stretch.slot]]
+            for site in [sites[axis_slice.slot]]
         ]
-        if not sizes or not 0 <= stretch.start < stretch.stop <= min(sizes):
-            raise HprError(
-                f"the plan's alignment turns {stretch.side} {stretch.start} to {stretch.stop} of {stretch.slot!r} in "
-                f"{aim.symmetry.stack!r}, which this model does not have: correct it, or plan anew"
+        if not sizes or not 0 <= axis_slice.start < axis_slice.stop <= min(sizes):
+            raise PlanError(
+                f"the plan's alignment transforms {axis_slice.side} {axis_slice.start} to {axis_slice.stop} of "
+                f"{axis_slice.slot!r} in {target.symmetry.stack!r}, which this model does not have: correct it, or plan anew"
             )

@@ -1,7 +1,7 @@
-"""What becomes of a site: its terms, products of factors by name, and the shapes that factors have.
+"""Terms: the products of named factors that make up a site's weight, the shapes of the factors, and both as JSON.
 
 A compressed weight is ``Σ_j diag(r_j) · U_j · V_j · diag(c_j)``; two terms that name the same factor share it. ``keep`` has no
-terms: the site's own module stays as it is.
+terms: the site's module stays as it is.
 """
 
 from __future__ import annotations
@@ -12,15 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from hpr.anatomy.model import Site
-from hpr.errors import HprError
+from hpr.errors import PlanError
 from hpr.plans.layer_states import DROPPED, REUSED
-
-
-def factors_of(terms: Iterable[Term]) -> list[str]:
-    """Names of all factors that some terms use, in order, each once; routers come last."""
-    terms = list(terms)
-    return list(dict.fromkeys([*(name for term in terms for name in term.factors), *routers_of(terms)]))
-
 
 KEEP = "keep"
 
@@ -28,9 +21,9 @@ KEEP = "keep"
 class FactorShape(NamedTuple):
     """Rows and columns of a factor; a diagonal is (1, n).
 
-    A product U·V is unchanged by U·T⁻¹·T·V, so r rows of U (or r columns of V) can be made an exact identity block that
-    need not be stored (as in an interpolative decomposition, Cheng et al. 2005): ``identity`` says on which side. What is
-    stored then is the rest and the order of the rows (or columns), one integer each, counted like a parameter.
+    A product U·V equals U·T⁻¹·T·V for every invertible T, so r rows of U (or r columns of V) can be made an exact identity
+    block, which need not be stored (as in an interpolative decomposition, Cheng et al. 2005). ``identity`` says on which side
+    it is. The other rows (or columns) are stored, and the order of all of them: one integer each, counted like a parameter.
     """
 
     rows: int
@@ -56,9 +49,10 @@ class FactorShape(NamedTuple):
 class Route:
     """How a term depends on the input: α(x) = ``experts`` · softmax(R [x; 1]), with R the factor ``router``.
 
-    Without an ``expert`` the rank components of the term are dealt to ``experts`` of them in turn, each weighed by its own
-    α; with one the whole term is weighed by that one's. Where R is 0 every α is 1, and the term what it is without a route.
-    ``per``: x is each token by itself, or the mean over a sequence; ``"fixed"``: R is one column that no input changes.
+    Without an ``expert`` the rank components of the term are dealt to the experts in turn, and expert e multiplies its
+    components by α_e. With an ``expert`` the whole term is multiplied by the α of that expert. If R is 0, every α is 1, and
+    the term is the same as without a route. ``per``: x is each token by itself, or the mean over a sequence; ``"fixed"``: R is
+    one column, so that α is the same for every input.
     """
 
     router: str
@@ -72,8 +66,11 @@ class Term:
     """One product of factors. ``u`` (out, rank) and ``v`` (rank, in); with ``v`` None, ``u`` is the whole (out, in) matrix.
 
     ``row_scale`` (out,) and ``column_scale`` (in,) name diagonals. ``rows`` limits the term to rows [start, stop) of the
-    site, so that the segments of a vocabulary may have ranks of their own. ``identity`` names the factor that holds an
-    implicit identity block (see ``FactorShape``). ``route``: how it depends on the input, if it does.
+    site, so that each segment of a vocabulary can have another rank. ``identity`` says which factor, u or v, has an implicit
+    identity block (see ``FactorShape``). ``route``: how the term depends on the input, if it does.
+
+    >>> Term("encoder.3.output:u", "encoder.3.output:v", rank=64).factors
+    ('encoder.3.output:u', 'encoder.3.output:v')
     """
 
     u: str
@@ -87,17 +84,18 @@ class Term:
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """Names of the factors of its product."""
+        """Names of the factors of the product."""
         return tuple(name for name in (self.u, self.v, self.row_scale, self.column_scale) if name is not None)
 
     def shapes(self, site: Site) -> dict[str, FactorShape]:
-        """Factor name → shape, for this term at this site."""
+        """Factor name → shape, for this term at this site. Raises ``PlanError`` for a term with v that has no rank."""
         start, stop = self.rows or (0, site.out_features)
         shapes: dict[str, FactorShape] = {}
         if self.v is None:
             shapes[self.u] = FactorShape(stop - start, site.in_features)
         else:
-            assert self.rank is not None
+            if self.rank is None:
+                raise PlanError(f"{site.name}: the term {self.u!r} · {self.v!r} has no rank: give it one")
             shapes[self.u] = FactorShape(stop - start, self.rank, "rows" if self.identity == "u" else "")
             shapes[self.v] = FactorShape(self.rank, site.in_features, "columns" if self.identity == "v" else "")
         if self.row_scale is not None:
@@ -110,6 +108,12 @@ class Term:
         return shapes
 
 
+def factors_of(terms: Iterable[Term]) -> list[str]:
+    """Names of all factors that some terms use, in order, each once; routers come last."""
+    terms = list(terms)
+    return list(dict.fromkeys([*(name for term in terms for name in term.factors), *routers_of(terms)]))
+
+
 def routers_of(terms: Iterable[Term]) -> list[str]:
     """Names of the routers that some terms use, in order, each once."""
     return list(dict.fromkeys(term.route.router for term in terms if term.route is not None))
@@ -117,7 +121,7 @@ def routers_of(terms: Iterable[Term]) -> list[str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """What becomes of one site: the operator's name, its terms, and the damage predicted for it (nats per example)."""
+    """What a plan does to one site: the operator's name, the terms, and the predicted damage (nats per example)."""
 
     operator: str
     terms: tuple[Term, ...] = ()
@@ -125,56 +129,80 @@ class Entry:
 
 
 def entry_to_dict(entry: Entry) -> dict[str, Any]:
-    """The JSON form of one entry; what a term does not use is left out."""
-    return {"operator": entry.operator, "damage": entry.damage, "terms": [_written(asdict(term)) for term in entry.terms]}
+    """The JSON form of one entry."""
+    return {"operator": entry.operator, "damage": entry.damage, "terms": terms_to_list(entry.terms)}
 
 
 def entry_from_dict(name: str, data: Mapping[str, Any]) -> Entry:
-    """The inverse of ``entry_to_dict``; ``name`` is the site's, for messages. Raises ``HprError`` for unknown fields."""
+    """The inverse of ``entry_to_dict``; ``name`` is the site's, for messages. Raises as ``terms_from_list``."""
+    return Entry(str(data["operator"]), terms_from_list(name, data["terms"]), float(data.get("damage", 0.0)))
+
+
+def terms_to_list(terms: Iterable[Term]) -> list[dict[str, Any]]:
+    """The JSON form of terms; fields that a term does not use are left out.
+
+    >>> terms_to_list([Term("a:u", "a:v", rank=8)])
+    [{'u': 'a:u', 'v': 'a:v', 'rank': 8}]
+    """
+    return [_without_unused(asdict(term)) for term in terms]
+
+
+def terms_from_list(name: str, data: Iterable[Mapping[str, Any]]) -> tuple[Term, ...]:
+    """The inverse of ``terms_to_list``; ``name`` is the site's, for messages.
+
+    Raises ``PlanError`` for an unknown field, ``TypeError`` or ``AttributeError`` for data of another form.
+    """
     terms = []
-    for raw in data["terms"]:
+    for raw in data:
         rows, route = raw.get("rows"), raw.get("route")
         for what, kind, given in (("term", Term, raw), ("route", Route, route or {})):
             if unknown := sorted(set(given) - set(kind.__dataclass_fields__)):
-                raise HprError(f"{name}: a {what} has no field {unknown[0]!r}; it has {', '.join(kind.__dataclass_fields__)}")
+                fields = ", ".join(kind.__dataclass_fields__)
+                raise PlanError(f"{name}: a {what} has no field {unknown[0]!r}; it has {fields}: remove or rename it")
         read = {"rows": None if rows is None else tuple(rows), "route": None if route is None else Route(**route)}
         terms.append(Term(**{**raw, **read}))
-    return Entry(str(data["operator"]), tuple(terms), float(data.get("damage", 0.0)))
+    return tuple(terms)
 
 
-def _written(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: value for key, value in values.items() if value not in (None, "")}
-    return found | ({"route": _written(found["route"])} if "route" in found else {})
+def _without_unused(values: Mapping[str, Any]) -> dict[str, Any]:
+    used = {key: value for key, value in values.items() if value not in (None, "")}
+    return used | ({"route": _without_unused(used["route"])} if "route" in used else {})
 
 
 def validate_entry(site: Site, entry: Entry) -> None:
-    """Raise ``HprError`` where terms do not make up the weight of a site."""
+    """Raise ``PlanError`` if the terms of an entry do not make up the weight of a site."""
     if entry.operator not in (DROPPED, REUSED) and (entry.operator == KEEP) != (not entry.terms):
-        raise HprError(f"{site.name}: {KEEP!r} has no terms and every other operator has some; this entry mixes the two")
+        raise PlanError(
+            f"{site.name}: {KEEP!r} has no terms and every other operator has some; this entry mixes the two: change one"
+        )
     if not math.isfinite(entry.damage) or entry.damage < 0:
-        raise HprError(f"{site.name}: damage {entry.damage} is no finite number of nats from 0 up")
+        raise PlanError(f"{site.name}: damage {entry.damage} is no finite number of nats from 0 up: correct it")
     covered = []
     for term in entry.terms:
         if (term.v is None) != (term.rank is None):
-            raise HprError(f"{site.name}: a term has either both v and rank or neither (u is then the whole matrix)")
+            raise PlanError(
+                f"{site.name}: a term has either both v and rank or neither (u is then the whole matrix): add or remove one"
+            )
         limit = min(site.out_features, site.in_features)
         if term.rank is not None and not (type(term.rank) is int and 1 <= term.rank <= limit):
-            raise HprError(f"{site.name}: rank {term.rank!r} is not a whole number from 1 to {limit}")
+            raise PlanError(f"{site.name}: rank {term.rank!r} is not a whole number from 1 to {limit}")
         if term.identity not in ("", "u", "v") or (term.identity and term.rank is None):
-            raise HprError(f"{site.name}: identity {term.identity!r} is neither 'u' nor 'v' of a term with a rank")
+            raise PlanError(f"{site.name}: identity {term.identity!r} is neither 'u' nor 'v' of a term with a rank: correct it")
         for factor in (*term.factors, *routers_of([term])):
             if not (isinstance(factor, str) and factor):
-                raise HprError(f"{site.name}: {factor!r} is no factor name")
+                raise PlanError(f"{site.name}: {factor!r} is no factor name: give a text that is not empty")
         if term.route is not None:
             _validate_route(site, term, term.route)
         if term.rows is not None:
             if len(term.rows) != 2 or not all(isinstance(row, int) for row in term.rows):
-                raise HprError(f"{site.name}: rows {term.rows} are not two whole numbers [start, stop)")
+                raise PlanError(f"{site.name}: rows {term.rows} are not two whole numbers [start, stop)")
             start, stop = term.rows
             if not 0 <= start < stop <= site.out_features:
-                raise HprError(f"{site.name}: rows {start} to {stop} do not lie within the site's {site.out_features}")
+                raise PlanError(
+                    f"{site.name}: rows {start} to {stop} do not lie within the site's {site.out_features}: correct them"
+                )
         if any(min(shape.stored) < 1 for shape in term.shapes(site).values()):
-            raise HprError(
+            raise PlanError(
                 f"{site.name}: rank {term.rank} leaves nothing beside the identity block of {term.identity!r}: lower it"
             )
         covered.append(term.rows or (0, site.out_features))
@@ -184,20 +212,20 @@ def validate_entry(site: Site, entry: Entry) -> None:
             break
         end = max(end, stop)
     if entry.terms and end < site.out_features and entry.operator != REUSED:
-        raise HprError(f"{site.name}: rows {end} and above have no term, so their weights would be lost: cover them")
+        raise PlanError(f"{site.name}: rows {end} and above have no term, so their weights would be lost: cover them")
 
 
 def _validate_route(site: Site, term: Term, route: Route) -> None:
     if site.kind != "linear" or site.expert is not None:
-        raise HprError(f"{site.name} cannot depend on the input: only Linear modules can; leave its route out")
+        raise PlanError(f"{site.name} cannot depend on the input: only Linear modules can; leave its route out")
     if route.per not in ("token", "sequence", "fixed"):
-        raise HprError(f"{site.name}: a route per {route.per!r} is none of 'token', 'sequence' and 'fixed'")
+        raise PlanError(f"{site.name}: a route per {route.per!r} is none of 'token', 'sequence' and 'fixed'")
     if not (type(route.experts) is int and route.experts >= 2):
-        raise HprError(f"{site.name}: {route.experts!r} experts are not a whole number from 2 up")
+        raise PlanError(f"{site.name}: {route.experts!r} experts are not a whole number from 2 up")
     if route.expert is None and not (term.rank is not None and route.experts <= term.rank):
-        raise HprError(f"{site.name}: {route.experts} experts cannot be dealt rank {term.rank}: take fewer, or name one expert")
+        raise PlanError(f"{site.name}: {route.experts} experts cannot be dealt rank {term.rank}: use fewer, or name one expert")
     if route.expert is not None and not 0 <= route.expert < route.experts:
-        raise HprError(f"{site.name}: expert {route.expert!r} is not from 0 to {route.experts - 1}")
+        raise PlanError(f"{site.name}: expert {route.expert!r} is not from 0 to {route.experts - 1}: correct it")
 
 
 def spelled(shape: FactorShape) -> str:

@@ -186,11 +186,11 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> 
     experts: dict[int, Record] = {}
     for site in anatomy.sites:
         if site.expert is not None:
-            found = slice_at(model, site.path)
+            found = slice_at(model, site.name)
             assert found is not None
             experts[found.weight.data_ptr()] = partial(_add_expert, moments[site.name])
             continue
-        for path in (site.path, *site.aliases):
+        for path in (site.name, *site.aliases):
             module = module_at(model, path)
             target = moments[site.name]
             if isinstance(module, nn.Embedding):

@@ -63,14 +63,6 @@ def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLi
     return {name: stack.features() for name, stack in watched.items() if all(stack.pooled)}
 
 
-def cka(first: Tensor, second: Tensor) -> float:
-    """Linear CKA of two representations (N, D₁) and (N, D₂) of the same N examples, from 0 to 1.
-
-    ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) with centred columns, Frobenius norms (Kornblith et al., 2019); 0 where one does not vary.
-    """
-    return _similarity([first, second])[0][1]
-
-
 def real_positions(batch: Batch, stack: Stack, hidden: Tensor) -> Tensor:
     """(B, T) real positions, float64. A decoder beside an encoder has a mask of its own, or the labels say what is real."""
     if "decoder" in stack.path:
@@ -100,7 +92,7 @@ class _Stack:
     def features(self) -> LayerFeatures:
         pooled = [torch.cat(parts)[:POOLED_EXAMPLES] for parts in self.pooled]
         return LayerFeatures(
-            similarity=_similarity(pooled),
+            similarity=cka_matrix(pooled),
             block_influence=[mean.value for mean in self.influence],
             context_dependence=[mean.value for mean in self.context],
         )
@@ -200,7 +192,7 @@ def _swap(x_BTD: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tens
     return torch.where(replaced.unsqueeze(-1), other, x_BTD), mask * ~replaced
 
 
-def _similarity(pooled: Sequence[Tensor]) -> list[list[float]]:
+def cka_matrix(pooled: Sequence[Tensor]) -> list[list[float]]:
     """Linear CKA between all layers, (L, L), by Gram matrices: their size is that of the examples, whatever the width."""
     grams = []
     for x_ND in pooled:

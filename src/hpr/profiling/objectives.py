@@ -24,7 +24,6 @@ from hpr.errors import HprError
 from hpr.runtime.batch import IGNORED, Batch, BatchLike, as_batches, mask_of
 from hpr.runtime.hooks import eval_mode, run
 
-Draw = Callable[[Tensor, torch.Generator], Tensor]
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 UNCERTAIN = 0.3  # of what even outputs have, in the mean of 1 − Σ p²: from there on gradients say enough
 

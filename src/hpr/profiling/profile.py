@@ -84,7 +84,7 @@ class LayerFeatures:
 class Profile:
     """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions.
 
-    ``symmetries``: what may be turned without changing what the model computes, as trials found.
+    ``symmetries``: how weights may be transformed without changing what the model computes, found by trials.
     ``interventions``: layer → state → true divergence in nats per example, where it was measured (``hpr.interventions``).
     """
 

@@ -1,7 +1,7 @@
 """Find the symmetries of a model by trial.
 
 Which sites belong to one another is not looked up: each guess is carried out on a copy in float64, and counts if the outputs
-stay the same while every weight turned alone changes them.
+stay the same while every weight transformed alone changes them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from hpr.anatomy.lookup import module_at, weight_at
 from hpr.anatomy.model import Anatomy, Site
-from hpr.anatomy.symmetry import Stretch, Symmetry, layers_of, turn_site
+from hpr.anatomy.symmetry import AxisSlice, Symmetry, layers_of, transform_site
 from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batches, first_examples
 from hpr.runtime.hooks import eval_mode, run
 
 EXAMPLES = 2  # that each guess is tried on; one, where it cannot be cut short
 POSITIONS = 24  # enough for heads to attend to different ones
 TOO_FEW = 4  # with fewer all heads may attend alike, and seem to be one
-EXACT = 1e-6  # what rounding may leave, as a share of what a weight turned alone changes (norms compute in float32)
+EXACT = 1e-6  # what rounding may leave, as a share of what a weight transformed alone changes (norms compute in float32)
 
 
 def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLike], seed: int = 0) -> tuple[Symmetry, ...]:
@@ -72,21 +72,21 @@ class _Trial:
                 layers.setdefault(site.layer, []).append(site)
         return max(layers.values(), key=len, default=[])
 
-    def works(self, symmetry: Symmetry, turn: Tensor, layer: int | None = None) -> bool:
-        """Whether a turn of one layer leaves the outputs as they are, while each of its stretches alone changes them."""
+    def works(self, symmetry: Symmetry, transform: Tensor, layer: int | None = None) -> bool:
+        """Whether a transform of one layer leaves the outputs as they are, while each of its slices alone changes them."""
         layers = layers_of(self.anatomy, symmetry)
         chosen = layers if layer is None else {layer: layers[layer]}
-        together = self._change(chosen, symmetry.stretches, turn)
+        together = self._change(chosen, symmetry.slices, transform)
         if not together < 1e-2 * float(self.expected.norm()):  # most guesses end here
             return False
-        return all(together < EXACT * self._change(chosen, (one,), turn) for one in symmetry.stretches)
+        return all(together < EXACT * self._change(chosen, (one,), transform) for one in symmetry.slices)
 
     def holds(self, symmetry: Symmetry) -> bool:
         """Whether it does in all layers at once, of which there are at least two."""
         return len(layers_of(self.anatomy, symmetry)) > 1 and self.works(symmetry, self.random(symmetry))
 
     def random(self, symmetry: Symmetry) -> Tensor:
-        """A turn that leaves nothing in its place."""
+        """A transform that leaves nothing in its place."""
         blocks, size = symmetry.blocks, symmetry.size
         if symmetry.kind == "order":
             cycle = torch.randperm(blocks, generator=self.draw)
@@ -96,18 +96,18 @@ class _Trial:
         return torch.linalg.qr(torch.randn(blocks, size, size, generator=self.draw, dtype=torch.float64))[0]
 
     def signs(self, blocks: int, size: int) -> Tensor:
-        """Rotations that turn about half of the blocks round."""
+        """Rotations that flip the sign of about half of the blocks."""
         signs = torch.randint(0, 2, (blocks, 1, 1), generator=self.draw).double() * 2 - 1
         signs[0] = -1
         return signs * torch.eye(size, dtype=torch.float64)
 
-    def _change(self, layers: Mapping[int, Mapping[str, Site]], stretches: Sequence[Stretch], turn: Tensor) -> float:
-        touched = [(sites[one.slot], one) for sites in layers.values() for one in stretches]
+    def _change(self, layers: Mapping[int, Mapping[str, Site]], slices: Sequence[AxisSlice], transform: Tensor) -> float:
+        touched = [(sites[one.slot], one) for sites in layers.values() for one in slices]
         values = [value for site in {site for site, _ in touched} for value in self._values(site)]
         before = [value.clone() for value in values]
         try:
             for site, one in touched:
-                turn_site(self.model, site, one, turn)
+                transform_site(self.model, site, one, transform)
             return float((self._run() - self.expected).norm())
         finally:
             for value, old in zip(values, before, strict=True):
@@ -116,7 +116,7 @@ class _Trial:
     def _values(self, site: Site) -> Iterator[Tensor]:
         yield weight_at(self.model, site).data
         if site.has_bias:
-            yield module_at(self.model, site.path).bias.data  # type: ignore[union-attr, misc]
+            yield module_at(self.model, site.name).bias.data  # type: ignore[union-attr, misc]
 
     def _run(self) -> Tensor:
         outputs = run(self.model, self.batch)
@@ -128,7 +128,7 @@ class _Trial:
 def _guesses(trial: _Trial, stack: str) -> Iterator[Symmetry]:
     """Attention first, each with its values, keys and heads; then neurons among what is left. All tried in one layer."""
     sites = trial.sites(stack)
-    taken: set[Stretch] = set()
+    taken: set[AxisSlice] = set()
     for value, output in _pairs_of_values(trial, stack, sites):
         values = None if taken & {value, output} else _finest(trial, (value, output), stack, sites[0].layer)
         if values is None:
@@ -139,18 +139,18 @@ def _guesses(trial: _Trial, stack: str) -> Iterator[Symmetry]:
             taken |= {value, output, *keys}
             guesses = [Symmetry(stack, "rotation", values.blocks, keys)] if keys else []
             if keys and values.blocks > 1:
-                guesses.append(Symmetry(stack, "order", values.blocks, (*keys, *values.stretches)))
+                guesses.append(Symmetry(stack, "order", values.blocks, (*keys, *values.slices)))
             yield from (one for one in guesses if trial.works(one, trial.random(one), sites[0].layer))
     used = {one.slot for one in taken}
     yield from _neurons(trial, stack, [site for site in sites if site.slot not in used])
 
 
-def _pairs_of_values(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[tuple[Stretch, Stretch]]:
-    """Rows and columns whose sign may be turned together."""
+def _pairs_of_values(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[tuple[AxisSlice, AxisSlice]]:
+    """Rows and columns whose sign may be transformed together."""
     for target in sites:
-        columns = Stretch(target.slot, "columns", 0, target.in_features)
+        columns = AxisSlice(target.slot, "columns", 0, target.in_features)
         for source in sites:
-            for rows in _row_stretches(source, target.in_features):
+            for rows in _row_slices(source, target.in_features):
                 length = rows.stop - rows.start
                 if source is target or target.in_features % length or length < 2:
                     continue
@@ -159,15 +159,15 @@ def _pairs_of_values(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterat
                     yield rows, columns
 
 
-def _row_stretches(site: Site, length: int) -> Iterator[Stretch]:
+def _row_slices(site: Site, length: int) -> Iterator[AxisSlice]:
     """All rows, or those of one of two or three projections in one matrix, each of a given length."""
-    yield Stretch(site.slot, "rows", 0, site.out_features)
+    yield AxisSlice(site.slot, "rows", 0, site.out_features)
     for parts in (2, 3):
         if site.out_features == parts * length:
-            yield from (Stretch(site.slot, "rows", part * length, (part + 1) * length) for part in range(parts))
+            yield from (AxisSlice(site.slot, "rows", part * length, (part + 1) * length) for part in range(parts))
 
 
-def _finest(trial: _Trial, pair: tuple[Stretch, Stretch], stack: str, layer: int | None) -> Symmetry | None:
+def _finest(trial: _Trial, pair: tuple[AxisSlice, AxisSlice], stack: str, layer: int | None) -> Symmetry | None:
     """The rotation of the largest blocks: one for each head. Blocks of one are signs."""
     length = pair[0].stop - pair[0].start
     for blocks in range(1, length + 1):
@@ -178,12 +178,12 @@ def _finest(trial: _Trial, pair: tuple[Stretch, Stretch], stack: str, layer: int
     return None
 
 
-def _keys(trial: _Trial, values: Symmetry, sites: Sequence[Site], taken: Set[Stretch]) -> tuple[Stretch, ...]:
-    """The queries and keys that go with some values: those whose signs may be turned together, head by head."""
-    value, output = values.stretches
+def _keys(trial: _Trial, values: Symmetry, sites: Sequence[Site], taken: Set[AxisSlice]) -> tuple[AxisSlice, ...]:
+    """The queries and keys that go with some values: those whose signs may be transformed together, head by head."""
+    value, output = values.slices
     users = (output.stop - output.start) // (value.stop - value.start)
-    stretches = [rows for site in sites for rows in _row_stretches(site, output.stop) if rows not in (*taken, value)]
-    for first, second in itertools.permutations(stretches, 2):
+    slices = [rows for site in sites for rows in _row_slices(site, output.stop) if rows not in (*taken, value)]
+    for first, second in itertools.permutations(slices, 2):
         long, short = first.stop - first.start, second.stop - second.start
         if long != users * short or short % values.blocks or (users == 1 and second < first) or _overlap(first, second):
             continue
@@ -196,11 +196,11 @@ def _keys(trial: _Trial, values: Symmetry, sites: Sequence[Site], taken: Set[Str
 def _neurons(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[Symmetry]:
     """Orders of neurons: columns of one matrix with rows of another, or of two (a gate)."""
     for target in sites:
-        columns = Stretch(target.slot, "columns", 0, target.in_features)
+        columns = AxisSlice(target.slot, "columns", 0, target.in_features)
         rows = [
             one
             for site in sites
-            for one in _row_stretches(site, target.in_features)
+            for one in _row_slices(site, target.in_features)
             if site is not target and one.stop - one.start == target.in_features
         ]
         for chosen in (*((one,) for one in rows), *itertools.combinations(rows, 2)):
@@ -210,7 +210,7 @@ def _neurons(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[Symme
                 break
 
 
-def _overlap(first: Stretch, second: Stretch) -> bool:
+def _overlap(first: AxisSlice, second: AxisSlice) -> bool:
     return first.slot == second.slot and first.start < second.stop and second.start < first.stop
 
 

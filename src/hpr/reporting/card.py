@@ -20,7 +20,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def render_card(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """The README.md of an output folder: figures with what they count, how to load, how it was made, and its limits."""
     name = model_name(plan, metrics)
-    plan_map = read_plan(plan, formatting.table(metrics, "layers", "names"))
+    plan_map = read_plan(plan)
     sizes = formatting.size_rows(plan, metrics)
     return (
         _environment()

@@ -7,14 +7,13 @@ its hue, the wider ones a strip at its foot.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from hpr.reporting.formatting import figure, number, records, table
+from hpr.reporting.formatting import dig, figure, number, records, table
 
 HUES = 7
 _KEEP = "keep"
@@ -130,11 +129,14 @@ class PlanMap:
         return [cell for stack in self.stacks for cell in stack.cells] + list(self.outside)
 
 
-def read_plan(plan: Mapping[str, Any], stacks: Iterable[str] = ()) -> PlanMap:
-    """Lay a saved plan out as a map. ``stacks``: names of the model's stacks, where known; else the first number in a
-    site's name is taken for its layer."""
-    sites = {str(name): entry for name, entry in table(plan, "sites").items() if isinstance(entry, Mapping)}
-    places = {name: _place(name, tuple(stacks)) for name in sites}
+def read_plan(plan: Mapping[str, Any]) -> PlanMap:
+    """Lay a saved plan out as a map. Sites appear by their labels: ``encoder.3.output.dense``."""
+    sites, places = {}, {}
+    for name, entry in table(plan, "sites").items():
+        if isinstance(entry, Mapping):
+            stack, layer, slot = place = _place(str(name), table(plan, "stacks"))
+            label = slot if layer < 0 else ".".join([*([stack] if stack else []), str(layer), slot])
+            sites[label], places[label] = entry, place
     order = {name: index for index, name in enumerate(_by_row(places))}
     groups = _groups(sites, places, order)
     codes = _codes(str(entry.get("operator")) for entry in sites.values())
@@ -159,11 +161,16 @@ def boundaries(rows: Iterable[Row]) -> tuple[bool, ...]:
     return tuple(not _joined(one, other) for one, other in pairwise(cell for row in rows for cell in row.cells))
 
 
-def _place(name: str, stacks: tuple[str, ...]) -> tuple[str, int, str]:
-    """(stack, layer, slot) of a site; layer −1 outside the stacks."""
-    known = "|".join(re.escape(stack) for stack in sorted(stacks, key=len, reverse=True)) or r".+?"
-    match = re.fullmatch(rf"({known})\.(\d{{1,4}})\.(.+)", name)
-    return (match[1], int(match[2]), match[3]) if match else ("", -1, name)
+def _place(name: str, stacks: Mapping[str, Any]) -> tuple[str, int, str]:
+    """(stack, layer, slot) of a site by its path; layer −1 outside the stacks."""
+    for stack, known in stacks.items():
+        path, layers = dig(known, "path"), number(dig(known, "layers")) or 0
+        start = f"{path}." if path else ""
+        if isinstance(path, str) and name.startswith(start):
+            layer, _, slot = name.removeprefix(start).partition(".")
+            if slot and layer.isdecimal() and int(layer) < layers:
+                return str(stack), int(layer), slot
+    return "", -1, name
 
 
 def _by_row(places: Mapping[str, tuple[str, int, str]]) -> list[str]:

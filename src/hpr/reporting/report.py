@@ -19,7 +19,7 @@ def render_report(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     ``plan`` is what ``Plan.to_dict`` gives, ``metrics`` what ``metrics.json`` holds. Whatever either lacks is named as
     absent; nothing is guessed.
     """
-    plan_map = read_plan(plan, formatting.table(metrics, "layers", "names"))
+    plan_map = read_plan(plan)
     sizes = formatting.size_rows(plan, metrics)
     return (
         _environment()

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from hpr.errors import HprError
 from hpr.nn.bank import Factor, bank_of, module_name
-from hpr.nn.linear import SharedLinear
+from hpr.nn.routed import RoutedLinear
 from hpr.nn.router import forget_masks, recorded
-from hpr.plans.terms import FactorShape, routers_of
+from hpr.plans.terms import FactorShape
 from hpr.runtime.batch import BatchLike
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 from hpr.sharing.specification import specification
@@ -31,13 +31,13 @@ def collapse(student: nn.Module, batches: Sequence[BatchLike]) -> nn.Module:
         raise HprError("batches is empty: at least one is needed to average routes over")
     static = copy.deepcopy(student)
     bank = bank_of(static)
-    sites = [module for module in static.modules() if isinstance(module, SharedLinear)]
-    if bank is None or not any(routers_of(module.terms) for module in sites):
+    sites = [module for module in static.modules() if isinstance(module, RoutedLinear)]
+    if bank is None or not sites:
         raise HprError(f"the weights of this {type(student).__name__} do not depend on the input: it is static already")
     averages = mean_routes(static, batches)
     for module in sites:
-        module.terms = tuple(
-            term if term.route is None else replace(term, route=replace(term.route, per="fixed")) for term in module.terms
+        module.set_terms(
+            [term if term.route is None else replace(term, route=replace(term.route, per="fixed")) for term in module.terms]
         )
     for router, alpha in averages.items():
         old = bank[router]

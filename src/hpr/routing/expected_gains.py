@@ -27,9 +27,9 @@ def expected_gains(
     """Site → what a router that tells kinds of input apart would save there, as a share of the site's damage.
 
     The damage of a term whose components are weighed by α is quadratic in α, so the best α for each kind, and the best for
-    all, come from one small system each; kinds count alike. That is what a router (``mixing.routed``) could bring with all
-    factors as they are. For sites of a static student that have one term with a rank. Raises ``HprError`` for fewer than
-    two kinds, and for a student that shares nothing.
+    all, come from one small system each; kinds count alike. That is what a router (``hpr.routing.plan.routed``) could bring
+    with all factors as they are. For sites of a static student that have one term with a rank. Raises ``HprError`` for fewer
+    than two kinds, and for a student that shares nothing.
     """
     if len(kinds) < 2:
         raise HprError(f"{len(kinds)} kinds of input: at least two are needed for a router to tell apart")
@@ -39,7 +39,7 @@ def expected_gains(
     profile.check(anatomy)
     measured = measure(teacher, anatomy, profile)
     terms = terms_of(student)
-    single = {site: own[0] for site in anatomy.sites if len(own := terms.get(site.path, ())) == 1 and site.kind == "linear"}
+    single = {site: own[0] for site in anatomy.sites if len(own := terms.get(site.name, ())) == 1 and site.kind == "linear"}
     chosen = {site: term for site, term in single.items() if term.v is not None and (term.rank or 0) >= experts}
     moments = [_moments(teacher, list(chosen), batches, measured) for batches in kinds.values()]
     found = {}
@@ -93,7 +93,7 @@ def _moments(
 
         return hook
 
-    handles = [module_at(model, site.path).register_forward_pre_hook(note(site.name)) for site in sites]
+    handles = [module_at(model, site.name).register_forward_pre_hook(note(site.name)) for site in sites]
     try:
         with eval_mode(model):
             for batch in batches:

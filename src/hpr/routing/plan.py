@@ -56,7 +56,7 @@ def best_routed(
 ) -> Plan:
     """The best static plan that leaves room for its routers within a budget, with them.
 
-    ``gains``: what a router would save at a site, as a share of its damage (``disagreement.expected_gains``); with them only
+    ``gains``: what a router would save at a site, as a share of its damage (``hpr.routing.expected_gains``); with them only
     those sites are routed where that is more than the router's parameters are worth elsewhere, which may be none.
     """
     room, routes = budget.parameters, _routes(model, draft.anatomy, experts, "auto", only)

@@ -25,7 +25,8 @@ from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.embedding import SharedEmbedding
 from hpr.nn.experts import shared_experts, site_of
 from hpr.nn.linear import SharedLinear
-from hpr.nn.removed import SomeRows, Vanished, only_rows
+from hpr.nn.removed import ZeroOutput
+from hpr.nn.routed import RoutedLinear
 from hpr.nn.router import note_masks
 from hpr.nn.site import SharedSite
 from hpr.plans.layer_states import DROPPED
@@ -54,18 +55,18 @@ def attach(
         raise HprError(f"this {type(model).__name__} has a bank already: attach to a fresh model")
     check(model, layers or {})
     experts = {path: found for path in terms_by_path if (found := slice_at(model, path)) is not None}
-    vanished = {path: module_at(model, path) for path, terms in terms_by_path.items() if not terms}
-    sources = {path: module_at(model, path) for path in terms_by_path if path not in experts and path not in vanished}
+    removed = {path: module_at(model, path) for path, terms in terms_by_path.items() if not terms}
+    sources = {path: module_at(model, path) for path in terms_by_path if path not in experts and path not in removed}
     if not terms_by_path or model in (*sources.values(), *(one.module for one in experts.values())):
         raise HprError(f"no site below {type(model).__name__} to attach to: give the paths of modules inside the model")
-    for path in vanished:
-        check_vanished(model, path, layers or {})
+    for path in removed:
+        check_removed(model, path, layers or {})
     for path, terms in terms_by_path.items():
-        if path in vanished:
+        if path in removed:
             continue
         check_site(model, path)
         _check_shapes(site_of(path, experts[path]) if path in experts else _site_at(path, sources[path]), terms, shapes)
-    first = _first(terms_by_path, experts, {**sources, **vanished})
+    first = _first(terms_by_path, experts, {**sources, **removed})
     install(model, layers or {})
     declared = declared_ties(model)
     ties = resolved(declared)
@@ -73,9 +74,9 @@ def attach(
     with torch.device(first.device):
         bank = FactorBank(shapes, dtype or first.dtype)
         swaps = {module: _shared(bank, terms_by_path[path], module, path) for module, path in owners.items()}
-        _set_guards(swaps, sources.values(), ties)
+        _set_placeholders(swaps, sources.values(), ties)
         replaced: dict[nn.Module, nn.Module] = {**swaps, **shared_experts(bank, experts, terms_by_path)}
-        replaced |= {module: Vanished(bank, module, path) for path, module in vanished.items()}
+        replaced |= {module: ZeroOutput(bank, module, path) for path, module in removed.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replaced:
@@ -127,7 +128,7 @@ def _readers(
 
 def _shared(bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: str) -> SharedSite:
     if not isinstance(source, nn.Embedding):
-        return (SomeRows if only_rows(terms) else SharedLinear)(bank, terms, source, path)
+        return (RoutedLinear if routers_of(terms) else SharedLinear)(bank, terms, source, path)
     if type(source).forward is nn.Embedding.forward:
         return SharedEmbedding(bank, terms, source, path)
     kind = _embedding_like(type(source))  # type: ignore[arg-type]  # a class is hashable
@@ -141,7 +142,7 @@ def _shared(bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: st
     return shared
 
 
-def _set_guards(swaps: Mapping[nn.Module, SharedSite], sources: Iterable[nn.Module], ties: Sequence[Tie]) -> None:
+def _set_placeholders(swaps: Mapping[nn.Module, SharedSite], sources: Iterable[nn.Module], ties: Sequence[Tie]) -> None:
     """Fit the placeholder weights to what transformers does with them.
 
     Those of aliases are not stored, just as tied weights are not. Where a bias is tied to another module's, ``tie_weights``
@@ -150,8 +151,8 @@ def _set_guards(swaps: Mapping[nn.Module, SharedSite], sources: Iterable[nn.Modu
     stored = set(sources)
     long = {module for one, other, name in ties for module in (one, other) if name == "bias"}
     for module, shared in swaps.items():
-        guard = torch.zeros(shared.out_features if module in long else 1, dtype=shared.weight.dtype)
-        shared.register_buffer("weight", guard, persistent=module in stored)
+        placeholder = torch.zeros(shared.out_features if module in long else 1, dtype=shared.weight.dtype)
+        shared.register_buffer("weight", placeholder, persistent=module in stored)
 
 
 class _DelegatedEmbedding(SharedEmbedding, nn.Embedding):
@@ -169,7 +170,7 @@ def _embedding_like(source: Any) -> type[SharedEmbedding]:
 
 def _site_at(path: str, module: nn.Module) -> Site:
     out_features, in_features = weight_of(module).shape
-    return Site(path, path, "linear", out_features, in_features, has_bias=False)
+    return Site(path, "linear", out_features, in_features, has_bias=False)
 
 
 def _check_shapes(site: Site, terms: Sequence[Term], shapes: Mapping[str, FactorShape]) -> None:
@@ -177,7 +178,7 @@ def _check_shapes(site: Site, terms: Sequence[Term], shapes: Mapping[str, Factor
         for factor, needed in term.shapes(site).items():
             if shapes.get(factor) != needed:
                 raise HprError(
-                    f"{site.path} needs factor {factor!r} as {tuple(needed)}, its shape is given as {shapes.get(factor)}: "
+                    f"{site.name} needs factor {factor!r} as {tuple(needed)}, its shape is given as {shapes.get(factor)}: "
                     f"plan anew, or load the checkpoint with the model it was made from"
                 )
 
@@ -187,7 +188,7 @@ def _transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def check_vanished(model: nn.Module, path: str, layers: Mapping[str, str]) -> None:
+def check_removed(model: nn.Module, path: str, layers: Mapping[str, str]) -> None:
     """Raise ``HprError`` where a module is not inside the attention of a layer that takes from below (path → state)."""
     for block, state in layers.items():
         if state != DROPPED and any(path.startswith(f"{attention}.") for attention in attention_at(model, block)):

@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Anatomy, Site, Stack
 from hpr.errors import HprError
 from hpr.nn.bank import FactorBank, bank_of
 from hpr.nn.linear import SharedLinear
-from hpr.operators import alignment
-from hpr.operators.fitting import groups, product
+from hpr.operators.fitting import Fits, groups, product
 from hpr.operators.identity_block import store
 from hpr.operators.low_rank import truncate
-from hpr.operators.metric import Measured, Side, measure
-from hpr.operators.registry import FITS
+from hpr.operators.metric import Measured, Side
+from hpr.operators.registry import OPERATORS
 from hpr.operators.shared_basis import best_private
+from hpr.plans.owners import owners
 from hpr.plans.plan import Plan
 from hpr.profiling.layer_features import real_positions
 from hpr.profiling.profile import Profile
@@ -74,7 +73,7 @@ def refit_stacks(
                     sites = [site for site in sites if site.expert is None]  # the two models may route a row differently
                     for stage in _stages(blocks[0], stack, layer, sites, hidden[0]):
                         for site, sums in _observe(blocks, stack, layer, stage, hidden).items():
-                            site_student = module_at(student, site.path)
+                            site_student = module_at(student, site.name)
                             assert isinstance(site_student, SharedLinear)
                             targets[site.name] = sums.target(measured[site.name])
                             _refit_site(site_student, bank, plan, targets[site.name], sums)
@@ -276,25 +275,25 @@ def _watching(block: nn.Module, stack: Stack, layer: int, stage: Sequence[Site])
 
 
 def _within(site: Site, stack: Stack, layer: int) -> str:
-    return site.path.removeprefix(f"{stack.block(layer)}.")
+    return site.name.removeprefix(f"{stack.block(layer)}.")
 
 
 def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Measured, sums: _Sums) -> None:
     """New private factors for one site, then its bias."""
     terms = plan.entries[target.site.name].terms
     values = {name: bank[name].dense().detach().double() for term in terms for name in term.factors}
-    owners = _owners(plan)
+    users = owners({name: entry.terms for name, entry in plan.entries.items()})
     own = terms[-1]
     if own.v is not None and own.rank is not None:
         others = product(terms[:-1], values, target.site) if len(terms) > 1 else 0.0
         rest = Measured(target.site, target.weight - others, target.left, target.right, target.rows)
-        if owners[own.u] == owners[own.v] == 1:
+        if len(users[own.u]) == len(users[own.v]) == 1:
             values[own.u], values[own.v] = truncate(rest, own.rank)
             _put(bank, store({own.u: values[own.u], own.v: values[own.v]}, [own]))
-        elif owners[own.u] == 1:
+        elif len(users[own.u]) == 1:
             values[own.u] = best_private(rest, values[own.v])
             _put(bank, {own.u: values[own.u]})
-        elif owners[own.v] == 1:
+        elif len(users[own.v]) == 1:
             values[own.v] = best_private(rest.transposed, values[own.u].T).T
             _put(bank, {own.v: values[own.v]})
     if module.bias is not None:
@@ -307,7 +306,7 @@ def _resolve_shared(bank: FactorBank, plan: Plan, targets: dict[str, Measured]) 
         low_rank = all(term.v is not None for name in names for term in plan.entries[name].terms)
         if len(names) > 1 and low_rank and all(name in targets for name in names):  # a full matrix follows its text too closely
             terms = {name: plan.entries[name].terms for name in names}
-            values = FITS[operator]([targets[name] for name in names], terms)
+            values = OPERATORS[operator].fit([targets[name] for name in names], terms)
             _put(bank, store(values, [term for name in names for term in terms[name]]))
 
 
@@ -319,29 +318,23 @@ def _put(bank: FactorBank, values: dict[str, Tensor]) -> None:
             bank[name].weight.copy_(value)
 
 
-def _owners(plan: Plan) -> dict[str, int]:
-    owners: dict[str, set[str]] = {}
-    for name, entry in plan.entries.items():
-        for term in entry.terms:
-            for factor in term.factors:
-                owners.setdefault(factor, set()).add(name)
-    return {factor: len(sites) for factor, sites in owners.items()}
-
-
 def refit(
     student: nn.Module,
     teacher: nn.Module,
     plan: Plan,
     profile: Profile,
     batches: Sequence[BatchLike],
+    *,
+    fits: Fits | None = None,
 ) -> None:
     """Fit private factors and biases anew to what the compressed layers below emit, in place (see ``refitting``).
 
     It pays on data like that which the model will see, and can lose on other data: the regression follows its text closely.
+    ``fits``: the fits of the teacher, if it was measured before.
     """
-    profile.check(describe(teacher))
-    if plan.alignment:  # the student's insides are those of the turned model
-        teacher, profile, _ = alignment.align(teacher, profile, plan.alignment)
-    anatomy = describe(teacher)
+    fits = Fits(teacher, profile) if fits is None else fits
+    fits.check(teacher, profile)
+    aligned = fits.aligned(plan.alignment)  # the student's insides are those of the aligned model
+    measured = aligned.measured(name for name, entry in plan.entries.items() if entry.terms)
     moved = [to_device_of(batch, teacher) for batch in batches]
-    refit_stacks(student, teacher, anatomy, plan, measure(teacher, anatomy, profile), moved)
+    refit_stacks(student, aligned.model, aligned.anatomy, plan, measured, moved)

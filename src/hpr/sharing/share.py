@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, slice_at, weight_at
 from hpr.anatomy.model import Anatomy
-from hpr.anatomy.swappable import unshareable
+from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.layer_reuse.install import paths_of
 from hpr.nn.bank import bank_of, parameters
 from hpr.nn.experts import Terms
 from hpr.operators import fitting
-from hpr.operators.alignment import align
 from hpr.plans.layer_states import REUSED
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, FactorShape, Term, factors_of
@@ -61,12 +60,15 @@ class Rule(Protocol):
     def fit(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> fitting.Fitted: ...
 
 
-def share(model: nn.Module, plan: Plan | Rule, profile: Profile | None = None) -> nn.Module:
+def share(
+    model: nn.Module, plan: Plan | Rule, profile: Profile | None = None, *, fits: fitting.Fits | None = None
+) -> nn.Module:
     """A copy of ``model`` whose sites read shared factors as the plan says; the model itself is untouched.
 
     Sites that are kept stay as they are: the identity plan gives a plain copy. Training mode, device and dtype are those
     of the model. With a rule (``hpr.presets``, for training from scratch) nothing is fitted: each factor starts as the
-    weight of its group's first layer. Raises ``HprError`` where the plan does not fit, the model is already shared or
+    weight of its group's first layer. ``fits``: the fits of this model, to measure it once for several plans; they bring the
+    profile. Raises ``HprError`` where the plan does not fit, the model is already shared or
     quantised, a rule comes with a profile, or a fitted factor is missing, of another shape or not finite.
     """
     if bank_of(model) is not None:
@@ -77,52 +79,52 @@ def share(model: nn.Module, plan: Plan | Rule, profile: Profile | None = None) -
     if rule is not None and profile is not None:
         raise HprError(f"{rule} takes no profile, since it fits nothing: leave it out, or share {rule.name}'s plan(model)")
     plan = plan if isinstance(plan, Plan) else plan.plan(model)
-    anatomy = describe(model)
+    if fits is not None:
+        fits.check(model, profile)
+    anatomy = describe(model) if fits is None else fits.anatomy
     plan.validate(anatomy)
     changed = {name: entry.terms for name, entry in plan.entries.items() if entry.terms}
     if not changed and not plan.layers:
         return copy.deepcopy(model)
-    if plan.alignment:
-        if profile is None:
-            raise HprError("the plan turns layers before they share, which takes the profile it was made with: give that, too")
-        student, profile, _ = align(model, profile, plan.alignment)
-        fitted = fitting.fit(student, describe(student), plan, profile)
+    if rule is None:
+        aligned = (fits or fitting.Fits(model, profile)).aligned(plan.alignment)
+        fitted = aligned.fit(plan)
+        student = aligned.model if fits is None and plan.alignment else copy.deepcopy(aligned.model)
     else:
+        fitted = rule.fit(model, anatomy, plan)
         student = copy.deepcopy(model)
-        fitted = fitting.fit(model, anatomy, plan, profile) if rule is None else rule.fit(model, anatomy, plan)
     _check_finite(changed, fitted)
-    by_path = {anatomy[name].path: terms for name, terms in changed.items()}
-    terms, shapes, kept = with_kept(student, by_path, plan.factors(anatomy))
-    terms |= dict.fromkeys(vanished_paths(anatomy, plan), ())
+    terms, shapes, kept = with_kept(student, changed, plan.factors(anatomy))
+    terms |= dict.fromkeys(removed_paths(plan), ())
     if not terms:
-        path, shapes, kept = _guard(student, anatomy, plan)
+        path, shapes, kept = _placeholder(student, anatomy, plan)
         terms = {path: tuple(Term(factor) for factor in shapes)}
-    aliases = {anatomy[name].path: anatomy[name].aliases for name in changed}
+    aliases = {name: anatomy[name].aliases for name in changed}
     bank = attach(student, terms, shapes, aliases, layers=paths_of(anatomy, plan.layers))
     bank.load({**fitted.factors, **kept})
     for name, change in fitted.bias_changes.items():
         if anatomy[name].has_bias:
-            bias: Tensor = module_at(student, anatomy[name].path).bias  # type: ignore[assignment]
+            bias: Tensor = module_at(student, name).bias  # type: ignore[assignment]
             bias.data += change.to(bias)
     if isinstance(student, PreTrainedModel):
         student.config.quantization_config = specification(student)
     if plan.layers and (count := parameters(student)) != plan.parameters(anatomy):
         raise HprError(
             f"the plan counts {plan.parameters(anatomy):,} parameters, the model made from it has {count:,}: what it says of "
-            f"removed parameters is not so; take it from hpr.vanishing.vanishing"
+            f"removed parameters is not so; take it from hpr.layer_reuse.dead_weights"
         )
     return student
 
 
-def _guard(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
+def _placeholder(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
     """A kept site for the bank to hold as it is: its placeholder makes loading without hpr fail where nothing else would."""
-    fixed = unshareable(model, anatomy)
+    fixed = not_swappable(model, anatomy)
     for site in anatomy.sites:
         kept = plan.entries[site.name].operator == KEEP and site.name not in fixed
         if kept and site.kind == "linear" and site.expert is None:
             factor = f"{site.name}.kept"
             shape = FactorShape(site.out_features, site.in_features)
-            return site.path, {factor: shape}, {factor: weight_at(model, site).detach()}
+            return site.name, {factor: shape}, {factor: weight_at(model, site).detach()}
     raise HprError("no Linear weight is kept that could tell of the layers on loading: drop fewer layers")
 
 
@@ -134,7 +136,7 @@ def _check_finite(changed: Mapping[str, Sequence[Term]], fitted: fitting.Fitted)
                 raise HprError(f"{name}: its {part} is not finite: check the calibration data, or keep this site")
 
 
-def vanished_paths(anatomy: Anatomy, plan: Plan) -> list[str]:
-    """Paths of the modules that lose all effect inside a block that stays: sites, and what else a plan calls removed."""
-    sites = [anatomy[name].path for name, entry in plan.entries.items() if entry.operator == REUSED and not entry.terms]
+def removed_paths(plan: Plan) -> list[str]:
+    """Paths of the modules without effect inside a block that stays: sites, and other modules that a plan calls removed."""
+    sites = [name for name, entry in plan.entries.items() if entry.operator == REUSED and not entry.terms]
     return sites + [path for path in plan.removed if path not in plan.entries and path not in plan.layers]

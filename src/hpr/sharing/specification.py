@@ -12,7 +12,7 @@ from hpr.anatomy.lookup import base_of
 from hpr.errors import HprError
 from hpr.nn.bank import FORMAT, METHOD, bank_of, terms_in
 from hpr.nn.site import SharedSite
-from hpr.plans.terms import Entry, entry_to_dict, factors_of
+from hpr.plans.terms import factors_of, terms_to_list
 
 
 def specification(model: nn.Module) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def specification(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, SharedSite) and module.path != (path := name.removeprefix(prefix)):
             aliases.setdefault(module.path, []).append(path)
         for path, terms in terms_in(module).items():
-            sites[path] = entry_to_dict(Entry("", terms))["terms"]
+            sites[path] = terms_to_list(terms)
             for factor in factors_of(terms):
                 factors[factor] = [part for part in bank[factor].shape if part != ""]
     return {

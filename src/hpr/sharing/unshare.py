@@ -51,7 +51,7 @@ def unshare(student: nn.Module) -> nn.Module:
 
 def _stock(shared: SharedSite, weights: dict[str, nn.Parameter]) -> nn.Module:
     """The dense module that a shared one replaced, with the weight that its factors add up to."""
-    module = copy.deepcopy(shared.shell)
+    module = copy.deepcopy(shared.template)
     if shared.path not in weights:
         weight = shared.dense_weight().detach()
         weight = weight.T.contiguous() if _transposed(module) else weight

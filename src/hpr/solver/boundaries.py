@@ -1,127 +1,120 @@
-"""Boundary probabilities of a semi-Markov CRF over groups of layers."""
+"""Boundary probabilities: a semi-Markov CRF over the structures of a track."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpr.errors import HprError
-from hpr.solver.candidates import Table, Track, tabulate
-from hpr.solver.lattice import _uncovered
+from hpr.solver.candidates import Track, tabulate
+from hpr.solver.lattice import uncovered
+
+_EXACT = 1e-12  # a residual below this share of the measured damages is rounding
 
 
 @dataclass(frozen=True, eq=False)
 class Boundaries:
     """How sure a segmentation is. ``probabilities[i - 1]`` is that of a group boundary before position i = 1 … length - 1.
 
-    ``entropy`` (nats) is that of the distribution over structures: segmentation and operators, the subtracks' included.
-    ``subtracks`` holds the probabilities of every subtrack by name; a cut of the parent cuts its subtracks too.
+    ``entropy`` (nats) is that of the distribution over structures: segmentation and operators.
     """
 
     probabilities: np.ndarray
     entropy: float
-    subtracks: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class _Logs:
-    """Log partition functions of every interval; matrices as in ``Costs``, ``before_own`` its mirror image in time."""
-
-    table: Table
-    own: np.ndarray
-    inner: dict[tuple[int, int], np.ndarray]  # interval → probability of each cut inside it, where a composite may fill it
-    alone: np.ndarray
-    after_own: np.ndarray
-    after_alone: np.ndarray
-    before_own: np.ndarray
-    any: np.ndarray
-    entropy: np.ndarray  # of any path, nats
-    sublogs: tuple[_Logs, ...]
 
 
 def boundaries(track: Track, multiplier: float, temperature: float) -> Boundaries:
     """Boundary probabilities and entropy of the semi-Markov CRF (Sarawagi & Cohen 2004) that belongs to a multiplier.
 
-    A structure weighs exp(-cost / temperature), its cost the sum over groups of the least damage + multiplier · parameters
-    among the ranks. ``multiplier`` is in nats per parameter, ``temperature`` in nats: the spread of measured around predicted
-    damage. Raises ``HprError`` for a temperature that is not positive and for a track that cannot be covered.
+    The probability of a structure is proportional to exp(-cost / temperature). Its cost is the sum over its candidates of the
+    least damage + multiplier · parameters among the ranks. ``multiplier`` is in nats per parameter, ``temperature`` in nats.
+    Raises ``HprError`` for a temperature that is not positive and for a track that cannot be covered.
+
+    A forward pass sums the weights of all paths to each cut; a backward pass visits the last arc of each path with its
+    probability, then the arc before it, and so on. The entropy is the sum of the entropies of these choices (chain rule).
     """
     if not (temperature > 0 and np.isfinite(temperature) and multiplier >= 0 and np.isfinite(multiplier)):
         raise HprError(f"temperature {temperature} must be above 0, multiplier {multiplier} from 0 up, and both finite")
-    logs = _inside(tabulate(track), multiplier, temperature)
-    if not np.isfinite(logs.any[0, -1]):
-        raise _uncovered(track, np.isfinite(logs.any[0]))
-    weight = np.zeros_like(logs.any)
-    weight[0, -1] = 1.0
-    found: dict[str, np.ndarray] = {}
-    _outside(logs, weight, np.zeros(track.length + 1), found)
-    probabilities = found.pop(track.name)
-    return Boundaries(probabilities, float(logs.entropy[0, -1]), found)
+    table = tabulate(track)
+    starts, stops = table.intervals[table.intervals_of].T
+    costs = np.minimum.reduceat(table.damages + multiplier * table.parameters, table.first_points[:-1])
+    logits = -costs / temperature  # (candidates,)
+    arcs_to = [np.flatnonzero(stops == stop) for stop in range(track.length + 1)]
+    totals = np.full(track.length + 1, -np.inf)  # log of the summed weight of all paths to a cut
+    totals[0] = 0.0
+    for stop in range(1, track.length + 1):
+        arcs = arcs_to[stop]
+        totals[stop] = np.logaddexp.reduce(totals[starts[arcs]] + logits[arcs])
+    if not np.isfinite(totals[-1]):
+        raise uncovered(track, np.isfinite(totals))
+    reached = np.zeros(track.length + 1)  # probability that a path passes a cut
+    reached[-1] = 1.0
+    inside = np.zeros(track.length + 1)  # probability that a composite starts a group at a cut
+    entropy = 0.0
+    for stop in range(track.length, 0, -1):
+        if reached[stop] == 0:
+            continue
+        for arc in arcs_to[stop]:
+            start = starts[arc]
+            surprise = totals[stop] - totals[start] - logits[arc]
+            probability = reached[stop] * np.exp(-surprise)
+            if probability > 0:
+                entropy += probability * surprise
+                reached[start] += probability
+                if partition := table.candidates[arc].partition:
+                    inside[start + 1 : stop] += probability * (np.diff(partition) != 0)
+    return Boundaries((reached + inside)[1:-1], float(entropy))
 
 
-def _inside(table: Table, multiplier: float, temperature: float) -> _Logs:
-    sublogs = tuple(_inside(subtable, multiplier, temperature) for subtable in table.subtables)
-    length = table.track.length
-    shape = (length + 1, length + 1)
-    own, alone, after_own, after_alone, before_own, any_ = np.full((6, *shape), -np.inf)
-    own_h, alone_h, after_own_h, entropy = np.zeros((4, *shape))
-    inner = {}
-    if table.candidates:
-        prices = np.minimum.reduceat(table.damages + multiplier * table.parameters, table.first_points[:-1])
-        for number, (start, stop) in enumerate(table.intervals):
-            logits = -prices[table.intervals_of == number] / temperature
-            own[start, stop], own_h[start, stop] = _mix(logits, np.zeros_like(logits))
-            several = table.track.candidates[start, stop]
-            if any(one.partition for one in several):
-                cuts = [np.diff(one.partition or [0] * (stop - start)) != 0 for one in several]
-                inner[start, stop] = np.exp(logits - own[start, stop]) @ np.array(cuts)
-    if sublogs:
-        alone = np.sum([logs.any for logs in sublogs], axis=0)
-        alone_h = np.sum([logs.entropy for logs in sublogs], axis=0)
-    for matrix in (after_own, before_own, any_):
-        np.fill_diagonal(matrix, 0.0)
-    for stop in range(1, length + 1):
-        rows = (slice(stop), slice(stop))  # (start, last cut), mixed over the last cut
-        after_own[:stop, stop], after_own_h[:stop, stop] = _mix(
-            any_[rows] + own[:stop, stop], entropy[rows] + own_h[:stop, stop]
-        )
-        after_alone[:stop, stop], last_h = _mix(after_own[rows] + alone[:stop, stop], after_own_h[rows] + alone_h[:stop, stop])
-        any_[:stop, stop], entropy[:stop, stop] = _mix(
-            np.stack([after_own[:stop, stop], after_alone[:stop, stop]], -1), np.stack([after_own_h[:stop, stop], last_h], -1)
-        )
-    for start in range(length):
-        before_own[start, start + 1 :] = np.logaddexp.reduce(own[start, :, None] + any_[:, start + 1 :], axis=0)
-    return _Logs(table, own, inner, alone, after_own, after_alone, before_own, any_, entropy, sublogs)
+def fitted_temperature(predicted: Sequence[float], measured: Sequence[float], tracks: int) -> float | None:
+    """The temperature (predicted nats) for ``boundaries``, from plans of a model that were run end to end.
 
+    ``predicted`` and ``measured``: the damage of each plan in nats, (plans,) each; ``tracks``: how many tracks a plan covers.
+    None for fewer than three plans, for a prediction that is exact up to one scale, and for one that is not positively related
+    to what was measured. Raises ``HprError`` for unequal lengths, values that are not finite and ``tracks`` below 1.
 
-def _mix(logs: np.ndarray, entropies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log of the sum of exp(logs) over the last axis, and the entropy of the mixture of parts with these entropies."""
-    total = np.logaddexp.reduce(logs, axis=-1)
-    possible = np.isfinite(logs)
-    surprise = np.where(possible, np.where(np.isfinite(total), total, 0.0)[..., None] - np.where(possible, logs, 0.0), 0.0)
-    return total, (np.where(possible, np.exp(-surprise), 0.0) * (entropies + surprise)).sum(axis=-1)
+    The model is measured = scale · (predicted + error), where the error is the sum of one independent error per track, each of
+    standard deviation σ. Least squares gives the scale, and the residuals, with n - 1 degrees of freedom, have a standard
+    deviation of scale · √tracks · σ. If the errors of the structures of a track follow a Gumbel distribution of scale τ, a
+    structure is the best one after its error with a probability proportional to exp(-cost / τ) (McFadden 1974), which is what
+    ``boundaries`` computes. Such errors have σ = τ π / √6. So τ = √6 / π · residual / (scale · √tracks).
 
+    Plans that agree in most tracks have most of their errors in common. The scale absorbs these, and τ comes out too small.
 
-def _outside(logs: _Logs, weight: np.ndarray, cuts: np.ndarray, found: dict[str, np.ndarray]) -> None:
-    """Boundary probabilities where this track is solved on exactly [i, j) with probability ``weight[i, j]``.
-
-    ``cuts`` (length + 1,) are the probabilities of boundaries that the parent alone accounts for.
+    >>> round(fitted_temperature([1.0, 2.0, 3.0], [1.1, 1.9, 3.1], tracks=4), 4)
+    0.0448
     """
-    cuts, below = cuts.copy(), np.zeros_like(weight)
-    for start, stop in np.argwhere(weight > 0):
-        inner = slice(start, stop + 1)
-        share, total = weight[start, stop], logs.any[start, stop]
-        left_own, left_alone = logs.after_own[start, inner], logs.after_alone[start, inner]
-        right_any, right_own = logs.any[inner, stop], logs.before_own[inner, stop]
-        here = np.logaddexp(left_own + right_any, left_alone + right_own)
-        cuts[start + 1 : stop] += share * np.exp(here - total)[1:-1]
-        for (first, last), chances in logs.inner.items():
-            if start <= first and last <= stop:
-                filled = logs.any[start, first] + logs.own[first, last] + logs.any[last, stop]
-                cuts[first + 1 : last] += share * np.exp(filled - total) * chances
-        below[inner, inner] += share * np.exp(left_own[:, None] + logs.alone[inner, inner] + right_own - total)
-    found[logs.table.track.name] = cuts[1:-1]
-    for sublogs in logs.sublogs:
-        _outside(sublogs, below, cuts, found)
+    if len(predicted) != len(measured) or tracks < 1:
+        raise HprError(
+            f"{len(predicted)} predicted and {len(measured)} measured damages of plans with {tracks} tracks: "
+            f"give one pair per plan and at least one track"
+        )
+    predictions, measurements = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
+    if not (np.isfinite(predictions).all() and np.isfinite(measurements).all()):
+        raise HprError("a predicted or measured damage is not a finite number: leave that plan out")
+    if len(predictions) < 3 or not predictions @ measurements > 0:
+        return None
+    scale = (predictions @ measurements) / (predictions @ predictions)
+    residual = math.sqrt(((measurements - scale * predictions) ** 2).sum() / (len(predictions) - 1))
+    if residual <= _EXACT * np.abs(measurements).max():
+        return None
+    return math.sqrt(6) / math.pi * residual / (float(scale) * math.sqrt(tracks))
+
+
+def boundary_probabilities(tracks: Iterable[Track], multiplier: float, temperature: float) -> dict[str, dict[str, Any]]:
+    """Boundary probabilities and entropy of each track over several sites, as JSON values for ``metrics.json``.
+
+    The keys are names of tracks, the values ``{"probabilities": [...], "entropy": nats}`` (see ``boundaries``, which also says
+    what is raised). A track over the rows of one table has no layers to group and is left out.
+    """
+    by_track = {}
+    for track in tracks:
+        sites = {site for options in track.candidates.values() for candidate in options for site in candidate.sites}
+        if len(sites) > 1:
+            result = boundaries(track, multiplier, temperature)
+            by_track[track.name] = {"probabilities": result.probabilities.tolist(), "entropy": result.entropy}
+    return by_track

@@ -1,31 +1,34 @@
-"""What the solver chooses from and what it answers: candidates on intervals of a track, choices, solutions.
+"""The solver's input and output: candidates on intervals of a track, choices, solutions.
 
-A *track* is a run of layer positions (one slot of one stack, say). A *candidate* is one operator on one group of sites, with
-a curve of (parameters, damage) points, one for each rank it could have. A solution covers every position exactly once.
+A *track* is a sequence of layer positions (for example one slot of one stack). A *candidate* is one operator on one group of
+sites, with a curve of (parameters, damage) points, one for each possible rank. A *solution* covers every position once.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from hpr.errors import HprError
+from hpr.errors import BudgetError, HprError
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One operator on one group of sites. Entry k of the three sequences is one choice of ranks.
+    """One operator on one group of sites. Entry k of ``choices``, ``parameters`` and ``damages`` is one choice of ranks.
 
-    ``choices[k]`` holds the ranks (``()`` for operators without one), ``parameters[k]`` (int64) what that choice stores and
-    ``damages[k]`` (float64) its predicted damage in nats per example. The curve need be neither sorted nor convex. Raises
-    ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not finite.
+    ``choices[k]`` holds the ranks (``()`` for operators without one), ``parameters[k]`` (int64) the number of parameters that
+    it stores and ``damages[k]`` (float64) its predicted damage in nats per example. The curve need be neither sorted nor
+    convex. Raises ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not
+    finite. ``rows`` is the run [start, stop) of rows that the candidate covers, None for whole sites.
 
-    A *composite* (see ``composite``) stands for several groups: ``partition`` has the group of each position, ``parts`` the
-    candidates of each group, and ``choices[k]`` two numbers a group, which of its candidates and which point of that.
+    A *composite* (see ``composite``) has several groups: ``partition`` holds the group of each position, ``parts`` the
+    candidates of each group. ``picks[k]`` says what point k takes for each group: the number of one of its candidates, and
+    the number of a point on that candidate's curve. The ranks are those of these points; ``choices[k]`` is ``()``.
+
+    >>> Candidate("low rank", ("encoder.0.dense",), ((8,), (16,)), [6144, 12288], [0.2, 0.05])
     """
 
     operator: str
@@ -35,6 +38,8 @@ class Candidate:
     damages: np.ndarray
     parts: tuple[tuple[Candidate, ...], ...] = ()
     partition: tuple[int, ...] = ()
+    picks: tuple[tuple[tuple[int, int], ...], ...] = ()
+    rows: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         name = f"candidate {self.operator!r} on {', '.join(self.sites)}"
@@ -44,44 +49,39 @@ class Candidate:
                 f"{name}: {len(self.choices)} choices, parameters of shape {given.shape}, damages of shape {damages.shape}: "
                 f"give one entry each for at least one choice"
             )
+        if len(self.picks) != (len(self.choices) if self.parts else 0):
+            raise HprError(
+                f"{name}: {len(self.picks)} picks from {len(self.parts)} groups: give one for each choice of a composite"
+            )
         if not np.isfinite(damages).all() or damages.min() < 0:
             worst = damages[~np.isfinite(damages) | (damages < 0)][0]
-            raise HprError(f"{name}: damage {worst} is no finite number of nats from 0 up: drop that choice")
+            raise HprError(f"{name}: damage {worst} is no finite number of nats from 0 up: leave that choice out")
         parameters = given.astype(np.int64) if np.isfinite(given).all() else np.zeros(1, np.int64)
         if parameters.min() < 1 or (parameters != given).any():
-            raise HprError(f"{name}: parameters {given.tolist()} are not all whole numbers from 1 up: drop those choices")
+            raise HprError(f"{name}: parameters {given.tolist()} are not all whole numbers from 1 up: leave those choices out")
         object.__setattr__(self, "damages", damages)
         object.__setattr__(self, "parameters", parameters)
 
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """``length`` positions to be cut into intervals [start, stop), each covered by one candidate registered for it.
+    """``length`` positions, and the candidates for intervals [start, stop) of them: a solution covers every position once.
 
-    With ``subtracks`` (all of this length) an interval may instead be solved by every subtrack alone, each with its own
-    segmentation: the parent holds what shares a factor among several slots, a subtrack one slot. Register ``keep`` once,
-    in the subtracks. A site outside the layer stacks is a track of length 1; groups that are not contiguous (a cycle) are a
-    composite for the interval that they fill. Raises ``HprError`` for intervals outside the track and for subtracks of
-    another length.
+    A site outside the layer stacks is a track of length 1; groups that are not contiguous (a cycle) are a composite for the
+    interval that they fill together. Raises ``HprError`` for a length below 1 and for intervals outside the track.
     """
 
     name: str
     length: int
     candidates: Mapping[tuple[int, int], tuple[Candidate, ...]]
-    subtracks: tuple[Track, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if self.length < 1:
-            raise HprError(f"track {self.name!r} has length {self.length}: a track has at least one position")
+            raise HprError(f"track {self.name!r} has length {self.length}: give it at least one position")
         for start, stop in self.candidates:
             if not 0 <= start < stop <= self.length:
-                raise HprError(f"track {self.name!r}: [{start}, {stop}) is no interval of its {self.length} positions")
-        if len({self.name, *(track.name for track in self.subtracks)}) <= len(self.subtracks):
-            raise HprError(f"track {self.name!r} and its subtracks need names of their own: rename those that are equal")
-        for track in self.subtracks:
-            if track.length != self.length:
                 raise HprError(
-                    f"track {self.name!r} has {self.length} positions, subtrack {track.name!r} {track.length}: make them equal"
+                    f"track {self.name!r}: [{start}, {stop}) is no interval of its {self.length} positions: leave it out"
                 )
 
 
@@ -94,7 +94,7 @@ class Choice:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks chosen, ``()`` for an operator without any."""
+        """The chosen ranks, ``()`` for an operator without any and for a composite (see ``leaves``)."""
         return self.candidate.choices[self.index]
 
     @property
@@ -108,19 +108,19 @@ class Choice:
 
     @property
     def leaves(self) -> tuple[Choice, ...]:
-        """The same as choices of plain candidates: one or more for every group of a composite, else itself."""
+        """The choices for the groups of a composite, each of a plain candidate; the choice itself if it is one."""
         if not self.candidate.parts:
             return (self,)
-        chosen = zip(self.candidate.parts, self.ranks[::2], self.ranks[1::2], strict=True)
-        return tuple(leaf for options, number, index in chosen for leaf in Choice(options[number], index).leaves)
+        picked = zip(self.candidate.parts, self.candidate.picks[self.index], strict=True)
+        return tuple(leaf for options, (number, index) in picked for leaf in Choice(options[number], index).leaves)
 
 
 @dataclass(frozen=True)
 class Solution:
     """Choices that cover every position of every track once, with their total ``damage`` (nats) and ``parameters``.
 
-    ``bound`` (nats) is a lower bound on the damage of any solution within the same limit, ``multiplier`` (nats per
-    parameter) the Lagrange multiplier it was found at, None where none was used. ``label`` says what was searched.
+    ``bound`` (nats) is a lower bound on the damage of any solution within the same limit. ``multiplier`` (nats per parameter)
+    is the Lagrange multiplier of the search, None if there was none. ``label`` says which operators were searched.
     """
 
     choices: tuple[Choice, ...]
@@ -132,7 +132,7 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """How far from optimal the damage can be at most, in nats."""
+        """An upper bound on the distance of the damage from the optimum, in nats."""
         return self.damage - self.bound
 
     @property
@@ -141,33 +141,33 @@ class Solution:
         return self.gap / self.damage if self.damage > 0 else 0.0
 
     @property
-    def structure(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """The groups and their operators, ranks left out: (operator, sites), sorted."""
-        return tuple(sorted((choice.candidate.operator, choice.candidate.sites) for choice in self.choices))
+    def structure(self) -> tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...]:
+        """The groups and their operators, ranks left out: (operator, sites, rows or ()), sorted."""
+        groups = (choice.candidate for choice in self.choices)
+        return tuple(sorted((one.operator, one.sites, one.rows or ()) for one in groups))
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A track as flat arrays over its points (choices of candidates of intervals), so that one numpy call prices them all."""
+    """A track as flat arrays over all points of all its candidates, so that one numpy call computes all costs."""
 
     track: Track
     candidates: tuple[Candidate, ...]
     intervals: np.ndarray  # (intervals, 2)
     intervals_of: np.ndarray  # (candidates,) number of each candidate's interval
     owners: np.ndarray  # (points,) number of each point's candidate
-    first_points: np.ndarray  # (candidates + 1,) where each candidate's points begin
-    interval_points: np.ndarray  # (intervals + 1,) where each interval's points begin
+    first_points: np.ndarray  # (candidates + 1,) number of each candidate's first point
+    interval_points: np.ndarray  # (intervals + 1,) number of each interval's first point
     damages: np.ndarray  # (points,) nats
     parameters: np.ndarray  # (points,)
-    subtables: tuple[Table, ...]
 
 
 def tabulate(track: Track) -> Table:
-    """Flatten a track and its subtracks, once for all the multipliers that will be tried."""
-    intervals = sorted(interval for interval, several in track.candidates.items() if several)
-    candidates = tuple(one for interval in intervals for one in track.candidates[interval])
+    """The table of a track; it serves for all multipliers."""
+    intervals = sorted(interval for interval, options in track.candidates.items() if options)
+    candidates = tuple(candidate for interval in intervals for candidate in track.candidates[interval])
     counts = [len(track.candidates[interval]) for interval in intervals]
-    sizes = [len(one.choices) for one in candidates]
+    sizes = [len(candidate.choices) for candidate in candidates]
     first_points = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     return Table(
         track=track,
@@ -177,57 +177,18 @@ def tabulate(track: Track) -> Table:
         owners=np.repeat(np.arange(len(candidates)), sizes),
         first_points=first_points,
         interval_points=first_points[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])],
-        damages=np.concatenate([np.zeros(0), *(one.damages for one in candidates)]),
-        parameters=np.concatenate([np.zeros(0, np.int64), *(one.parameters for one in candidates)]),
-        subtables=tuple(tabulate(subtrack) for subtrack in track.subtracks),
+        damages=np.concatenate([np.zeros(0), *(candidate.damages for candidate in candidates)]),
+        parameters=np.concatenate([np.zeros(0, np.int64), *(candidate.parameters for candidate in candidates)]),
     )
 
 
-def exhaustive_at(tracks: Sequence[Track], multiplier: float) -> Solution:
-    """The least damage + multiplier · parameters by enumeration. Exponential in everything: for tests."""
-    best = [
-        min(_covers(track, 0, track.length), key=lambda cover: sum(one.damage + multiplier * one.parameters for one in cover))
-        for track in tracks
-    ]
-    return solution(choice for cover in best for choice in cover)
-
-
-def exhaustive(tracks: Sequence[Track], limit: int) -> Solution:
-    """The least damage within ``limit`` parameters by enumeration. Exponential in everything: for tests and tiny models."""
-    covers = [list(_covers(track, 0, track.length)) for track in tracks]
-    damages, parameters = np.zeros(()), np.zeros((), np.int64)
-    for several in covers:
-        damages = np.add.outer(damages, [sum(one.damage for one in cover) for cover in several])
-        parameters = np.add.outer(parameters, [sum(one.parameters for one in cover) for cover in several])
-    if parameters.min() > limit:
-        raise impossible(limit, int(parameters.min()))
-    best = np.unravel_index(np.where(parameters <= limit, damages, np.inf).argmin(), damages.shape)
-    return solution(choice for several, number in zip(covers, best, strict=True) for choice in several[number])
-
-
 def solution(choices: Iterable[Choice]) -> Solution:
-    """Add choices up, composites as their groups; the bound is their own damage, as for a solution known to be optimal."""
+    """A solution of these choices, composites replaced by their groups; its bound is its damage, so that its gap is 0."""
     chosen = tuple(leaf for choice in choices for leaf in choice.leaves)
     damage = math.fsum(choice.damage for choice in chosen)
     return Solution(chosen, damage, sum(choice.parameters for choice in chosen), bound=damage)
 
 
-def impossible(limit: int, smallest: int) -> HprError:
-    """The error for a budget below the smallest possible total."""
-    return HprError(f"{limit:,} parameters are too few: the smallest possible total is {smallest:,}; raise the budget to that")
-
-
-def _covers(track: Track, start: int, stop: int, after_own: bool = False) -> Iterator[tuple[Choice, ...]]:
-    """Every cover of [start, stop), each once: with ``after_own`` the last arc is not "every subtrack alone"."""
-    if start == stop:
-        yield ()
-    for cut in range(start, stop):
-        ends: list[tuple[Choice, ...]] = [
-            (Choice(one, k),) for one in track.candidates.get((cut, stop), ()) for k in range(len(one.choices))
-        ]
-        if ends:
-            yield from (head + end for head in _covers(track, start, cut) for end in ends)
-        if track.subtracks and not after_own:
-            parts = [list(_covers(subtrack, cut, stop)) for subtrack in track.subtracks]
-            ends = [tuple(choice for part in parts for choice in part) for parts in itertools.product(*parts)]
-            yield from (head + end for head in _covers(track, start, cut, after_own=True) for end in ends)
+def impossible(limit: int, smallest: int) -> BudgetError:
+    """The error for a limit below the smallest possible total."""
+    return BudgetError(f"{limit:,} parameters are too few: the smallest possible total is {smallest:,}: raise the budget to it")

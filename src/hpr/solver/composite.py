@@ -1,8 +1,8 @@
-"""Composites: a whole interval cut into groups that need not be contiguous, as one candidate among the others.
+"""Composites: candidates that divide an interval into groups of positions that need not be adjacent.
 
-A cycle or a matching puts layers together that are no neighbours, which no segmentation of a track can. Each group chooses its
+A cycle or a matching groups layers that are not neighbours, which no segmentation of a track can do. Each group chooses its
 operator and rank by itself, so the curve of a composite is the sum of its groups' curves along one Lagrange multiplier
-(Shoham & Gersho 1988): exact at every vertex of the lower convex hull.
+(Shoham & Gersho 1988). It is exact at every vertex of the lower convex hull.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy as np
 from hpr.plans.terms import KEEP
 from hpr.solver.candidates import Candidate, Track
 
-POINTS = 256  # of a composite's curve at most
+POINTS = 256  # the most points of a composite's curve
 
 
 class Hull(NamedTuple):
-    """Vertices of the lower convex hull of several candidates' points, by parameters; damages fall, ever more slowly."""
+    """Vertices of the lower convex hull of the points of some candidates, in order of parameters; damages fall."""
 
-    numbers: np.ndarray  # which candidate
-    indices: np.ndarray  # which point of it
+    numbers: np.ndarray  # number of the vertex's candidate
+    indices: np.ndarray  # number of the vertex among that candidate's points
     parameters: np.ndarray
     damages: np.ndarray
 
     def damage_at(self, parameters: float) -> float:
-        """Damage (nats) between vertices, on the straight line; beyond the ends that of the end."""
+        """Damage (nats), interpolated between vertices; constant beyond the ends."""
         return float(np.interp(parameters, self.parameters, self.damages))
 
     @property
@@ -38,28 +38,30 @@ class Hull(NamedTuple):
 
 
 def compose(operator: str, partition: Sequence[int], parts: Sequence[tuple[Candidate, ...]]) -> Candidate:
-    """One candidate for an interval of ``len(partition)`` positions, from the candidates of each group.
+    """A composite for an interval of ``len(partition)`` positions.
 
-    ``partition``: the group of each position, from 0; ``parts[g]``: what group g may choose from, composites included.
+    ``partition``: the group of each position, from 0; ``parts[g]``: the candidates for group g, possibly composites.
     ``operator`` names the grouping. The curve has the vertices of the hull, thinned evenly to at most ``POINTS``.
     """
     hulls = [hull(options) for options in parts]
-    rates = np.concatenate([one.rates for one in hulls])
-    owners = np.repeat(np.arange(len(hulls)), [len(one.rates) for one in hulls])
-    order = np.argsort(-rates, kind="stable")  # the best edge first; those of one group stay in their order
+    rates = np.concatenate([group.rates for group in hulls])
+    owners = np.repeat(np.arange(len(hulls)), [len(group.rates) for group in hulls])
+    order = np.argsort(-rates, kind="stable")  # the best edge first; the edges of a group are in this order already
     steps = np.zeros((len(order) + 1, len(hulls)), np.int64)
     steps[np.arange(1, len(order) + 1), owners[order]] = 1
     vertices = steps.cumsum(axis=0)
     vertices = vertices[np.unique(np.linspace(0, len(vertices) - 1, POINTS).round().astype(int))]
-    columns = [column for one, at in zip(hulls, vertices.T, strict=True) for column in (one.numbers[at], one.indices[at])]
+    chosen = list(zip(hulls, vertices.T, strict=True))  # (hull, number of its vertex at each point) of each group
+    picks = [zip(group.numbers[at].tolist(), group.indices[at].tolist(), strict=True) for group, at in chosen]
     return Candidate(
         operator,
         tuple(site for options in parts for site in options[0].sites),
-        tuple(map(tuple, np.stack(columns, axis=1).tolist())),
-        np.sum([one.parameters[at] for one, at in zip(hulls, vertices.T, strict=True)], axis=0),
-        np.sum([one.damages[at] for one, at in zip(hulls, vertices.T, strict=True)], axis=0),
-        tuple(parts),
-        tuple(partition),
+        ((),) * len(vertices),
+        np.sum([group.parameters[at] for group, at in chosen], axis=0),
+        np.sum([group.damages[at] for group, at in chosen], axis=0),
+        parts=tuple(parts),
+        partition=tuple(partition),
+        picks=tuple(zip(*picks, strict=True)),
     )
 
 
@@ -67,66 +69,69 @@ def compose(operator: str, partition: Sequence[int], parts: Sequence[tuple[Candi
 def hull(options: tuple[Candidate, ...]) -> Hull:
     """The lower convex hull of all points of some candidates, from the fewest parameters to the least damage."""
     if len(options) > 1:
-        each = [hull((one,)) for one in options]
-        numbers = np.repeat(np.arange(len(each)), [len(one.indices) for one in each])
+        hulls = [hull((candidate,)) for candidate in options]
+        numbers = np.repeat(np.arange(len(hulls)), [len(each.indices) for each in hulls])
         indices, parameters, damages = (
-            np.concatenate([getattr(one, field) for one in each]) for field in ("indices", "parameters", "damages")
+            np.concatenate([getattr(each, field) for each in hulls]) for field in ("indices", "parameters", "damages")
         )
     else:
-        (one,) = options
-        numbers, indices = np.zeros(len(one.choices), np.int64), np.arange(len(one.choices))
-        parameters, damages = one.parameters, one.damages
+        (candidate,) = options
+        numbers, indices = np.zeros(len(candidate.choices), np.int64), np.arange(len(candidate.choices))
+        parameters, damages = candidate.parameters, candidate.damages
     order = np.lexsort((damages, parameters))
     least = np.minimum.accumulate(damages[order])
     order = order[np.concatenate([[True], least[1:] < least[:-1]])]
-    kept: list[int] = []
-    rates: list[float] = []
+    vertices: list[int] = []
+    rates: list[float] = []  # of the edge to each vertex but the first
     for point, size, damage in zip(order.tolist(), parameters[order].tolist(), damages[order].tolist(), strict=True):
-        while kept:
-            rate = (damages[kept[-1]] - damage) / (size - parameters[kept[-1]])
+        while vertices:
+            rate = (damages[vertices[-1]] - damage) / (size - parameters[vertices[-1]])
             if not rates or rate < rates[-1]:
                 rates.append(rate)
                 break
-            kept.pop()
+            vertices.pop()
             rates.pop()
-        kept.append(point)
-    return Hull(numbers[kept], indices[kept], parameters[kept], damages[kept])
+        vertices.append(point)
+    return Hull(numbers[vertices], indices[vertices], parameters[vertices], damages[vertices])
 
 
 def operators(tracks: Sequence[Track]) -> list[str]:
-    """Names of all operators registered anywhere in the tracks, sorted; a composite has those of its groups."""
-    own = {name for track in tracks for several in track.candidates.values() for one in several for name in _operators(one)}
-    return sorted(own.union(*(operators(track.subtracks) for track in tracks)))
+    """Names of all operators in the tracks, sorted; a composite has those of its groups."""
+    candidates = (candidate for track in tracks for options in track.candidates.values() for candidate in options)
+    return sorted({name for candidate in candidates for name in _operators(candidate)})
 
 
 def restrict(tracks: Sequence[Track], operators: Set[str]) -> tuple[Track, ...]:
-    """The same tracks with the candidates of these operators only; ``keep`` always stays.
+    """The same tracks with only the candidates of these operators and of ``keep``.
 
-    The groups of a composite choose among what is left, and a composite goes where one of them has nothing left.
+    The groups of a composite choose among their remaining candidates; a composite is left out if a group has none.
     """
     allowed = {*operators, KEEP}
     restricted = []
     for track in tracks:
         candidates = {}
-        for interval, several in track.candidates.items():
-            if chosen := tuple(one for every in several if (one := _restricted(every, allowed)) is not None):
-                candidates[interval] = chosen
-        restricted.append(Track(track.name, track.length, candidates, restrict(track.subtracks, operators)))
+        for interval, options in track.candidates.items():
+            if remaining := _remaining(options, allowed):
+                candidates[interval] = remaining
+        restricted.append(Track(track.name, track.length, candidates))
     return tuple(restricted)
 
 
 def _operators(candidate: Candidate) -> set[str]:
     if not candidate.parts:
         return {candidate.operator}
-    return {name for options in candidate.parts for one in options for name in _operators(one)}
+    return {name for options in candidate.parts for option in options for name in _operators(option)}
+
+
+def _remaining(options: Sequence[Candidate], allowed: Set[str]) -> tuple[Candidate, ...]:
+    restricted = (_restricted(option, allowed) for option in options)
+    return tuple(option for option in restricted if option is not None)
 
 
 def _restricted(candidate: Candidate, allowed: Set[str]) -> Candidate | None:
     if not candidate.parts:
         return candidate if candidate.operator in allowed else None
-    parts = tuple(
-        tuple(one for every in options if (one := _restricted(every, allowed)) is not None) for options in candidate.parts
-    )
+    parts = tuple(_remaining(options, allowed) for options in candidate.parts)
     if not all(parts):
         return None
     return candidate if parts == candidate.parts else compose(candidate.operator, candidate.partition, parts)

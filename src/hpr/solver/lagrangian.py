@@ -1,28 +1,30 @@
-"""Minimise total damage within a limit on parameters, over segmentations, operators and ranks at once.
+"""Minimise total damage within a limit on parameters, over segmentations, operators and ranks together.
 
-Lagrangian allocation (Everett 1963; Shoham & Gersho 1988): for a multiplier λ the least damage + λ · parameters is exact and
-easy, track by track; the right λ meets the budget but for a gap, which greedy moves then close as far as they can.
+Lagrangian allocation (Everett 1963; Shoham & Gersho 1988): for a multiplier λ the least damage + λ · parameters can be found
+exactly, track by track. The right λ meets the budget up to a gap, and greedy moves then close as much of it as they can.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
-from hpr.errors import HprError
+from hpr.errors import BudgetError, HprError
 from hpr.solver.candidates import Choice, Solution, Table, Track, impossible, solution, tabulate
 from hpr.solver.composite import operators, restrict
 from hpr.solver.lattice import Structure, least_costs, structures, trace
 
-BREADTH = 24  # structures that every search re-allocates: more close the gap further, each costs some milliseconds
-_NEIGHBOURS = (0.8, 1.25)  # multipliers, relative to the best one, whose structures are tried too
-_STEPS = 200  # of the search for λ; it ends by itself, mostly after 10 to 30
+BREADTH = 24  # structures that each search allocates: more of them close the gap further, each costs some milliseconds
+_NEIGHBOURS = (0.8, 1.25)  # other multipliers whose structures are tried, relative to the best one
+_STEPS = 200  # the most steps of the search for λ; it mostly converges after 10 to 30
 _ROUNDING = 1e-12
 Points = list[tuple[Table, int]]  # one point of one table for every group
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class _Allocation:
 
 @dataclass(frozen=True)
 class _Bracket:
-    """The two solutions on either side of the limit, the multiplier between them and the bound it proves (nats)."""
+    """The solutions just below and just above the limit, the multiplier between them, and its lower bound (nats)."""
 
     below: _Allocation
     above: _Allocation
@@ -42,111 +44,87 @@ class _Bracket:
     bound: float
 
 
-def solve_at(tracks: Sequence[Track], multiplier: float) -> Solution:
-    """The least damage + multiplier · parameters, exactly; ``multiplier`` in nats per parameter.
-
-    By Everett's theorem it is also the least damage of all solutions that are not larger: its gap is 0.
-    """
-    if not (multiplier >= 0 and math.isfinite(multiplier)):
-        raise HprError(f"multiplier {multiplier} is no finite number from 0 up")
-    points = _cheapest(_tabulate(tracks), 1.0, multiplier).points
-    return replace(solution(_choices(points)), multiplier=multiplier)
-
-
 def smallest(track: Track) -> int:
-    """The fewest parameters that any solution of this track has."""
+    """The fewest parameters of any solution of this track."""
     return _cheapest([tabulate(track)], 0.0, 1.0).parameters
 
 
 def solve(tracks: Sequence[Track], limit: int) -> Solution:
-    """The least damage within ``limit`` parameters, with a bound on how much better any solution could be.
+    """The solution of least damage found within ``limit`` parameters, with a lower bound on the damage of any solution.
 
-    Raises ``HprError`` for a limit below the smallest possible total, naming that, and for tracks that cannot be covered.
+    Raises ``BudgetError`` for a limit below the smallest possible total, which it names, and ``HprError`` for no tracks and
+    for a track that its candidates do not cover.
+
+    >>> from hpr.solver.candidates import Candidate, Track
+    >>> keep = Candidate("keep", ("a.0",), ((),), [100], [0.0])
+    >>> low_rank = Candidate("low rank", ("a.0",), ((1,), (2,)), [20, 40], [0.5, 0.1])
+    >>> best = solve([Track("a", 1, {(0, 1): (keep, low_rank)})], limit=50)
+    >>> best.choices[0].ranks, best.damage, best.parameters
+    ((2,), 0.1, 40)
     """
     return _search(tracks, limit, BREADTH)[0]
 
 
 def k_best(tracks: Sequence[Track], limit: int, k: int) -> list[Solution]:
-    """Up to ``k`` solutions of distinct structure within ``limit`` parameters, by damage. For re-scoring end to end.
+    """Up to ``k`` solutions of different structure within ``limit`` parameters, by damage, to be compared end to end.
 
-    K-best Viterbi at the final multiplier and its neighbours gives structures (segmentation and operators); each is then
-    allocated to the limit by itself. Up to ``BREADTH`` of them the first is ``solve``'s answer; a larger k looks further,
-    so that its first can only be better.
+    K-best Viterbi at the final multiplier and its neighbours gives structures (segmentation and operators). Each is then
+    allocated: its ranks are chosen for the limit. Up to k = ``BREADTH`` the first solution is the one of ``solve``; a larger k
+    searches more structures, so its first can only be better. Raises as ``solve``, and ``HprError`` for k below 1.
     """
     if k < 1:
-        raise HprError(f"k is {k}: ask for at least 1 solution")
+        raise HprError(f"k is {k}: ask for at least one solution")
     return _search(tracks, limit, max(k, BREADTH))[:k]
 
 
 def plan_candidates(tracks: Sequence[Track], limit: int) -> list[Solution]:
-    """Solutions with all operators (label ``"all"``) and with each one alone beside ``keep`` (its name), by damage.
+    """Solutions with all operators (label ``"all"``), and with each operator and ``keep`` (labelled by its name), by damage.
 
-    The first is thus never worse than any single-operator plan. Operators that cannot meet the limit alone are left out.
+    So the first is never worse than the solution of any single operator. An operator that cannot meet the limit is left out.
+    Raises as ``solve``.
     """
     whole = replace(solve(tracks, limit), label="all")
-    found = [whole]
+    solutions = [whole]
     for name in operators(tracks):
         try:
-            alone = solve(restrict(tracks, {name}), limit)
-        except HprError:
+            single = solve(restrict(tracks, {name}), limit)
+        except BudgetError:
+            _log.info("%s cannot meet a limit of %d parameters by itself", name, limit)
             continue
-        # what bounds the whole problem bounds its parts; each part's own bound says little about the whole
-        found.append(replace(alone, label=name, multiplier=whole.multiplier, bound=min(whole.bound, alone.damage)))
-    return sorted(found, key=lambda one: one.damage)
-
-
-def greedy(tracks: Sequence[Track], limit: int) -> Solution:
-    """Start at least damage; take the move of least extra damage per parameter saved until within ``limit``.
-
-    A move gives a group another point of its interval or puts one candidate in the place of adjacent groups. Groups are
-    never split again, so the last resort, where no move is left, is the smallest solution. What is left is filled.
-    """
-    roots = _tabulate(tracks)
-    least = _cheapest(roots, 0.0, 1.0)
-    if least.parameters > limit:
-        raise impossible(limit, least.parameters)
-    states = [trace(least_costs(root, 1.0, 0.0), 0, root.track.length) for root in roots]
-    moves = [_best_move(root, state) for root, state in zip(roots, states, strict=True)]
-    while sum(int(table.parameters[point]) for state in states for table, point in state) > limit:
-        rates = [rate for rate, _ in moves]
-        number = int(np.argmin(rates))
-        if rates[number] == np.inf:
-            states = [least.points]
-            break
-        states[number] = moves[number][1]
-        moves[number] = _best_move(roots[number], states[number])
-    filled = _adjust([point for state in states for point in state], limit, swap=True)
-    assert filled is not None  # it began within the limit
-    return replace(solution(_choices(filled.points)), bound=0.0)
+        # the bound of the whole problem holds for every part of it
+        solutions.append(replace(single, label=name, multiplier=whole.multiplier, bound=min(whole.bound, single.damage)))
+    return sorted(solutions, key=lambda each: each.damage)
 
 
 def _search(tracks: Sequence[Track], limit: int, breadth: int) -> list[Solution]:
     """Distinct structures, each allocated to the limit, by damage."""
-    roots = _tabulate(tracks)
-    bracket = _bracket(lambda *weights: _cheapest(roots, *weights), limit)
+    tables = _tabulate(tracks)
+    bracket = _bracket(lambda *weights: _cheapest(tables, *weights), limit)
     starts = [_adjust(side.points, limit, swap=True) for side in (bracket.below, bracket.above)]
-    found = [one for one in starts if one is not None]
-    tried = {frozenset(one): one for one in (_structure(side.points) for side in (*found, bracket.below, bracket.above))}
+    allocations = [start for start in starts if start is not None]
+    sides = (*allocations, bracket.below, bracket.above)
+    tried = {frozenset(structure): structure for structure in (_structure(side.points) for side in sides)}
     for factor in (1.0, *_NEIGHBOURS):
-        costs = [least_costs(root, 1.0, factor * bracket.multiplier) for root in roots]
+        costs = [least_costs(table, 1.0, factor * bracket.multiplier) for table in tables]
         count = breadth if factor == 1.0 else breadth // 2
-        tried |= {frozenset(one): one for _, one in islice(structures(costs), count)}
-    found += [one for structure in tried.values() if (one := _allocate(structure, limit)) is not None]
+        tried |= {frozenset(structure): structure for _, structure in islice(structures(costs), count)}
+    allocated = (_allocate(structure, limit) for structure in tried.values())
+    allocations += [allocation for allocation in allocated if allocation is not None]
     best: dict[tuple, Solution] = {}
-    for allocation in found:
+    for allocation in allocations:
         answer = solution(_choices(allocation.points))
         answer = replace(answer, multiplier=bracket.multiplier, bound=min(bracket.bound, answer.damage))
-        known = best.setdefault(answer.structure, answer)
-        if (answer.damage, answer.parameters) < (known.damage, known.parameters):
+        previous = best.setdefault(answer.structure, answer)
+        if (answer.damage, answer.parameters) < (previous.damage, previous.parameters):
             best[answer.structure] = answer
     return sorted(best.values(), key=lambda answer: (answer.damage, answer.parameters))
 
 
 def _bracket(cheapest: Callable[[float, float], _Allocation], limit: int) -> _Bracket:
-    """The best multiplier for a limit, from a function of (damage weight, parameter weight) that minimises exactly.
+    """The best multiplier for a limit; ``cheapest(damage_weight, parameter_weight)`` minimises the weighted sum exactly.
 
-    Instead of halving an interval of λ, each step tries the slope between the two sides: the dual function is piecewise
-    linear, so this ends at its very maximum, whatever the scale of damages and parameters.
+    Each step tries the slope between the two sides instead of halving an interval of λ. The dual function is piecewise
+    linear, so the search ends exactly at its maximum, for any scale of damages and parameters.
     """
     above = cheapest(1.0, 0.0)
     if above.parameters <= limit:
@@ -171,19 +149,19 @@ def _bracket(cheapest: Callable[[float, float], _Allocation], limit: int) -> _Br
     return _Bracket(below, above, multiplier, bound)
 
 
-def _cheapest(roots: Sequence[Table], damage_weight: float, parameter_weight: float) -> _Allocation:
+def _cheapest(tables: Sequence[Table], damage_weight: float, parameter_weight: float) -> _Allocation:
     points: Points = []
-    for root in roots:
-        points += trace(least_costs(root, damage_weight, parameter_weight), 0, root.track.length)
+    for table in tables:
+        points += trace(least_costs(table, damage_weight, parameter_weight))
     return _allocation(points)
 
 
 def _allocate(structure: Structure, limit: int) -> _Allocation | None:
-    """The ranks of a fixed structure under a limit; None where it cannot be met."""
+    """The best ranks of a fixed structure within a limit; None if no ranks meet it."""
     sizes = np.array([len(table.candidates[number].choices) for table, number in structure])
     firsts = np.array([table.first_points[number] for table, number in structure])
     columns = np.arange(sizes.max())
-    # curves of unequal length, padded with their own last point, which argmin never prefers to the first of its kind
+    # shorter curves are padded with their last point; argmin takes the first of equal points, so never a padded one
     offsets = np.minimum(columns, sizes[:, None] - 1)
     damages = np.stack([table.candidates[n].damages[row] for (table, n), row in zip(structure, offsets, strict=True)])
     parameters = np.stack([table.candidates[n].parameters[row] for (table, n), row in zip(structure, offsets, strict=True)])
@@ -201,10 +179,10 @@ def _allocate(structure: Structure, limit: int) -> _Allocation | None:
 
 
 def _adjust(points: Points, limit: int, swap: bool) -> _Allocation | None:
-    """Move single groups along their curves: down until within the limit, then up while anything fits.
+    """Change the points of single groups: to fewer parameters until within the limit, then to less damage while that fits.
 
-    Any point of the curve may be moved to, not only its hull; with ``swap`` any candidate of the same interval.
-    None where the groups cannot get within the limit.
+    A group may take any point of its candidate's curve, on the hull or not; with ``swap`` it may take any candidate of its
+    interval. None if no such change meets the limit.
     """
     pools = [_pool(table, point, swap) for table, point in points]
     ends = np.cumsum([pool.stop - pool.start for pool in pools])
@@ -216,7 +194,7 @@ def _adjust(points: Points, limit: int, swap: bool) -> _Allocation | None:
     while (slack := limit - int(parameters[now].sum())) < 0:
         saved = parameters[now][owner] - parameters
         lost = damages - damages[now][owner]
-        # saving more than is needed is worth nothing
+        # a saving counts only up to what is needed
         rates = np.where(saved > 0, lost / np.clip(saved, 1, -slack), np.inf)
         move = int(rates.argmin())
         if rates[move] == np.inf:
@@ -225,51 +203,13 @@ def _adjust(points: Points, limit: int, swap: bool) -> _Allocation | None:
     while True:
         gained = damages[now][owner] - damages
         extra = parameters - parameters[now][owner]
-        # what costs nothing comes first
+        # changes that cost no parameters come first
         rates = np.where((gained > 0) & (extra <= slack), gained / np.maximum(extra, 1e-9), 0.0)
         move = int(rates.argmax())
         if rates[move] <= 0:
             return _allocation([(table, int(numbers[position])) for (table, _), position in zip(points, now, strict=True)])
         slack -= int(extra[move])
         now[owner[move]] = move
-
-
-def _best_move(root: Table, state: Points) -> tuple[float, Points]:
-    """(extra nats per parameter saved, the state after it) of the best move within a root; inf where there is none."""
-    best: tuple[float, Points] = (np.inf, state)
-    spans = np.array([table.intervals[table.intervals_of[table.owners[point]]] for table, point in state])
-    damages = np.array([table.damages[point] for table, point in state])
-    parameters = np.array([table.parameters[point] for table, point in state])
-    for table, above in _family(root, ()):
-        if not table.candidates:
-            continue
-        # a move of this table replaces groups of its own and of its subtables, never part of one, none of its parents'
-        within = {id(member) for member, _ in _family(table, ())}
-        mine = np.array([id(owner) in within for owner, _ in state])
-        theirs = np.array([any(owner is parent for parent in above) for owner, _ in state])
-        starts, stops = table.intervals[:, :1], table.intervals[:, 1:]
-        overlaps = (spans[:, 0] < stops) & (spans[:, 1] > starts)  # (intervals, groups)
-        inside = (spans[:, 0] >= starts) & (spans[:, 1] <= stops) & mine
-        allowed = ~(overlaps & (theirs | (mine & ~inside))).any(axis=1)
-        interval = table.intervals_of[table.owners]
-        saved = (inside @ parameters)[interval] - table.parameters
-        lost = table.damages - (inside @ damages)[interval]
-        rates = np.where(allowed[interval] & (saved > 0), lost / np.maximum(saved, 1), np.inf)
-        point = int(rates.argmin())
-        if rates[point] < best[0]:
-            replaced = inside[interval[point]]
-            best = (
-                float(rates[point]),
-                [one for one, gone in zip(state, replaced, strict=True) if not gone] + [(table, point)],
-            )
-    return best
-
-
-def _family(table: Table, above: tuple[Table, ...]) -> Iterator[tuple[Table, tuple[Table, ...]]]:
-    """A table and everything under it, each with its parents."""
-    yield table, above
-    for subtable in table.subtables:
-        yield from _family(subtable, (*above, table))
 
 
 def _tabulate(tracks: Sequence[Track]) -> list[Table]:
@@ -279,7 +219,7 @@ def _tabulate(tracks: Sequence[Track]) -> list[Table]:
 
 
 def _pool(table: Table, point: int, swap: bool) -> slice:
-    """The points of a point's interval, or of its candidate alone."""
+    """The points of a point's candidate, or with ``swap`` of its interval."""
     owner = table.owners[point]
     bounds, number = (table.interval_points, table.intervals_of[owner]) if swap else (table.first_points, owner)
     return slice(int(bounds[number]), int(bounds[number + 1]))
@@ -295,6 +235,6 @@ def _structure(points: Points) -> Structure:
 
 
 def _choices(points: Points) -> list[Choice]:
-    """What the points stand for."""
+    """The choices that the points stand for."""
     owned = ((table, int(table.owners[point]), point) for table, point in points)
     return [Choice(table.candidates[owner], int(point - table.first_points[owner])) for table, owner, point in owned]

@@ -1,7 +1,7 @@
-"""The semi-Markov recursion over a track in three semirings: least cost, K best, and log (a CRF over group boundaries).
+"""The paths over a track: the cheapest one (semi-Markov Viterbi) and all of them in order of cost (lazy K-best).
 
-All three walk the same lattice: an arc [start, stop) is one of the track's own candidates, or "every subtrack alone". Two
-arcs of the second kind never follow one another, since one longer arc says the same: so every structure has exactly one path.
+The lattice has a node for each cut of the track, 0 to ``length``, and an arc [start, stop) for each interval with candidates. A
+path from 0 to ``length`` covers every position once; with one candidate per arc it is a structure.
 """
 
 from __future__ import annotations
@@ -22,67 +22,51 @@ Stream = Iterator[tuple[float, Structure]]  # (cost, structure), cheapest first
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """Least costs of a table at one multiplier. Matrices are (length + 1, length + 1), entry [i, j] is the interval [i, j).
+    """Least costs of a table's points, arcs and paths at one multiplier.
 
-    Costs are complex because numpy orders complex numbers lexicographically: the real part is what is minimised, the
-    imaginary part (parameters, or damage where only parameters count) breaks ties exactly, with no epsilon to choose.
+    Costs are complex because numpy orders complex numbers lexicographically: the real part is minimised, the imaginary part
+    (parameters, or damage if only parameters count) breaks ties exactly, so that no epsilon has to be chosen.
     """
 
     table: Table
-    points: np.ndarray
-    own: np.ndarray  # one arc, a candidate of this track
-    alone: np.ndarray  # one arc, every subtrack alone
-    after_own: np.ndarray  # any path whose last arc is not of the second kind
-    best: np.ndarray  # any path
-    subcosts: tuple[Costs, ...]
+    points: np.ndarray  # (points,)
+    arcs: np.ndarray  # (length + 1, length + 1): the cheapest candidate of [i, j), infinite if there is none
+    paths: np.ndarray  # (length + 1,): the cheapest path over the first j positions
 
 
-def least_costs(table: Table, damage_weight: float, parameter_weight: float, root: bool = True) -> Costs:
-    """Minimise ``damage_weight · damage + parameter_weight · parameters`` over every interval; the root needs row 0 only.
+def least_costs(table: Table, damage_weight: float, parameter_weight: float) -> Costs:
+    """Minimise ``damage_weight · damage + parameter_weight · parameters`` over the paths of a table.
 
-    The semi-Markov (segmental) Viterbi recursion, Sarawagi & Cohen 2004. O(length²) numpy rows per table.
+    The semi-Markov (segmental) Viterbi recursion, Sarawagi & Cohen 2004. Raises ``HprError`` if no path covers the track.
     """
-    subcosts = tuple(least_costs(subtable, damage_weight, parameter_weight, root=False) for subtable in table.subtables)
     tie_breaker = table.parameters if damage_weight else table.damages
     points = (damage_weight * table.damages + parameter_weight * table.parameters) + 1j * tie_breaker
     length = table.track.length
-    own, alone, after_own, best = np.full((4, length + 1, length + 1), np.inf, dtype=complex)
+    arcs, paths = np.full((length + 1, length + 1), np.inf, dtype=complex), np.full(length + 1, np.inf, dtype=complex)
     if len(points):
-        own[table.intervals[:, 0], table.intervals[:, 1]] = np.minimum.reduceat(points, table.interval_points[:-1])
-    if subcosts:
-        alone = np.sum([costs.best for costs in subcosts], axis=0)
-    np.fill_diagonal(after_own, 0)
-    np.fill_diagonal(best, 0)
+        arcs[table.intervals[:, 0], table.intervals[:, 1]] = np.minimum.reduceat(points, table.interval_points[:-1])
+    paths[0] = 0
     for stop in range(1, length + 1):
-        rows = 1 if root else stop
-        after_own[:rows, stop] = best[:rows, stop] = (best[:rows, :stop] + own[:stop, stop]).min(axis=1)
-        if subcosts:
-            others = (after_own[:rows, :stop] + alone[:stop, stop]).min(axis=1)
-            best[:rows, stop] = np.minimum(best[:rows, stop], others)
-    if root and not np.isfinite(best[0, -1]):
-        raise _uncovered(table.track, np.isfinite(best[0]))
-    return Costs(table, points, own, alone, after_own, best, subcosts)
+        paths[stop] = (paths[:stop] + arcs[:stop, stop]).min()
+    if not np.isfinite(paths[-1]):
+        raise uncovered(table.track, np.isfinite(paths))
+    return Costs(table, points, arcs, paths)
 
 
-def trace(costs: Costs, start: int, stop: int) -> list[tuple[Table, int]]:
-    """The points (table, number of the point) of a cheapest path over [start, stop)."""
-    table, found, may_be_alone = costs.table, [], True
-    while stop > start:
-        if may_be_alone and costs.best[start, stop] != costs.after_own[start, stop]:
-            cut = int((costs.after_own[start, :stop] + costs.alone[:stop, stop]).argmin())
-            found += [point for subcosts in costs.subcosts for point in trace(subcosts, cut, stop)]
-            may_be_alone = False
-        else:
-            cut = int((costs.best[start, :stop] + costs.own[:stop, stop]).argmin())
-            interval = int(np.flatnonzero((table.intervals == (cut, stop)).all(axis=1))[0])
-            first, last = table.interval_points[interval : interval + 2]
-            found.append((table, int(first + costs.points[first:last].argmin())))
-            may_be_alone = True
-        stop = cut
-    return found
+def trace(costs: Costs) -> list[tuple[Table, int]]:
+    """The points (table, number of the point) of a cheapest path, from the last to the first."""
+    table, path, stop = costs.table, [], costs.table.track.length
+    while stop > 0:
+        start = int((costs.paths[:stop] + costs.arcs[:stop, stop]).argmin())
+        interval = int(np.flatnonzero((table.intervals == (start, stop)).all(axis=1))[0])
+        first, last = table.interval_points[interval : interval + 2]
+        path.append((table, int(first + costs.points[first:last].argmin())))
+        stop = start
+    return path
 
 
-def _uncovered(track: Track, reached: np.ndarray) -> HprError:
+def uncovered(track: Track, reached: np.ndarray) -> HprError:
+    """The error for a track that no path covers; ``reached`` (length + 1,) says which cuts a path reaches."""
     position = int(np.flatnonzero(reached)[-1])
     return HprError(
         f"track {track.name!r}: no candidates cover position {position} after a full cover of those before it: add a keep"
@@ -116,40 +100,36 @@ def structures(tracks: Sequence[Costs]) -> Stream:
 
     Lazy K-best (Huang & Chiang 2005, algorithm 3): the exact least costs say when a path is worth opening at all.
     """
-    memory: dict[tuple[int, int, int, bool], _Lazy] = {}
-    return _all_of([_paths(costs, 0, costs.table.track.length, memory) for costs in tracks])
+    return _all_of([_paths(costs) for costs in tracks])
 
 
-def _paths(costs: Costs, start: int, stop: int, memory: dict, after_own: bool = False) -> _Lazy:
-    """Paths over [start, stop); with ``after_own`` only those that an "alone" arc may follow."""
-    key = (id(costs), start, stop, after_own)
-    if key not in memory:
-        memory[key] = _Lazy(iter([(0.0, ())]) if start == stop else _merge(_arcs(costs, start, stop, memory, after_own)))
-    return memory[key]
+def _paths(costs: Costs) -> _Lazy:
+    """All paths over a track, cheapest first; the streams for its prefixes are shared."""
+    prefixes = [_Lazy(iter([(0.0, ())]))]
+    for stop in range(1, costs.table.track.length + 1):
+        prefixes.append(_Lazy(_merge(_last_arcs(costs, prefixes, stop))))
+    return prefixes[-1]
 
 
-def _arcs(costs: Costs, start: int, stop: int, memory: dict, after_own: bool) -> Iterator[tuple[float, Callable[[], Stream]]]:
-    """(least cost, how to open the stream) for every last arc [cut, stop)."""
+def _last_arcs(costs: Costs, prefixes: Sequence[_Lazy], stop: int) -> Iterator[tuple[float, Callable[[], Stream]]]:
+    """(least cost, how to open the stream) of the paths over the first ``stop`` positions, by their last arc."""
 
-    def own(cut: int) -> Stream:
-        return _sums(_paths(costs, start, cut, memory), _Lazy(_candidates(costs, cut, stop)))
+    def open_stream(start: int) -> Stream:
+        return _sums(prefixes[start], _Lazy(_candidates(costs, start, stop)))
 
-    def alone(cut: int) -> Stream:
-        parts = _all_of([_paths(subcosts, cut, stop, memory) for subcosts in costs.subcosts])
-        return _sums(_paths(costs, start, cut, memory, after_own=True), _Lazy(parts))
-
-    for cut in range(start, stop):
-        if np.isfinite(first := costs.best[start, cut] + costs.own[cut, stop]):
-            yield float(first.real), partial(own, cut)
-        if not after_own and np.isfinite(first := costs.after_own[start, cut] + costs.alone[cut, stop]):
-            yield float(first.real), partial(alone, cut)
+    for start in range(stop):
+        if np.isfinite(first := costs.paths[start] + costs.arcs[start, stop]):
+            yield float(first.real), partial(open_stream, start)
 
 
 def _candidates(costs: Costs, start: int, stop: int) -> Stream:
+    """The candidates of one arc, cheapest first."""
     table = costs.table
     numbers = np.flatnonzero((table.intervals[table.intervals_of] == (start, stop)).all(axis=1))
     prices = [float(costs.points[table.first_points[n] : table.first_points[n + 1]].real.min()) for n in numbers]
-    return iter(sorted(((price, ((table, int(n)),)) for price, n in zip(prices, numbers, strict=True)), key=lambda one: one[0]))
+    return iter(
+        sorted(((price, ((table, int(n)),)) for price, n in zip(prices, numbers, strict=True)), key=lambda pair: pair[0])
+    )
 
 
 def _merge(sources: Iterator[tuple[float, Callable[[], Stream]]]) -> Stream:
@@ -166,20 +146,20 @@ def _merge(sources: Iterator[tuple[float, Callable[[], Stream]]]) -> Stream:
 
 
 def _sums(left: _Lazy, right: _Lazy) -> Stream:
-    """All pairs in order of cost: each pair (l, r) is reached from (l, r - 1), or from (l - 1, 0) where r is 0."""
+    """All pairs in order of cost: each pair (l, r) is reached from (l, r - 1), or from (l - 1, 0) if r is 0."""
     heap: list = []
 
-    def push(one: int, two: int) -> None:
-        if (a := left.get(one)) is not None and (b := right.get(two)) is not None:
-            heapq.heappush(heap, (a[0] + b[0], one, two, a[1] + b[1]))
+    def push(l_number: int, r_number: int) -> None:
+        if (l_item := left.get(l_number)) is not None and (r_item := right.get(r_number)) is not None:
+            heapq.heappush(heap, (l_item[0] + r_item[0], l_number, r_number, l_item[1] + r_item[1]))
 
     push(0, 0)
     while heap:
-        cost, one, two, structure = heapq.heappop(heap)
+        cost, l_number, r_number, structure = heapq.heappop(heap)
         yield cost, structure
-        push(one, two + 1)
-        if two == 0:
-            push(one + 1, 0)
+        push(l_number, r_number + 1)
+        if r_number == 0:
+            push(l_number + 1, 0)
 
 
 def _all_of(parts: Sequence[_Lazy]) -> Stream:

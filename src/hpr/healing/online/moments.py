@@ -24,10 +24,8 @@ _PARTS = ("left", "right", "mean")
 class Moments:
     """The profile of an original on a stream. Each new batch replaces the fraction ``forget`` of the statistics so far.
 
-    ``plan``: that of the student. ``profile``: the statistics to begin with, those that the student was planned with.
-    ``fitted`` returns the student that the plan gives on the present statistics.
-
-    Raises ``HprError`` for a fraction that is not above 0
+    ``plan``: that of the student. ``profile``: the statistics to begin with, which the student was planned with. ``fitted``
+    returns the student that the plan gives on the present statistics. Raises ``HprError`` for a fraction that is not above 0
     and at most 1, and for a profile or plan of another model.
 
     >>> moments = Moments(teacher, plan, profile, forget=0.05)
