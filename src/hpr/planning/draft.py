@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import AlignTarget, Symmetry
 from hpr.errors import HprError
-from hpr.layer_reuse.reuse import Reuse, with_layers
 from hpr.operators.alignment import symmetry_groups
 from hpr.operators.registry import OPERATORS, plannable
 from hpr.plans.budget import Budget, parse_budget
@@ -23,6 +22,9 @@ from hpr.plans.terms import KEEP, Entry
 from hpr.solver import lagrangian
 from hpr.solver.candidates import Candidate, Choice, Solution, Track
 from hpr.solver.composite import restrict
+
+if TYPE_CHECKING:
+    from hpr.layer_reuse.reuse import Reuse
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ class Draft:
 
 def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:
     """The plan with states of layers, their damage spread over the sites that vanish."""
+    from hpr.layer_reuse.reuse import with_layers  # an optional feature: other plans never load it
+
     plan = with_layers(plan, anatomy, reuse.states, reuse.dead_weights)
     share = reuse.damage / len(reuse.dead_weights.rows)
     spread = {name: replace(plan.entries[name], damage=share) for name in reuse.dead_weights.rows}
