@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,10 +37,19 @@ _WITHOUT_EFFECT = {  # on eager and sdpa: the mask holds what they say
 }
 
 
+class _Held:
+    """A value that can be given up from any thread."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 class Holder:
     """What one attention module hands to those above it during a forward pass; each thread sees its own.
 
-    Copies start empty. ``_traced`` serves compiled code, which cannot follow what belongs to a thread.
+    A value is given up once its gradient is complete: then all modules above have been through their backward pass, and none
+    asks again. Copies start empty. ``_traced`` serves compiled code, which cannot follow what belongs to a thread, and the
+    threads of autograd, which run a forward pass again if activations are checkpointed.
     """
 
     def __init__(self) -> None:
@@ -47,15 +57,21 @@ class Holder:
         self._traced: Any = None
 
     def put(self, value: Any) -> None:
+        """Keep a tensor, a tuple of tensors, or None."""
         self._traced = value
-        if not torch.compiler.is_compiling():
-            self._local.value = value
+        if torch.compiler.is_compiling():
+            return
+        self._local.held = held = _Held(value)
+        first = value[0] if isinstance(value, tuple) else value
+        if isinstance(first, Tensor) and first.requires_grad:
+            first.register_hook(functools.partial(_give_up, weakref.ref(self), weakref.ref(held)))
 
     def get(self) -> Any:
-        """What was put last, None after ``clear``."""
+        """What was put last; None after ``clear`` and after the backward pass."""
         if torch.compiler.is_compiling():
             return self._traced
-        return getattr(self._local, "value", self._traced)
+        held: _Held | None = getattr(self._local, "held", None)
+        return self._traced if held is None else held.value
 
     def clear(self) -> None:
         self.put(None)
@@ -65,6 +81,15 @@ class Holder:
 
     def __reduce__(self) -> tuple[type[Holder], tuple[()]]:
         return Holder, ()
+
+
+def _give_up(holder: weakref.ref[Holder], held: weakref.ref[_Held], gradient: Tensor) -> None:
+    """A hook for the gradient of what was put; it must not keep alive what it is a hook of."""
+    mine, owner = held(), holder()
+    if mine is not None:
+        if owner is not None and owner._traced is mine.value:
+            owner._traced = None
+        mine.value = None
 
 
 @dataclass

@@ -18,9 +18,9 @@ from hpr.anatomy.lookup import module_at, weight_of
 from hpr.anatomy.model import Anatomy
 from hpr.errors import HprError
 from hpr.layer_reuse.attention import Holder, role_of
-from hpr.layer_reuse.install import attention_at, paths_of, reading_the_same, with_states
+from hpr.layer_reuse.install import attention_at, reading_the_same, with_states
 from hpr.layer_reuse.reuse import DeadWeights, RowRanges
-from hpr.plans.layer_states import DROPPED, site_layer
+from hpr.plans.layer_states import DROPPED, paths_of, site_layer
 from hpr.runtime.batch import Batch, BatchLike, example_batch
 from hpr.runtime.hooks import run, to_device_of
 

@@ -11,7 +11,7 @@ import ast
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from hpr.anatomy.model import Anatomy
 from hpr.anatomy.source_code import attribute_of_self, functions_of, names_in, tree_of
 from hpr.errors import HprError
 from hpr.layer_reuse.attention import Clearing, Holder, attention_modules, role_of
-from hpr.plans.layer_states import DROPPED, STATES, WEIGHTS, check_states, source
+from hpr.plans.layer_states import DROPPED, STATES, WEIGHTS, check_states, paths_of, source
 
 
 def with_states(model: nn.Module, states: Mapping[str, str]) -> nn.Module:
@@ -51,16 +51,6 @@ def reading_the_same(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     return copy.deepcopy(model, memo)
 
 
-def paths_of(anatomy: Anatomy, states: Mapping[str, str]) -> dict[str, str]:
-    """The same states by the paths of the blocks, below the base model."""
-    stacks = {stack.name: stack for stack in anatomy.stacks}
-    found = {}
-    for name, state in states.items():
-        stack, _, number = name.rpartition(".")
-        found[stacks[stack].block(number)] = state
-    return found
-
-
 def install(model: nn.Module, layers: Mapping[str, str]) -> None:
     """Give layers their states, in place: drop blocks, and connect attention modules. ``layers``: path of a block → its state.
 
@@ -78,10 +68,19 @@ def install(model: nn.Module, layers: Mapping[str, str]) -> None:
             _owner(model, path).register_forward_pre_hook(Clearing(holders))
 
 
-def check(model: nn.Module, layers: Mapping[str, str]) -> None:
-    """Raise ``HprError`` where a layer is not there or cannot have its state; ``layers`` as for ``install``."""
+def check(model: nn.Module, layers: Mapping[str, str], removed: Iterable[str] = ()) -> None:
+    """Raise ``HprError`` if a layer is not there or cannot have its state; ``layers`` as for ``install``.
+
+    ``removed``: paths of modules that have no effect any more. They must be inside the attention of a layer that reuses.
+    """
     for path, states in _by_container(layers).items():
         _check(model, path, states)
+    reusing = [block for block, state in layers.items() if state != DROPPED]
+    for path in removed:
+        if not any(path.startswith(f"{attention}.") for block in reusing for attention in attention_at(model, block)):
+            raise HprError(
+                f"{path} is said to have no effect, but its layer attends by itself: give it terms, or plan to keep it"
+            )
 
 
 def reusable(model: nn.Module, anatomy: Anatomy) -> dict[str, str | None]:

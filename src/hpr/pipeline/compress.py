@@ -23,7 +23,6 @@ from hpr.data.splits import Splits, joined, split_sources
 from hpr.errors import HprError
 from hpr.evaluation.divergence import Comparison, Estimate, divergence
 from hpr.evaluation.evaluate import evaluate
-from hpr.layer_reuse.ablation import intervene
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import reusing_plans, students
 from hpr.planning.draft import Draft
@@ -135,6 +134,8 @@ def compress(
         else:
             tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))]
     if reuse:
+        from hpr.layer_reuse.ablation import intervene  # an optional feature, loaded if asked for
+
         with clock("interventions"):
             found = replace(found, interventions=intervene(opened.model, texts.rescoring, goal))
             others = reusing_plans(opened.model, found, sketch, limit, texts.rescoring, goal)

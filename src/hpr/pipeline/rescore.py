@@ -9,7 +9,6 @@ from torch import nn
 
 from hpr.errors import BudgetError
 from hpr.evaluation.divergence import Comparison, compare
-from hpr.layer_reuse.ablation import reuses
 from hpr.planning.draft import Draft
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import site_layer
@@ -60,6 +59,8 @@ def reusing_plans(
 
     Their damage is the measured one of the layers together plus what is predicted for the rest. At most two, the best first.
     """
+    from hpr.layer_reuse.ablation import reuses  # an optional feature, loaded if asked for
+
     proposal = sketch.propose(budget)
     best = proposal.plan
     chosen = set(sketch.anatomy.select(sketch.only))

@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import AlignTarget, Symmetry
 from hpr.errors import BudgetError
-from hpr.layer_reuse.reuse import Reuse, with_layers
 from hpr.operators.alignment import symmetry_groups
 from hpr.operators.registry import OPERATORS
 from hpr.planning.search import Search
@@ -22,6 +21,9 @@ from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, Entry
 from hpr.solver.candidates import Choice, Solution, Track
+
+if TYPE_CHECKING:
+    from hpr.layer_reuse.reuse import Reuse
 
 _log = logging.getLogger(__name__)
 
@@ -193,6 +195,8 @@ def _damage(proposal: Proposal) -> float:
 
 def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:
     """The plan with states of layers, their damage spread over the sites that vanish."""
+    from hpr.layer_reuse.reuse import with_layers  # an optional feature: other plans never load it
+
     plan = with_layers(plan, anatomy, reuse.states, reuse.dead_weights)
     share = reuse.damage / len(reuse.dead_weights.rows)
     spread = {name: replace(plan.entries[name], damage=share) for name in reuse.dead_weights.rows}
