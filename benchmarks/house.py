@@ -59,10 +59,8 @@ def main() -> None:
     for name, text, files, count in rows:
         print(f"{name:{width}}  {files:3} files {count:6,} lines  {text}")
     every = sorted(root.rglob("*.py"), key=lines)
-    longest = every[-1]
-    print(
-        f"\n{len(every)} files, {sum(map(lines, every)):,} lines; the longest is {longest.relative_to(root)}, {lines(longest)}"
-    )
+    longest, total = every[-1], sum(map(lines, every))
+    print(f"\n{len(every)} files, {total:,} lines; the longest is {longest.relative_to(root)}, {lines(longest)}")
     modules = [file.name for file in root.glob("*.py") if file.name != "__init__.py"]
     print(f"modules at the root: {len(modules)} ({', '.join(sorted(modules)) or 'none'})")
     library, command_line = long_signatures(root)
