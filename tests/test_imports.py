@@ -15,10 +15,10 @@ import hpr
 PACKAGE = Path(hpr.__file__).parent
 BELOW = {
     "errors": "",
-    "reporting": "",
     "anatomy": "",
     "runtime": "anatomy",
     "plans": "anatomy runtime",
+    "reporting": "plans",
     "profiling": "anatomy runtime",
     "solver": "plans",
     "nn": "anatomy plans runtime",
