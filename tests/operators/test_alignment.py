@@ -228,7 +228,7 @@ def test_plans_without_alignment_say_nothing_of_it(planted) -> None:
 def test_alignment_needs_its_profile_and_its_model(planted) -> None:
     model, _, profile = planted
     plan = hpr.plan(model, profile, "40%", PlanOptions(only="encoder.*"))
-    with pytest.raises(HprError, match="profile that it was made with"):
+    with pytest.raises(HprError, match="profile it was made with"):
         hpr.share(model, plan)
     wrong = AlignTarget(Symmetry("encoder", "order", 8, (AxisSlice("output.dense", "columns", 0, 640),)), "layer below")
     with pytest.raises(HprError, match=r"transforms columns 0 to 640 of 'output.dense'"):

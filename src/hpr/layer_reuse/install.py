@@ -1,8 +1,8 @@
-"""Reuse of computation: layers that are dropped, or that reuse the attention weights or the keys and values of a layer below.
+"""Drop layers of a model, or let them reuse the attention weights or the keys and values of a layer below.
 
-``with_states`` gives a model with such layers and all its weights, for an intervention; ``dead_weights`` finds which weights have
-no effect there any more, and ``with_layers`` puts that into a plan, which ``hpr.share`` carries out. Nothing is known by name:
-attention modules are those that call transformers' attention interface, matched by their path inside the block.
+``with_states`` returns a copy of a model with such layers and all its weights, for an intervention. ``dead_weights`` finds the
+weights without effect there, ``with_layers`` writes that into a plan, and ``hpr.share`` carries the plan out. Attention modules
+are found by their code: they call the attention interface of transformers. They are matched by their path inside the block.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from hpr.plans.layer_states import DROPPED, STATES, WEIGHTS, check_states, paths
 
 
 def with_states(model: nn.Module, states: Mapping[str, str]) -> nn.Module:
-    """A copy of a model whose layers have some states; it reads the weights of the original, which itself is untouched.
+    """A copy of a model whose layers have some states. It reads the weights of the original, which is not changed.
 
-    ``states``: layer name (``encoder.3``) → ``"dropped"``, ``"attention reused"`` or ``"keys and values reused"``. What has no
-    effect any more is still there. Raises ``HprError`` for unknown layers and states, and for layers that cannot.
+    ``states``: layer name (``encoder.3``) → ``"dropped"``, ``"attention reused"`` or ``"keys and values reused"``. Weights
+    without effect are still in the copy. Raises ``HprError`` for unknown layers and states, and for layers that cannot change.
     """
     anatomy = describe(model)
     check_states(states, {stack.name: stack.layers for stack in anatomy.stacks})
@@ -40,7 +40,7 @@ def with_states(model: nn.Module, states: Mapping[str, str]) -> nn.Module:
 
 
 def reading_the_same(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of a model that reads the original's weights, cast where a ``dtype`` is given; gradients stay its own."""
+    """A copy of a model that reads the weights of the original, cast if a ``dtype`` is given; its gradients are separate."""
 
     def parameter(own: nn.Parameter) -> nn.Parameter:
         kept = own.detach() if dtype is None or not own.is_floating_point() else own.detach().to(dtype)
@@ -54,8 +54,8 @@ def reading_the_same(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 def install(model: nn.Module, layers: Mapping[str, str]) -> None:
     """Give layers their states, in place: drop blocks, and connect attention modules. ``layers``: path of a block → its state.
 
-    The blocks that stay keep their numbers, so the names of weights and the places in caches are as they were. Raises
-    ``HprError``, before anything is changed, where a layer cannot have its state.
+    The remaining blocks keep their numbers, so the names of weights and the positions in caches do not change. Raises
+    ``HprError``, before anything is changed, if a layer cannot have its state.
     """
     check(model, layers)
     for path, states in _by_container(layers).items():
@@ -84,7 +84,7 @@ def check(model: nn.Module, layers: Mapping[str, str], removed: Iterable[str] = 
 
 
 def reusable(model: nn.Module, anatomy: Anatomy) -> dict[str, str | None]:
-    """Layer name → why it cannot reuse attention weights, or keys and values; None where it can."""
+    """Layer name → why it cannot reuse attention weights, or keys and values; None if it can."""
     return {
         f"{stack.name}.{layer}": _why_no_reuse(model, stack.path, layer)
         for stack in anatomy.stacks
@@ -93,7 +93,7 @@ def reusable(model: nn.Module, anatomy: Anatomy) -> dict[str, str | None]:
 
 
 def droppable(model: nn.Module, anatomy: Anatomy) -> dict[str, str | None]:
-    """Layer name → why it cannot be dropped; None where it can."""
+    """Layer name → why it cannot be dropped; None if it can."""
     return {
         f"{stack.name}.{layer}": _why_no_drop(model, stack.path, layer)
         for stack in anatomy.stacks
@@ -187,7 +187,7 @@ def _why_no_drop(model: nn.Module, path: str, layer: int) -> str | None:
     block, owner = blocks[str(layer)], _owner(model, path)
     assert block is not None
     if layer == min(int(name) for name in blocks if name.isdigit()):
-        return "the lowest layer counts what is in the cache, and may hold what all others read"
+        return "the lowest layer counts the positions in the cache, and may hold tensors that all others read"
     types = _attention_types(owner)
     if types is not None and len(set(types)) > 1:
         return f"{type(owner).__name__} attends in different ways by the number of the layer"
