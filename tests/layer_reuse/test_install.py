@@ -32,8 +32,7 @@ from hpr.nn.bank import parameters
 from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
 from hpr.plans.plan import Plan, keep_all
 from hpr.plans.terms import Entry, Term
-from hpr.runtime.batch import example_batch
-from hpr.runtime.batch import as_batch
+from hpr.runtime.batch import as_batch, example_batch
 from hpr.runtime.hooks import run
 from hpr.sharing.refit import refit_stacks
 from hpr.sharing.share import share
