@@ -31,7 +31,7 @@ from hpr.nn.bank import parameters
 from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
 from hpr.plans.plan import Plan, keep_all
 from hpr.plans.terms import Entry, Term
-from hpr.runtime.batch import example_batch
+from hpr.runtime.batch import as_batch, example_batch
 from hpr.runtime.hooks import run
 from hpr.sharing.refit import refit_stacks
 from hpr.sharing.share import share
@@ -78,7 +78,7 @@ def made(name: str, state: str) -> tuple[nn.Module, nn.Module]:
 
 def out(model: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
-        output = run(model, batch)
+        output = run(model, as_batch(batch))
         return output if isinstance(output, Tensor) else next(value for value in output.values() if value.dim() > 1)
 
 
