@@ -151,7 +151,7 @@ def stacks_by_role(model: nn.Module, anatomy: Anatomy) -> dict[str, Stack]:
     named = {stack.name: stack for stack in anatomy.stacks}
     roles = {role: stack for stack in anatomy.stacks for role in ROLES if role in stack.path.split(".")}
     if len(anatomy.stacks) == 1 and not roles:
-        role = "decoder" if objective_for(model).name == "causal-lm" else "encoder"
+        role = "decoder" if objective_for(model).shifts_labels else "encoder"
         roles[role] = anatomy.stacks[0]
     return named | roles
 
