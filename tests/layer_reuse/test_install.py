@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from hpr.nn.bank import parameters
 from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
 from hpr.plans.plan import Plan, keep_all
 from hpr.plans.terms import Entry, Term
-from hpr.runtime.batch import example_batch
+from hpr.runtime.batch import as_batch, example_batch
 from hpr.runtime.hooks import run
 from hpr.sharing.refit import refit_stacks
 from hpr.sharing.share import share
@@ -78,7 +79,7 @@ def made(name: str, state: str) -> tuple[nn.Module, nn.Module]:
 
 def out(model: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
-        output = run(model, batch)
+        output = run(model, as_batch(batch))
         return output if isinstance(output, Tensor) else next(value for value in output.values() if value.dim() > 1)
 
 
@@ -352,6 +353,23 @@ def test_mixed_states_take_from_the_nearest_layer_that_has_it() -> None:
     skipping = with_states(model, {"encoder.1": WEIGHTS, "encoder.2": KEYS})
     blocks = [next(iter(attention_modules(module_at(skipping, f"encoder.layer.{layer}")).values())) for layer in range(3)]
     assert blocks[2].hpr_role.takes_keys is blocks[0].hpr_role.gives_keys is not None
+
+
+@pytest.mark.parametrize("state", [WEIGHTS, KEYS])
+def test_nothing_is_held_after_a_backward_pass(state: str) -> None:
+    model = with_states(make("BERT"), {"encoder.1": state, "encoder.2": state}).train()
+    blocks = [next(iter(attention_modules(module_at(model, f"encoder.layer.{layer}")).values())) for layer in range(3)]
+    holder = blocks[0].hpr_role.gives_weights or blocks[0].hpr_role.gives_keys
+    for _ in range(2):
+        output = run(model, {"input_ids": torch.randint(3, 96, (2, 6))})[0]
+        given = holder.get()
+        held = weakref.ref(given[0] if isinstance(given, tuple) else given)
+        del given
+        assert held() is not None
+        output.sum().backward()
+        del output
+        assert held() is None
+        assert holder.get() is None
 
 
 def test_operations_fall() -> None:

@@ -1,5 +1,6 @@
 """Objectives: divergences against the formulas, losses with the right Fisher matrix, masks, and the choice by class."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,9 +9,11 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
+import hpr
 from hpr.errors import HprError
-from hpr.profiling.objectives import OBJECTIVES, TEMPERATURES, UNCERTAIN, objective_for, softened
+from hpr.profiling.objectives import OBJECTIVES, TEMPERATURES, UNCERTAIN, Objective, objective_for, softened
 from hpr.runtime.batch import as_batch, examples_in, mask_of
 from hpr.runtime.hooks import run
 
@@ -183,3 +186,45 @@ def test_calls_and_counts() -> None:
     assert torch.equal(run(linear, as_batch(torch.ones(4, 2))), linear(torch.ones(4, 2)))
     assert torch.equal(run(linear, {"input": torch.ones(4, 2)}), linear(torch.ones(4, 2)))
     assert examples_in(as_batch(torch.ones(4, 2))) == examples_in({"input": torch.ones(4, 2)}) == 4
+
+
+def test_a_new_objective_is_one_entry(monkeypatch) -> None:
+    """A regression: its labels count nowhere, its outputs are the logits of a classifier read as Gaussian means."""
+
+    def read(outputs, batch):
+        return outputs.logits, torch.ones(len(outputs.logits))
+
+    toy = Objective("regression", read, categorical=False, classes=("MODEL_FOR_TOY_MAPPING_NAMES",))
+    monkeypatch.setattr(modeling_auto, "MODEL_FOR_TOY_MAPPING_NAMES", {"toy": "Regressor"}, raising=False)
+    monkeypatch.setitem(OBJECTIVES, "regression", toy)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+    model = type("Regressor", (tf.BertForSequenceClassification,), {})(tf.BertConfig(**sizes, num_labels=3)).eval()
+    assert objective_for(model) is toy
+    batches = [{"input_ids": torch.randint(3, 40, (4, 6))} for _ in range(2)]
+    profile = hpr.profile(model, batches)
+    assert profile.about["objective"] == "regression"
+    assert sum(site.live for site in profile.sites.values()) > 6
+    student = copy.deepcopy(model)
+    student.classifier.weight.data += 0.1
+    found = hpr.evaluate(student, model, batches, repeats=0)["quality"]
+    logits = [[m(**batch).logits for batch in batches] for m in (model, student)]
+    expected = 0.5 * (torch.cat(logits[0]) - torch.cat(logits[1])).square().sum(-1).mean()
+    assert found[0]["name"] == "Divergence from the original"
+    assert abs(found[0]["after"] - float(expected)) < 1e-5
+    with pytest.raises(HprError, match="the objective is 'regression'"):
+        hpr.evaluate(student, model, batches, labels=[0] * 8, repeats=0)
+
+
+def test_labels_are_read_as_the_objective_says(monkeypatch) -> None:
+    toy = replace(OBJECTIVES["causal-lm"], name="unshifted", shifts_labels=False, classes=())
+    monkeypatch.setitem(OBJECTIVES, "unshifted", toy)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).eval()
+    ids = torch.randint(3, 40, (4, 6))
+    logits = model(input_ids=ids).logits.detach()
+    for name, shift in (("causal-lm", 1), ("unshifted", 0)):
+        found = hpr.evaluate(model, model, [{"input_ids": ids, "labels": ids}], OBJECTIVES[name], repeats=0)["quality"][0]
+        expected = nn.functional.cross_entropy(logits[:, : 6 - shift].flatten(0, 1), ids[:, shift:].flatten())
+        assert abs(found["before"] - float(expected)) < 1e-5

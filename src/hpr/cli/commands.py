@@ -23,8 +23,8 @@ from hpr.cli.options import (
     Output,
     Seed,
     Teacher,
+    mixture,
     operator_names,
-    sources,
 )
 
 
@@ -61,17 +61,16 @@ def profile(
     from hpr.checkpoints.open import open_model
     from hpr.cli import tables
     from hpr.data.splits import open_data
-    from hpr.profiling import run
+    from hpr.profiling.run import profile as profile_batches
 
-    opened = open_model(model, device)
-    files, shares = sources(data)
-    batches, _ = open_data(files, opened, "calibration", examples, shares=shares)
+    loaded = open_model(model, device, objective=objective)
+    batches, _ = open_data(mixture(data), loaded, "calibration", examples)
     with bars():
-        found = run.profile(opened.model, batches, objective or opened.objective, seed)
-    found.save(output)
-    layers = {name: vars(features) for name, features in found.layers.items()}
-    result = {"output": str(output), "about": dict(found.about), "layers": layers}
-    show(result, as_json, tables.layers_table(layers), lines(*tables.profile_lines(found.about), f"written: {output}"))
+        measured = profile_batches(loaded.model, batches, loaded.objective, seed)
+    measured.save(output)
+    layers = {name: vars(features) for name, features in measured.layers.items()}
+    result = {"output": str(output), "about": dict(measured.about), "layers": layers}
+    show(result, as_json, tables.layers_table(layers), lines(*tables.profile_lines(measured.about), f"written: {output}"))
 
 
 def plan(
@@ -92,6 +91,7 @@ def plan(
     from hpr.checkpoints.open import open_model
     from hpr.cli import tables
     from hpr.planning import planner
+    from hpr.planning.options import PlanOptions
     from hpr.plans.budget import parse_budget
     from hpr.profiling.profile import Profile
 
@@ -100,7 +100,7 @@ def plan(
     bytes_each = bytes_per_parameter(opened.model)
     limit = parse_budget(budget, describe(opened.model), bytes_each, only)  # before minutes are spent on curves
     with bars():
-        sketch = planner.draft(opened.model, found, only, operator_names(operators), align="auto" if align is None else align)
+        sketch = planner.draft(opened.model, found, PlanOptions(only=only, operators=operator_names(operators), align=align))
     best = sketch.best(limit)
     best.save(output)
     as_dict, used = best.to_dict(), best.parameters(sketch.anatomy)
@@ -154,22 +154,21 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a smaller model with its original, and note the figures in its metrics.json."""
+    """Compare a compressed model with its original, and add the figures to its metrics.json."""
     quiet()
     from hpr.checkpoints.open import open_model
     from hpr.cli import tables
     from hpr.data.splits import open_data
-    from hpr.evaluation import evaluate as evaluation
+    from hpr.evaluation.evaluate import evaluate as evaluate_batches
     from hpr.pipeline.record import check_original, note_metrics
     from hpr.profiling.objectives import objective_for
 
-    student, original = open_model(folder, device), open_model(teacher, device)
+    student, original = open_model(folder, device), open_model(teacher, device, objective=objective)
     check_original(folder, original)
-    files, shares = sources(data)
-    batches, label = open_data(files, original, "heldout", examples, shares=shares)
-    goal = objective_for(original.model, objective or original.objective)
+    batches, label = open_data(mixture(data), original, "heldout", examples)
+    goal = objective_for(original.model, original.objective)
     with err.status("evaluating"):
-        metrics = evaluation.evaluate(student.model, original.model, batches, goal, data=label)
+        metrics = evaluate_batches(student.model, original.model, batches, goal, data=label)
     note_metrics(folder, original, metrics)
     show(metrics, as_json, *tables.before_after({}, metrics))
 

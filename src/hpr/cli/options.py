@@ -1,4 +1,4 @@
-"""Options that several verbs have, with their help, and how their text is read."""
+"""Options that several commands have, with their help, and how their text is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpr.errors import HprError
+from hpr.errors import DataError
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Folder or hub id. The packaged all-MiniLM-L6-v2 if left out.")
@@ -37,15 +37,17 @@ Output = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Wh
 Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="The original; the packaged one if left out.")]
 
 
-def sources(given: Sequence[str] | None) -> tuple[Any, dict[str, float] | None]:
-    """What ``--data`` names: nothing, a file, or several files by name; and the share of each of several."""
+def mixture(given: Sequence[str] | None) -> Any:
+    """The data that ``--data`` names: nothing, one file, or a ``Mixture`` of several files with their shares."""
+    from hpr.data.sources import Mixture
+
     pairs = [_with_share(text) for text in given or ()]
     if len(pairs) < 2:
-        return next((path for path, _ in pairs), None), None
+        return next((path for path, _ in pairs), None)
     paths = [path for path, _ in pairs]
     if twice := next((path for path in paths if paths.count(path) > 1), None):
-        raise HprError(f"--data names {twice} twice: give it once, with a share")
-    return dict(zip(paths, paths, strict=True)), dict(pairs)
+        raise DataError(f"--data names {twice} twice: give it once, with a share")
+    return Mixture(dict(zip(paths, paths, strict=True)), dict(pairs))
 
 
 def _with_share(text: str) -> tuple[str, float]:
@@ -55,10 +57,10 @@ def _with_share(text: str) -> tuple[str, float]:
     try:
         return path, float(share)
     except ValueError as error:
-        raise HprError(f"--data {text}: the share {share!r} is no number; say FILE=2, or FILE alone") from error
+        raise DataError(f"--data {text}: the share {share!r} is no number; say FILE=2, or FILE alone") from error
 
 
-def operator_names(text: str | None) -> list[str] | None:
+def operator_names(text: str | None) -> tuple[str, ...] | None:
     """``tie+scale, low-rank`` as the names that the planner knows; what is unknown is left for it to refuse."""
     from hpr.operators.registry import plannable
 
@@ -69,4 +71,4 @@ def operator_names(text: str | None) -> list[str] | None:
         return "".join(name.lower().replace("-", " ").split())
 
     known = {squeezed(name): name for name in plannable()}
-    return [known.get(squeezed(part), part.strip()) for part in text.split(",")]
+    return tuple(known.get(squeezed(part), part.strip()) for part in text.split(","))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hpr.profiling.objectives import objective_for
+from hpr.profiling.objectives import Objective, objective_for
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class LoadedModel:
     objective: str
     folder: Path | None
     label: str
+
+    @property
+    def goal(self) -> Objective:
+        """The objective itself."""
+        return objective_for(self.model, self.objective)
 
 
 def as_loaded(model: nn.Module, tokenizer: Any | None = None, objective: str | None = None) -> LoadedModel:

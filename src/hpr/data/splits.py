@@ -165,10 +165,10 @@ def _batches(rows: Rows, opened: LoadedModel, examples: int, batch_size: int = 6
     else:
         if opened.tokenizer is None:
             raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
-        windows = examples if opened.objective == "causal-lm" else None
+        windows = examples if opened.goal.shifts_labels else None
         length = min(max_length, _positions(opened.model))
         batches = text_batches(rows.values, opened.tokenizer, batch_size, length, windows, rows.labels)
-    if opened.objective != "seq2seq":
+    if not opened.goal.writes_targets:
         return batches
     answered = [batch if "labels" in batch else {**batch, "labels": own_answers(opened.model, batch)} for batch in batches]
     return Batches(answered, batches.order)

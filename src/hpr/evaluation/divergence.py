@@ -199,17 +199,17 @@ def _estimate(values: Tensor) -> Estimate:
 
 def _targets(batch: Batch, objective: Objective) -> Tensor | None:
     """The token that each position predicts, (B, T), −100 where none; None where the batch does not say."""
-    if objective.name == "causal-lm":
+    if objective.shifts_labels:
         ids = batch.get("labels", batch.get("input_ids", batch.get(POSITIONAL)))
         if ids is None or ids.is_floating_point() or ids.dim() != 2:
             return None
         mask = batch.get("attention_mask")
         return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
-    return batch.get("labels") if objective.name in ("seq2seq", "masked-lm") else None
+    return batch.get("labels") if objective.labels == "tokens" else None
 
 
 def _token_losses(logits: Tensor, targets: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    if objective.name == "causal-lm":
+    if objective.shifts_labels:
         logits, targets = logits[:, :-1], targets[:, 1:]
     losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return losses, (targets != IGNORED).double()

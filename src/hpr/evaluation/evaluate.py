@@ -32,7 +32,7 @@ def evaluate(
     Raises ``HprError`` for no batches, outputs that are not finite or differ in shape, and labels that do not fit.
     """
     objective, batches = objective or objective_for(teacher), as_batches(batches)
-    if labels is not None and objective.name != "classification":
+    if labels is not None and objective.labels != "classes":
         raise HprError(f"labels were given, but the objective is {objective.name!r}: name 'classification', or leave them out")
     found = compare(student, teacher, batches, objective)
     quality = _quality(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpr.healing.loss import Weights
 from hpr.healing.online.healer import OnlineHealer
 from hpr.healing.online.moments import Moments
-from hpr.layer_reuse.dead_weights import vanishing
+from hpr.layer_reuse.dead_weights import dead_weights
 from hpr.layer_reuse.install import with_states
 from hpr.layer_reuse.reuse import with_layers
 from hpr.nn.multitask import ManyHeads
@@ -24,11 +24,11 @@ __all__ = [
     "Weights",
     "best_routed",
     "collapse",
+    "dead_weights",
     "draft",
     "expected_gains",
     "keep_all",
     "routed",
-    "vanishing",
     "with_layers",
     "with_states",
 ]

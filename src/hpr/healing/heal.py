@@ -77,7 +77,7 @@ def batches_of(
             batches[name] = [as_batch(batch) for place, batch in enumerate(source) if place % _VALIDATION_EVERY]
             validation += [as_batch(batch) for batch in source[::_VALIDATION_EVERY]]
             continue
-        most = WRITTEN if teacher.objective == "seq2seq" else HEALED
+        most = WRITTEN if teacher.goal.writes_targets else HEALED
         splits = source if isinstance(source, Splits) else open_splits(source, teacher, most, labels, parts[name])
         batches[name] = splits.calibration
         validation += splits.rescoring

@@ -78,7 +78,7 @@ class GlobalLoss:
 
     def __init__(self, teacher: nn.Module, anatomy: Anatomy, objective: Objective, weights: Weights):
         self.teacher, self.anatomy, self.objective, self.weights = teacher, anatomy, objective, weights
-        upper = anatomy.stacks[1:] if objective.name == "seq2seq" else ()
+        upper = anatomy.stacks[1:] if objective.upper_stack_predicts else ()
         self._above = {path for stack in upper for path in stack.blocks}
 
     def __call__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +19,14 @@ from hpr.checkpoints.open import open_model
 from hpr.checkpoints.save import check_folder
 from hpr.data.batches import first_batches
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.splits import Splits, joined, split_sources
+from hpr.data.splits import Splits, prepare
 from hpr.errors import BudgetError
 from hpr.evaluation.divergence import Comparison, divergence
 from hpr.evaluation.evaluate import evaluate
 from hpr.operators.fitting import Fits
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import students
-from hpr.planning.draft import Draft
+from hpr.planning.draft import Draft, Proposal
 from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft, known_operators
 from hpr.plans.budget import Budget, parse_budget
@@ -35,6 +35,7 @@ from hpr.profiling.objectives import Objective, objective_for
 from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile
 from hpr.sharing.refit import refit
+from hpr.solver.boundaries import boundary_probabilities, fitted_temperature
 
 if TYPE_CHECKING:  # the Trainer is imported only if something is healed
     from hpr.healing.recipe import Recipe
@@ -81,17 +82,21 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The plans that were run end to end, and which of them was taken; ``curve`` holds plans for other budgets."""
+    """The proposals that were run end to end, and which of them was taken; ``curve`` holds plans for other budgets."""
 
-    plans: list[Plan]
-    curve: list[Plan]
-    scores: list[Comparison]  # one for each plan, then one for each plan of the curve
+    proposals: list[Proposal]
+    curve: list[Proposal]
+    scores: list[Comparison]  # one for each proposal, then one for each plan of the curve
     best: int
     student: nn.Module
 
     @property
+    def plans(self) -> list[Plan]:
+        return [proposal.plan for proposal in self.proposals + self.curve]
+
+    @property
     def plan(self) -> Plan:
-        return self.plans[self.best]
+        return self.proposals[self.best].plan
 
     @property
     def score(self) -> Comparison:
@@ -127,40 +132,42 @@ def compress(
     with _seeded(options.seed):
         run, recipe = _checked(model, budget, output, options, heal)
         with run.step("data"):
-            parts = split_sources(data, run.loaded, options.examples)
-            texts = joined(list(parts.values()))
+            texts = prepare(data, run.loaded, options.examples)
         with run.step("profile"):
             measured = profile(run.loaded.model, texts.calibration, run.objective.name, options.seed)
         with run.step("plan"):
             fits = Fits(run.loaded.model, measured)
-            candidates = draft(run.loaded.model, measured, options, fits)
-            plans = _plans(run, candidates)
+            candidates = draft(run.loaded.model, measured, options, fits=fits)
+            proposals = _proposals(run, candidates)
         if options.reuse:
             with run.step("interventions"):
                 measured, more = _layer_plans(run, measured, candidates, texts)
-                plans += more
+                proposals += more
         with run.step("plan"):
             curve = _curve(run, candidates) if options.curve else []
         with run.step("rescore"):
-            choice = _chosen(run, fits, plans, curve, texts)
+            choice = _chosen(run, fits, proposals, curve, texts)
         with run.step("refit"):
-            refitted = _refitted(run, fits, choice, texts)
+            refitted = _refitted(run, fits, measured, choice, texts)
         healing = None
         if recipe is not None:
             with run.step("heal"):
-                healing = _healed(run, choice.student, data, parts, recipe)
+                healing = _healed(run, choice.student, texts, recipe)
         with run.step("evaluate"):
             figures = evaluate(choice.student, run.loaded.model, texts.heldout, run.objective, data=f"{texts.source}, held out")
         metrics = record(run.loaded, choice.plan, measured, texts, figures) | {
             "seed": options.seed,
             "timing": run.seconds,
-            "plans": plan_rows(choice.plans + choice.curve, choice.scores, choice.best, candidates.anatomy),
+            "plans": plan_rows(choice.plans, choice.scores, choice.best, candidates.anatomy),
+            "boundaries": _boundaries(candidates, choice),
             "plan_quality": "agreement with the original" if choice.score.cosine is None else "cosine to the original",
             "refit": refitted,
             "operator_gains": operator_gains(candidates, choice.plan),
         }
         if healing is not None:
             metrics["healing"] = healing.as_metrics()
+        if options.routers:
+            metrics |= _routes(run, choice.student, texts)
         folder = None if output is None else write(choice.student, output, choice.plan, metrics, run.loaded)
     return Compression(choice.student, choice.plan, metrics, folder)
 
@@ -194,58 +201,74 @@ def _checked(
     return _Run(loaded, objective_for(loaded.model, loaded.objective), limit, options), recipe
 
 
-def _plans(run: _Run, candidates: Draft) -> list[Plan]:
+def _proposals(run: _Run, candidates: Draft) -> list[Proposal]:
     """Up to ``options.plans`` plans within the budget, the best by predicted damage first; or one plan with routers."""
     if run.options.routers:
         from hpr.routing.plan import best_routed
 
-        return [best_routed(candidates, run.budget, run.loaded.model, run.options.routers)]
-    return list(candidates.alternatives(run.budget, run.options.plans))
+        plan = best_routed(candidates, run.budget, run.loaded.model, run.options.routers)
+        return [Proposal(plan, candidates.propose(run.budget).multiplier)]
+    return candidates.proposals(run.budget, run.options.plans)
 
 
-def _layer_plans(run: _Run, measured: Profile, candidates: Draft, texts: Splits) -> tuple[Profile, list[Plan]]:
+def _layer_plans(run: _Run, measured: Profile, candidates: Draft, texts: Splits) -> tuple[Profile, list[Proposal]]:
     """The profile with the divergence of each layer dropped or reusing, and plans that do so."""
     from hpr.layer_reuse.ablation import intervene
     from hpr.pipeline.layer_plans import reusing_plans
 
     model = run.loaded.model
     measured = replace(measured, interventions=intervene(model, texts.rescoring, run.objective))
-    return measured, reusing_plans(model, measured, candidates, run.budget, texts.rescoring, run.objective)
+    multiplier = candidates.propose(run.budget).multiplier
+    plans = reusing_plans(model, measured, candidates, run.budget, texts.rescoring, run.objective)
+    return measured, [Proposal(plan, multiplier) for plan in plans]
 
 
-def _curve(run: _Run, candidates: Draft) -> list[Plan]:
+def _curve(run: _Run, candidates: Draft) -> list[Proposal]:
     """The best plans at a few budgets around the one asked for, if they are possible."""
     total = candidates.anatomy.total_parameters
-    plans = []
+    proposals = []
     for factor in CURVE:
         parameters = int(factor * run.budget.parameters)
-        if parameters >= total:
-            continue
-        with suppress(BudgetError):  # no plan is that small: there is nothing to show
-            plans.append(candidates.best(Budget(f"{100 * parameters / total:.0f}%", parameters)))
-    return plans
+        if parameters < total:
+            with suppress(BudgetError):  # no plan is that small: there is nothing to show
+                proposals.append(candidates.propose(Budget(f"{100 * parameters / total:.0f}%", parameters)))
+    return proposals
 
 
-def _chosen(run: _Run, fits: Fits, plans: list[Plan], curve: list[Plan], texts: Splits) -> _Choice:
+def _chosen(run: _Run, fits: Fits, proposals: list[Proposal], curve: list[Proposal], texts: Splits) -> _Choice:
     """Run every plan end to end, and take the one of least divergence among those for the budget."""
-    best, student, scores = 0, run.loaded.model, []
-    for plan_student, score in students(fits, plans + curve, texts.rescoring, run.objective):
+    best, student = 0, run.loaded.model
+    scores: list[Comparison] = []
+    plans = [proposal.plan for proposal in proposals + curve]
+    for plan_student, score in students(fits, plans, texts.rescoring, run.objective):
         number = len(scores)
-        if number < len(plans) and (not scores or score.divergence.mean < scores[best].divergence.mean):
+        if number < len(proposals) and (not scores or score.divergence.mean < scores[best].divergence.mean):
             best, student = number, plan_student
         scores.append(score)
-    _log.info("plan %d of %d has the least divergence, %.4g nats", best + 1, len(plans), scores[best].divergence.mean)
-    return _Choice(plans, curve, scores, best, student)
+    least = scores[best].divergence.mean
+    _log.info("plan %d of %d has the least divergence: %.4g nats", best + 1, len(proposals), least)
+    return _Choice(proposals, curve, scores, best, student)
 
 
-def _refitted(run: _Run, fits: Fits, choice: _Choice, texts: Splits) -> bool:
+def _boundaries(candidates: Draft, choice: _Choice) -> dict[str, Any]:
+    """Probabilities of group boundaries, at a temperature fitted to the plans that were run; empty if it cannot be fitted."""
+    search = candidates.searches[-1 if choice.plan.alignment else 0]
+    predicted, measured = [plan.damage for plan in choice.plans], [score.divergence.mean for score in choice.scores]
+    temperature = fitted_temperature(predicted, measured, len(search.tracks))
+    multiplier = choice.proposals[choice.best].multiplier
+    if temperature is None or not multiplier or choice.plan.layers:
+        return {}
+    return boundary_probabilities(search.tracks, multiplier, temperature)
+
+
+def _refitted(run: _Run, fits: Fits, measured: Profile, choice: _Choice, texts: Splits) -> bool:
     """Refit the student in place if the user asks for it, or if it measures better on the user's own re-scoring text."""
     wanted = run.options.refit
     if wanted is False or (wanted is None and (not texts.own or choice.plan.layers)):
         return False
     student, teacher = choice.student, run.loaded.model
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    refit(student, teacher, choice.plan, fits.profile, first_batches(texts.calibration, REFITTED), fits=fits)
+    refit(student, teacher, choice.plan, measured, first_batches(texts.calibration, REFITTED), fits=fits)
     after = divergence(student, teacher, texts.rescoring, run.objective).mean
     if wanted or after < choice.score.divergence.mean:
         return True
@@ -254,8 +277,15 @@ def _refitted(run: _Run, fits: Fits, choice: _Choice, texts: Splits) -> bool:
     return False
 
 
-def _healed(run: _Run, student: nn.Module, data: Any, parts: Mapping[str, Splits], recipe: Recipe) -> Healing:
+def _healed(run: _Run, student: nn.Module, texts: Splits, recipe: Recipe) -> Healing:
     """Train the student to imitate the original, on all of the data that was read."""
     from hpr.healing.heal import heal
 
-    return heal(student, run.loaded, parts, recipe)
+    return heal(student, run.loaded, texts, recipe)
+
+
+def _routes(run: _Run, student: nn.Module, texts: Splits) -> dict[str, Any]:
+    """Which kinds of input take which route."""
+    from hpr.routing.usage import routes_taken
+
+    return routes_taken(student, texts.parts, run.loaded.tokenizer)

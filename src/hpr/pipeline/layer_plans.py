@@ -36,16 +36,15 @@ def reusing_plans(
     The damage of such a plan is the measured divergence of its layers together, plus the predicted damage of the rest.
     ``profile.interventions`` must hold the divergence of each layer by itself (``layer_reuse.ablation.intervene``).
     """
-    best = candidates.best(budget)
-    price = (best.diagnostics["solver"] or {}).get("multiplier") or 0.0
+    best = candidates.propose(budget)
     chosen = set(candidates.anatomy.select(candidates.only))
     outside = {site_layer(site) for site in candidates.anatomy.sites if site not in chosen}
     layers = {name: damages for name, damages in profile.interventions.items() if name not in outside}
     plans = []
-    for reuse in reuses(model, layers, batches, objective, price):
+    for reuse in reuses(model, layers, batches, objective, best.multiplier):
         try:
             plans.append(candidates.reusing(reuse).best(budget))
         except BudgetError:
             _log.info("with %s the budget %s cannot be met", reuse.states, budget.text)
-    worth_running = [plan for plan in plans if plan.damage < REUSE_MARGIN * best.damage]
+    worth_running = [plan for plan in plans if plan.damage < REUSE_MARGIN * best.plan.damage]
     return sorted(worth_running, key=lambda plan: plan.damage)[:MOST]

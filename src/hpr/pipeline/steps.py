@@ -61,8 +61,9 @@ def refit(student: nn.Module, teacher: AnyModel, data: Any, plan: Plan, profile:
 def heal(student: nn.Module, teacher: AnyModel, data: Any = None, recipe: Recipe | None = None) -> Healing:
     """Train a student in place to imitate its teacher (distillation). It ends with the best weights that were met.
 
-    ``recipe``: duration, learning rate and all else. An eighth of the data is a validation set, which is not trained on: the
-    weights of least divergence there are kept, and those of the start count too. Raises ``HprError`` if data or recipe do not fit.
+    ``recipe``: duration, learning rate and all else. A part of the data is a validation set, which is not trained on: the
+    weights of least divergence there are kept, and those of the start count too. Raises ``HprError`` if the data or the
+    recipe does not fit.
 
     >>> healed = heal(student, loaded, texts, Recipe(duration="2steps"))
     >>> healed.after.mean <= healed.before.mean

@@ -11,9 +11,10 @@ longer small. Then the loss is that of the outputs at a higher temperature (``so
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +25,34 @@ from hpr.errors import HprError
 from hpr.runtime.batch import IGNORED, Batch, BatchLike, as_batches, mask_of
 from hpr.runtime.hooks import eval_mode, run
 
+_log = logging.getLogger(__name__)
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 UNCERTAIN = 0.3  # of what even outputs have, in the mean of 1 − Σ p²: from there on gradients say enough
 
 
 @dataclass(frozen=True)
 class Objective:
-    """``read(outputs, batch)`` gives the predictions and a (batch, positions) weight; ``loss`` and ``divergence`` see them."""
+    """What a model is for. A new one is one entry in ``OBJECTIVES``: other code asks for its properties, never for its name.
+
+    ``read(outputs, batch)`` gives the predictions (batch, …, d) and their weight (batch, …); ``loss`` and ``divergence`` use
+    both. ``categorical``: predictions are logits; otherwise they are means of unit Gaussians.
+
+    ``labels``: what ``labels`` of a batch hold, ``"tokens"`` (one a position), ``"classes"`` (one an example) or None.
+    ``shifts_labels``: position t predicts the token at t + 1. Texts are then their own labels, long ones may be read in
+    pieces, and the only stack is a decoder. ``writes_targets``: batches without labels get what the teacher writes.
+    ``upper_stack_predicts``: positions of the stacks above the first are those of the labels. ``classes``: the mappings of
+    transformers that list the model classes for which this objective is the default.
+    """
 
     name: str
     read: Callable[[Any, Batch], tuple[Tensor, Tensor]]
     categorical: bool
     temperature: float = 1.0
+    labels: Literal["tokens", "classes"] | None = None
+    shifts_labels: bool = False
+    writes_targets: bool = False
+    upper_stack_predicts: bool = False
+    classes: tuple[str, ...] = ()
 
     def loss(self, outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
         """The summed loss of a batch against a draw from the model's own output distribution (a scalar, nats).
@@ -131,34 +148,57 @@ def _read_decoder(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits, torch.ones(logits.shape[:2], device=logits.device) if mask is None else mask.float()
 
 
+_SEQ2SEQ = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES")
+_CLASSIFIERS = tuple(f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING_NAMES" for kind in ("SEQUENCE", "IMAGE", "AUDIO"))
+
+# In order: of several that list a model's class, the first is its default. BART's class is listed as a masked LM as well.
 OBJECTIVES: dict[str, Objective] = {
-    "embedding": Objective("embedding", _read_mean_pooled, categorical=False),
-    "cls-embedding": Objective("cls-embedding", _read_first_token, categorical=False),
-    "classification": Objective("classification", _read_classes, categorical=True),
-    "causal-lm": Objective("causal-lm", _read_tokens, categorical=True),
-    "masked-lm": Objective("masked-lm", _read_tokens, categorical=True),
-    "seq2seq": Objective("seq2seq", _read_decoder, categorical=True),
-    "hidden": Objective("hidden", _read_hidden, categorical=False),
+    objective.name: objective
+    for objective in (
+        Objective("embedding", _read_mean_pooled, categorical=False),
+        Objective("cls-embedding", _read_first_token, categorical=False),
+        Objective(
+            "seq2seq",
+            _read_decoder,
+            categorical=True,
+            labels="tokens",
+            writes_targets=True,
+            upper_stack_predicts=True,
+            classes=_SEQ2SEQ,
+        ),
+        Objective(
+            "causal-lm",
+            _read_tokens,
+            categorical=True,
+            labels="tokens",
+            shifts_labels=True,
+            classes=("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
+        ),
+        Objective("masked-lm", _read_tokens, categorical=True, labels="tokens", classes=("MODEL_FOR_MASKED_LM_MAPPING_NAMES",)),
+        Objective("classification", _read_classes, categorical=True, labels="classes", classes=_CLASSIFIERS),
+        Objective("hidden", _read_hidden, categorical=False),
+    )
 }
-_BY_MAPPING = (
-    ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "seq2seq"),
-    ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "seq2seq"),
-    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal-lm"),
-    ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked-lm"),
-    ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "classification"),
-    ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "classification"),
-    ("MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", "classification"),
-)
 
 
 def objective_for(model: nn.Module, name: str | None = None) -> Objective:
-    """The objective by name, or the one the model's class is listed under in transformers; hidden states otherwise."""
+    """The objective by name, or the first that is the default for the model's class; hidden states if there is none.
+
+    Raises ``HprError`` for a name that is not in ``OBJECTIVES``.
+    """
     if name is not None:
         if name not in OBJECTIVES:
             raise HprError(f"no objective {name!r}; there are {', '.join(OBJECTIVES)}")
         return OBJECTIVES[name]
-    for mapping, objective in _BY_MAPPING:
-        classes = getattr(modeling_auto, mapping, {}).values()
-        if any(type(model).__name__ in ((names,) if isinstance(names, str) else names) for names in classes):
-            return OBJECTIVES[objective]
+    own = type(model).__name__
+    for objective in OBJECTIVES.values():
+        if any(own in _classes(mapping) for mapping in objective.classes):
+            return objective
+    _log.info("%s is in none of the lists of transformers: hidden states are its objective", own)
     return OBJECTIVES["hidden"]
+
+
+def _classes(mapping: str) -> set[str]:
+    """Names of the classes in a mapping of transformers, whose values are names or tuples of names."""
+    values = getattr(modeling_auto, mapping, {}).values()
+    return {name for names in values for name in ((names,) if isinstance(names, str) else names)}

@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 
 from hpr.data.targets import _positions
 from hpr.errors import DataError
+from hpr.profiling.objectives import OBJECTIVES
 from hpr.runtime.batch import IGNORED, Batch
-
-_TOKENS = ("causal-lm", "masked-lm", "seq2seq")  # objectives whose labels are tokens
 
 
 def check_tensors(batch: Batch) -> None:
@@ -86,14 +85,15 @@ class BatchCheck:
 
 def _limits(model: nn.Module, objective: str) -> dict[str, int]:
     """The number of tokens or classes that an input may name, for token ids, and for labels that are tokens or classes."""
+    labels = OBJECTIVES[objective].labels
     try:
         table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     except NotImplementedError:  # a model of sound
         table = None
     tokens = getattr(table, "num_embeddings", None)
-    classes = getattr(getattr(model, "config", None), "num_labels", None) if objective == "classification" else None
+    classes = getattr(getattr(model, "config", None), "num_labels", None) if labels == "classes" else None
     limits = {"input_ids": tokens, "decoder_input_ids": tokens}
-    limits["labels"] = tokens if objective in _TOKENS else classes if classes is not None and classes > 1 else None
+    limits["labels"] = tokens if labels == "tokens" else classes if classes is not None and classes > 1 else None
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 

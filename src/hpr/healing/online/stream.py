@@ -93,7 +93,7 @@ def _batch(texts: list[str], labels: list[float] | None, opened: LoadedModel) ->
     if not texts:
         return {}
     (batch,) = text_batches(texts, opened.tokenizer, len(texts), LONGEST, None, labels, ratio=math.inf)
-    return {**batch, "labels": own_answers(opened.model, batch)} if opened.objective == "seq2seq" else batch
+    return {**batch, "labels": own_answers(opened.model, batch)} if opened.goal.writes_targets else batch
 
 
 def _row(line: str) -> dict[str, Any] | None:
