@@ -21,6 +21,7 @@ from hpr.evaluation.divergence import accuracy, compare, divergence
 from hpr.healing.augmentation import augmentation
 from hpr.healing.loss import Weights
 from hpr.healing.train import train
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from kwt1_closed_form import GOAL, ONLY, clips
 
@@ -53,7 +54,7 @@ def main() -> None:
 
     measure("dense", model, "100%")
     profile = hpr.profile(model, batches, "classification")
-    sketch = draft(model, profile, ONLY, options.operators and options.operators.split(","))
+    sketch = draft(model, profile, PlanOptions(only=ONLY, operators=options.operators and options.operators.split(",")))
     for budget in options.budgets:
         students = []
         for plan in sketch.alternatives(sketch.budget(budget), 4):

@@ -28,6 +28,7 @@ from hpr.evaluation.divergence import compare, divergence
 from hpr.healing.heal import HEALED
 from hpr.healing.loss import Weights
 from hpr.pipeline.rescore import rescore
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.profiling.profile import Profile
@@ -58,7 +59,7 @@ def students(model: nn.Module, profile: Profile, data: Splits, budget: str) -> I
         gone.append(min(losses, key=losses.__getitem__))
     yield "layers dropped", peers.drop_layers(model, gone, stack.path), dense - dense * len(gone) // stack.layers
     for name, operators in METHODS.items():
-        sketch = draft(model, profile, ONLY, operators)
+        sketch = draft(model, profile, PlanOptions(only=ONLY, operators=operators))
         plans = sketch.alternatives(sketch.budget(budget), 3)
         scores = rescore(model, profile, plans, data.rescoring, GOAL)
         plan = plans[min(range(len(plans)), key=lambda index: scores[index].divergence.mean)]

@@ -18,6 +18,7 @@ from common import kwt1, peers
 from common.paths import shared
 from common.tables import count
 from hpr.evaluation.divergence import accuracy, compare, divergence
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 
@@ -62,19 +63,19 @@ def main() -> None:
     step = time.perf_counter() - start
     start = time.perf_counter()
     final = hpr.profile(model, whole, "classification")
-    final_sketch = draft(model, final, ONLY)
+    final_sketch = draft(model, final, PlanOptions(only=ONLY))
     hpr.share(model, final_sketch.best(final_sketch.budget("50%")), final)
     seconds = time.perf_counter() - start
     print(json.dumps({"forward and backward": step, "statistics, plan, fits": seconds, "ratio": seconds / step}), flush=True)
     profile = hpr.profile(model, profiled, "classification")
-    sketch = draft(model, profile, ONLY)
+    sketch = draft(model, profile, PlanOptions(only=ONLY))
     sites = [site for site in sketch.anatomy.sites if site.stack == "encoder"]
     for budget in (0.5, 0.3):
         limit = sketch.budget(f"{budget:.0%}")
         for name in ("svd", "svd_llm", "basis_sharing"):
             student, parameters = getattr(peers, name)(model, sites, final, budget)
             report(f"peer: {name}", student, budget, parameters=parameters)
-        lone = draft(model, final, ONLY, ["low rank"])
+        lone = draft(model, final, PlanOptions(only=ONLY, operators=["low rank"]))
         report("private low rank only", hpr.share(model, lone.best(limit), final), budget)
         scores = {}
         for plan in sketch.alternatives(limit, 4):

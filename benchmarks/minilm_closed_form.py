@@ -29,6 +29,7 @@ from hpr.evaluation.divergence import compare
 from hpr.operators.registry import plannable
 from hpr.pipeline.rescore import rescore
 from hpr.planning.draft import Draft
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import OBJECTIVES
@@ -149,7 +150,7 @@ def encoder(run: Run) -> None:
 def damage(run: Run) -> None:
     """Predicted against measured damage, plans of every operator at five budgets; what leaving one out costs."""
     rows, inside = [], []
-    every = draft(run.model, run.profile, operators=plannable(), align=False).tracks
+    every = draft(run.model, run.profile, PlanOptions(operators=plannable(), align=False)).tracks
     for budget in ("80%", "65%", "50%", "40%", "30%"):
         limit = run.sketch.budget(budget)
         found = [*lagrangian.plan_candidates(every, run.sketch.limit(limit))]

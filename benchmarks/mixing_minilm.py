@@ -28,6 +28,7 @@ from hpr.evaluation.divergence import compare
 from hpr.evaluation.latency import latency
 from hpr.healing.heal import HEALED
 from hpr.nn.bank import parameters
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.routing.collapse import collapse
@@ -50,7 +51,7 @@ def main() -> None:
     teacher = open_model(None)
     data = open_splits(mixture(), teacher, HEALED)
     profile = hpr.profile(teacher.model, first_batches(data.calibration, options.examples), "embedding")
-    sketch = draft(teacher.model, profile, "encoder.*")
+    sketch = draft(teacher.model, profile, PlanOptions(only="encoder.*"))
     limit = sketch.budget(options.budget)
     plans = {"static": sketch.best(limit), "dynamic": best_routed(sketch, limit, teacher.model, options.experts)}
     pairs = {name: sts_pairs(shared() / "data" / "sts-b" / f"stsb-en-{name}.csv") for name in ("dev", "test")}

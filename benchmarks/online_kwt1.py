@@ -25,6 +25,7 @@ from common.tables import say
 from hpr.evaluation.divergence import accuracy
 from hpr.healing.online.moments import Moments
 from hpr.healing.online.options import OnlineOptions
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from kwt1_closed_form import ONLY, clips
@@ -61,7 +62,7 @@ def main() -> None:
     known = torch.from_numpy(known)
     learnt, labels = data[~guarded], known[~guarded]
     profile = hpr.profile(model, list(learnt.split(75)), "classification")
-    sketch = draft(model, profile, ONLY)
+    sketch = draft(model, profile, PlanOptions(only=ONLY))
     plans = sketch.alternatives(sketch.budget(options.budget), 4)
     scores = hpr.rescore(model, profile, plans, [data[guarded]], OBJECTIVES["classification"])
     plan = min(zip(scores, plans, strict=True), key=lambda pair: pair[0].divergence.mean)[1]

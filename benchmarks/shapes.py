@@ -29,6 +29,7 @@ from families import answer
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.nn.bank import parameters
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.plans.budget import parse_budget
 from hpr.runtime.environment import peak_memory
@@ -128,7 +129,7 @@ def run(name: str, examples: int, operators: Sequence[str] | None) -> None:
     with stage("profile"):
         profile = hpr.profile(model, batches)
     with stage("plan"):
-        sketch = draft(model, profile, operators=operators)
+        sketch = draft(model, profile, PlanOptions(operators=operators))
         plan = sketch.best(sketch.budget(shape.budget))
     with stage("fit"):
         student = hpr.share(model, plan, profile)

@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from scipy.stats import spearmanr
@@ -84,7 +85,7 @@ def main() -> None:
         own = {task: model.batches(task, data[task]["train"]) for task in tasks}
         count = sum(steps[task] for task in tasks)
         recipe = hpr.Recipe(count, learning_rate=options.rate, dropout=True, seed=options.seed, weights=labels_alone)
-        found = hpr.heal(model, original, Mixture(own, {task: steps[task] for task in tasks}), recipe)
+        found = hpr.heal(model, original, SimpleNamespace(files=own, shares={task: steps[task] for task in tasks}), recipe)
         scores = {task: score(model, task, data[task]["test"]) for task in tasks}
         return {**scores, "parameters": parameters(model), "best_step": found.best_step, "seconds": found.seconds}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +15,10 @@ import hpr
 PACKAGE = Path(hpr.__file__).parent
 BELOW = {
     "errors": "",
-    "reporting": "",
     "anatomy": "",
     "runtime": "anatomy",
     "plans": "anatomy runtime",
+    "reporting": "plans",
     "profiling": "anatomy runtime",
     "solver": "plans",
     "nn": "anatomy plans runtime",
@@ -103,3 +105,16 @@ def test_every_room_says_in_one_sentence_what_it_is_for() -> None:
     for room in BELOW.keys() - {"errors"}:
         text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")))
         assert text, room
+
+
+def test_a_model_without_layer_states_never_loads_layer_reuse() -> None:
+    script = """
+import sys, torch, hpr
+from torch import nn
+model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
+profile = hpr.profile(model, [torch.randn(4, 8)], "hidden")
+student = hpr.share(model, hpr.plan(model, profile, "80%"), profile)
+print([name for name in sys.modules if name.startswith("hpr.layer_reuse")])
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

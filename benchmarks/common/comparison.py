@@ -24,6 +24,7 @@ from hpr.evaluation.divergence import compare
 from hpr.pipeline.compress import REFITTED
 from hpr.pipeline.rescore import rescore
 from hpr.planning.draft import Draft
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective
@@ -63,7 +64,7 @@ class Ground:
 def ground(model: nn.Module, data: Splits, goal: Objective, only: str) -> Ground:
     """Profile a model and measure its candidates, once for all budgets."""
     profile = hpr.profile(model, data.calibration, goal.name)
-    return Ground(model, data, goal, profile, draft(model, profile, only), describe(model).select(only))
+    return Ground(model, data, goal, profile, draft(model, profile, PlanOptions(only=only)), describe(model).select(only))
 
 
 def students(on: Ground, share: float) -> Iterator[Made]:

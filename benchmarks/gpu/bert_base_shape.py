@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel
 
 import hpr
 from hpr.evaluation.latency import latency
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 
 
@@ -52,7 +53,7 @@ def main() -> None:
         flush=True,
     )
     start = time.perf_counter()
-    sketch = draft(model, profile, operators=["low rank", "segments"])
+    sketch = draft(model, profile, PlanOptions(operators=["low rank", "segments"]))
     plan = sketch.best(sketch.budget("50%"))
     student = hpr.share(model, plan, profile)
     print(json.dumps({"plan and fits": time.perf_counter() - start, "parameters": plan.parameters(sketch.anatomy)}), flush=True)

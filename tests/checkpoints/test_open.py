@@ -117,7 +117,7 @@ def test_devices(folder):
     assert next(open_model(folder, "cpu").model.parameters()).device.type == "cpu"
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert next(open_model(folder).model.parameters()).device.type == expected
-    with pytest.raises(HprError, match=r"device 'nothing' does not serve .*take cpu"):
+    with pytest.raises(HprError, match=r"device 'nothing' is not available .*use cpu"):
         open_model(folder, "nothing")
 
 

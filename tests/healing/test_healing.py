@@ -30,6 +30,7 @@ from hpr.healing.teacher_cache import TeacherTargets
 from hpr.healing.train import train
 from hpr.healing.trainer import last_checkpoint
 from hpr.nn.bank import module_name, terms_in
+from hpr.planning.options import PlanOptions
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.runtime.batch import POSITIONAL, as_batch
 from hpr.runtime.progress import reporting_to
@@ -174,7 +175,9 @@ def test_each_parameter_is_in_one_group_at_a_rate_of_its_scale() -> None:
 def test_only_private_deltas_decay() -> None:
     teacher = teacher_of()
     profile = hpr.profile(teacher, batches())
-    student = hpr.share(teacher, hpr.plan(teacher, profile, "60%", only="encoder.*", operators=["tie + delta"]), profile)
+    student = hpr.share(
+        teacher, hpr.plan(teacher, profile, "60%", PlanOptions(only="encoder.*", operators=["tie + delta"])), profile
+    )
     found = parameter_groups(student, 1e-3, 1.0, 0.01)
     names = {id(group["params"][0]): group["weight_decay"] for group in found}
     decaying = {name for name, parameter in student.named_parameters() if names[id(parameter)]}

@@ -17,6 +17,7 @@ from hpr.layer_reuse.ablation import intervene, reuses
 from hpr.layer_reuse.install import with_states
 from hpr.nn.bank import parameters
 from hpr.pipeline.rescore import reusing_plans
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
 from hpr.profiling.objectives import OBJECTIVES
@@ -78,7 +79,7 @@ def test_the_planner_takes_reuse_where_it_pays(model: tf.PreTrainedModel, batche
     assert parameters(student) == best.parameters(sketch.anatomy) <= budget.parameters
     assert best.parameters(sketch.anatomy) > 0.99 * budget.parameters
     assert "layers.3 dropped" in best.diagnostics["label"]
-    narrow = draft(model, profile, "layers.*.mlp.*")
+    narrow = draft(model, profile, PlanOptions(only="layers.*.mlp.*"))
     assert reusing_plans(model, profile, narrow, narrow.budget("70%"), batches, GOAL) == []
 
 

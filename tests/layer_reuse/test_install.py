@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -352,6 +353,23 @@ def test_mixed_states_take_from_the_nearest_layer_that_has_it() -> None:
     skipping = with_states(model, {"encoder.1": WEIGHTS, "encoder.2": KEYS})
     blocks = [next(iter(attention_modules(module_at(skipping, f"encoder.layer.{layer}")).values())) for layer in range(3)]
     assert blocks[2].hpr_role.takes_keys is blocks[0].hpr_role.gives_keys is not None
+
+
+@pytest.mark.parametrize("state", [WEIGHTS, KEYS])
+def test_nothing_is_held_after_a_backward_pass(state: str) -> None:
+    model = with_states(make("BERT"), {"encoder.1": state, "encoder.2": state}).train()
+    blocks = [next(iter(attention_modules(module_at(model, f"encoder.layer.{layer}")).values())) for layer in range(3)]
+    holder = blocks[0].hpr_role.gives_weights or blocks[0].hpr_role.gives_keys
+    for _ in range(2):
+        output = run(model, {"input_ids": torch.randint(3, 96, (2, 6))})[0]
+        given = holder.get()
+        held = weakref.ref(given[0] if isinstance(given, tuple) else given)
+        del given
+        assert held() is not None
+        output.sum().backward()
+        del output
+        assert held() is None
+        assert holder.get() is None
 
 
 def test_operations_fall() -> None:

@@ -20,6 +20,7 @@ from hpr.errors import HprError
 from hpr.evaluation.cost import parts, sizes
 from hpr.nn.bank import bank_of, parameters
 from hpr.nn.experts import SharedExperts
+from hpr.planning.options import PlanOptions
 from hpr.plans.plan import keep_all
 from hpr.plans.terms import FactorShape, Term
 from hpr.profiling.curvature import measure_curvature
@@ -191,7 +192,7 @@ def test_routers_made_from_a_linear_are_kept(ids: Tensor) -> None:
 
 def test_the_experts_of_a_layer_are_one_track(model: tf.PreTrainedModel, ids: Tensor) -> None:
     profile = hpr.profile(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
-    plan = hpr.plan(model, profile, "40%", operators=["tie"], only="*.experts.*")
+    plan = hpr.plan(model, profile, "40%", PlanOptions(only="*.experts.*", operators=["tie"]))
     plan.validate(describe(model))
     groups = [sites for sites in plan.groups() if "experts" in sites[0]]
     assert groups

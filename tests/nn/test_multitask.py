@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_healed_together_and_read_again(tmp_path: Path) -> None:
     data = {name: examples(model, name) for name in TASKS}
     dense = ManyHeads(body(), TASKS)
     recipe = hpr.Recipe("120steps", learning_rate=2e-2, weights=LABELS_ALONE)
-    healing = hpr.heal(model, dense, Mixture(data, {"parity": 2, "sum": 1}), recipe)
+    healing = hpr.heal(model, dense, SimpleNamespace(files=data, shares={"parity": 2, "sum": 1}), recipe)
     assert healing.after.mean < 0.8 * healing.before.mean
     hpr.save(model, tmp_path / "out")
     again = hpr.load(ManyHeads(body(), TASKS), tmp_path / "out")

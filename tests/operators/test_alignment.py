@@ -16,6 +16,7 @@ from hpr.errors import HprError
 from hpr.operators.alignment import align, align_options, symmetry_groups
 from hpr.operators.metric import measure
 from hpr.operators.registry import OPERATORS
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.plans.plan import Plan
 from hpr.profiling.profile import Profile
@@ -153,8 +154,8 @@ def test_planted_copies_are_found_and_tied(planted) -> None:
     model, _, profile = planted
     tied = ["tie"]
     budget = "50%"
-    plain = hpr.plan(model, profile, budget, "encoder.*", tied, align=False)
-    aligned = hpr.plan(model, profile, budget, "encoder.*", tied)
+    plain = hpr.plan(model, profile, budget, PlanOptions(only="encoder.*", operators=tied, align=False))
+    aligned = hpr.plan(model, profile, budget, PlanOptions(only="encoder.*", operators=tied))
     assert not plain.alignment
     assert {target.align_to for target in aligned.alignment} == {"layer below"}
     assert aligned.damage < 1e-3 * plain.damage
@@ -167,7 +168,7 @@ def test_planted_copies_are_found_and_tied(planted) -> None:
 
 def test_the_planner_takes_alignment_by_itself(planted) -> None:
     model, _, profile = planted
-    sketch = draft(model, profile, "encoder.*")
+    sketch = draft(model, profile, PlanOptions(only="encoder.*"))
     budget = sketch.budget("40%")
     best = sketch.best(budget)
     assert best.alignment
@@ -179,7 +180,7 @@ def test_the_planner_takes_alignment_by_itself(planted) -> None:
 
 def test_files_alone_make_the_same_student(planted, tmp_path) -> None:
     model, _, profile = planted
-    plan = hpr.plan(model, profile, "40%", "encoder.*")
+    plan = hpr.plan(model, profile, "40%", PlanOptions(only="encoder.*"))
     plan.save(tmp_path / "plan.json")
     profile.save(tmp_path / "profile.safetensors")
     loaded, known = Plan.load(tmp_path / "plan.json"), Profile.load(tmp_path / "profile.safetensors")
@@ -192,7 +193,7 @@ def test_files_alone_make_the_same_student(planted, tmp_path) -> None:
 
 def test_a_saved_student_loads_bit_equal_and_unshares(planted, tmp_path) -> None:
     model, batches, profile = planted
-    student = hpr.share(model, hpr.plan(model, profile, "40%", "encoder.*"), profile)
+    student = hpr.share(model, hpr.plan(model, profile, "40%", PlanOptions(only="encoder.*")), profile)
     student.save_pretrained(tmp_path)
     again = tf.AutoModel.from_pretrained(tmp_path).eval()
     dense = hpr.unshare(student)
@@ -205,7 +206,7 @@ def test_a_saved_student_loads_bit_equal_and_unshares(planted, tmp_path) -> None
 
 def test_refit_regresses_on_the_turned_model(planted) -> None:
     model, batches, profile = planted
-    plan = hpr.plan(model, profile, "40%", "encoder.*")
+    plan = hpr.plan(model, profile, "40%", PlanOptions(only="encoder.*"))
     student = hpr.share(model, plan, profile)
     hpr.refit(student, model, plan, profile, batches)  # against the model as it was, queries would follow other axes than keys
     with torch.no_grad():
@@ -215,17 +216,19 @@ def test_refit_regresses_on_the_turned_model(planted) -> None:
 
 def test_plans_without_alignment_say_nothing_of_it(planted) -> None:
     model, _, profile = planted
-    plan = hpr.plan(model, profile, "40%", "encoder.*", align=False)
+    plan = hpr.plan(model, profile, "40%", PlanOptions(only="encoder.*", align=False))
     assert "alignment" not in plan.to_dict()
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).alignment == ()
-    private = hpr.plan(model, profile, "40%", "encoder.*", ["low rank"])  # where nothing is shared, nothing is transformed
+    private = hpr.plan(
+        model, profile, "40%", PlanOptions(only="encoder.*", operators=["low rank"])
+    )  # where nothing is shared, nothing is transformed
     assert private.alignment == ()
 
 
 def test_alignment_needs_its_profile_and_its_model(planted) -> None:
     model, _, profile = planted
-    plan = hpr.plan(model, profile, "40%", "encoder.*")
-    with pytest.raises(HprError, match="profile that it was made with"):
+    plan = hpr.plan(model, profile, "40%", PlanOptions(only="encoder.*"))
+    with pytest.raises(HprError, match="profile it was made with"):
         hpr.share(model, plan)
     wrong = AlignTarget(Symmetry("encoder", "order", 8, (AxisSlice("output.dense", "columns", 0, 640),)), "layer below")
     with pytest.raises(HprError, match=r"transforms columns 0 to 640 of 'output.dense'"):
@@ -242,6 +245,6 @@ def test_alignment_needs_its_profile_and_its_model(planted) -> None:
 def test_the_original_is_untouched(planted) -> None:
     model, _, profile = planted
     before = copy.deepcopy(model.state_dict())
-    hpr.share(model, hpr.plan(model, profile, "40%", "encoder.*"), profile)
+    hpr.share(model, hpr.plan(model, profile, "40%", PlanOptions(only="encoder.*")), profile)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert module_at(model, "encoder.layer.0.attention.self.query").weight.requires_grad

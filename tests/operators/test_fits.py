@@ -33,7 +33,9 @@ def test_students_are_the_same_bit_for_bit(case) -> None:
     fits = Fits(model, profile)
     found = draft(model, profile, fits=fits)
     plans = found.alternatives(found.budget("50%"), 4)
-    plans += [replace(plans[0], alignment=tuple(AlignTarget(one, "match") for one in profile.symmetries if one.kind == "order"))]
+    plans += [
+        replace(plans[0], alignment=tuple(AlignTarget(one, "layer below") for one in profile.symmetries if one.kind == "order"))
+    ]
     assert plans[-1].alignment
     for plan in plans:
         assert equal(hpr.share(model, plan, fits=fits), hpr.share(model, plan, profile))
@@ -52,7 +54,7 @@ def test_each_group_and_each_metric_is_made_once(case, monkeypatch) -> None:
         fits.fit(plan)
     assert {name for group in groups for name in group} == set(metrics) == changed
     assert set(groups.values()) == set(metrics.values()) == {1}
-    aims = [AlignTarget(one, "match") for one in profile.symmetries if one.kind == "order"]
+    aims = [AlignTarget(one, "layer below") for one in profile.symmetries if one.kind == "order"]
     assert fits.aligned(aims) is fits.aligned(tuple(aims)) is not fits
     assert fits.aligned(()) is fits
 

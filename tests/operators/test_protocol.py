@@ -15,6 +15,7 @@ from hpr.operators import vocab_segments
 from hpr.operators.metric import Measured
 from hpr.operators.operator import Operator, TermsError, only_site, terms_of, whole_matrix
 from hpr.operators.registry import OPERATORS, plannable
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft, known_operators
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, Term
@@ -95,7 +96,7 @@ def test_an_operator_for_runs_of_rows_is_one_entry(case, monkeypatch) -> None:
     monkeypatch.delitem(OPERATORS, original.name)
     monkeypatch.setitem(OPERATORS, name, mine)
     model, profile = case
-    plan = hpr.plan(model, profile, "60%", only="embeddings.*")
+    plan = hpr.plan(model, profile, "60%", PlanOptions(only="embeddings.*"))
     assert name in {entry.operator for entry in plan.entries.values()} <= {name, KEEP}
     hpr.share(model, plan, profile)
 

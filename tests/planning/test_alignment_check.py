@@ -9,7 +9,7 @@ from hpr.anatomy.describe import describe
 from hpr.anatomy.symmetry import layers_of, transform_site
 from hpr.operators.metric import measure
 from hpr.operators.registry import OPERATORS
-from hpr.planning.alignment_check import worthwhile
+from hpr.planning.alignment_check import alignment_targets
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def targets(case, operators=OPERATORS, chosen=None, margin: float = 0.02):
     model, profile = case
     anatomy = describe(model)
     names = {site.name for site in anatomy.sites} if chosen is None else chosen
-    return worthwhile(anatomy, profile, measure(model, anatomy, profile), names, set(operators), margin)
+    return alignment_targets(anatomy, profile, measure(model, anatomy, profile), names, set(operators), margin)
 
 
 def test_a_permuted_copy_promises_to_pay(case) -> None:

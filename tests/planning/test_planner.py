@@ -15,9 +15,9 @@ from hpr.anatomy.model import Anatomy, Site
 from hpr.operators.alignment import align
 from hpr.operators.registry import OPERATORS, plannable
 from hpr.planning.draft import Draft
-from hpr.planning.options import LONGEST_GROUP
+from hpr.planning.options import LONGEST_GROUP, PlanOptions
 from hpr.planning.planner import draft, known_operators
-from hpr.planning.rows import kin
+from hpr.planning.rows import counterparts
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP
 from hpr.reporting.report import render_report
@@ -133,7 +133,7 @@ def test_alternatives_at_the_smallest_budgets(sketch: Draft, extra: int) -> None
 
 def test_only_leaves_all_others_alone(model, profile, sketch: Draft) -> None:
     pattern = "encoder.*.attention.*"
-    plan = hpr.plan(model, profile, "50%", only=pattern)
+    plan = hpr.plan(model, profile, "50%", PlanOptions(only=pattern))
     chosen = {site.name for site in sketch.anatomy.select(pattern)}
     assert all(entry.operator == KEEP for name, entry in plan.entries.items() if name not in chosen)
     assert any(entry.operator != KEEP for entry in plan.entries.values())
@@ -145,14 +145,14 @@ def test_only_leaves_all_others_alone(model, profile, sketch: Draft) -> None:
     assert as_json(narrowed.best(narrowed.budget("50%"))) == as_json(plan)
     assert narrowed.untouched == rest
     with pytest.raises(hpr.HprError, match="matches no site"):
-        draft(model, profile, only="decoder.*")
+        draft(model, profile, PlanOptions(only="decoder.*"))
     with pytest.raises(hpr.HprError, match="no site is left"):
-        draft(model, profile, only="pooler.*")
+        draft(model, profile, PlanOptions(only="pooler.*"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_operators_can_be_restricted(model, profile, sketch: Draft, name: str) -> None:
-    alone = draft(model, profile, operators=[name], align=False)
+    alone = draft(model, profile, PlanOptions(operators=[name], align=False))
     if name == KEEP:
         with pytest.raises(hpr.HprError, match="smallest plan"):
             alone.best(alone.budget("80%"))
@@ -223,19 +223,19 @@ def test_one_matrix_for_several_is_tried_where_weights_are_alike_or_it_is_named(
         with torch.no_grad():
             layer.output.dense.weight.add_(0.1 * layer.output.dense.weight.std() * torch.randn_like(layer.output.dense.weight))
     found = hpr.profile(looped, [{"input_ids": torch.randint(3, looped.config.vocab_size, (8, 8))} for _ in range(2)])
-    assert offered(draft(looped, found, align=False)) == shared
+    assert offered(draft(looped, found, PlanOptions(align=False))) == shared
     for name, parameter in looped.named_parameters():
         if name.endswith("output.dense.weight"):
             torch.nn.init.normal_(parameter)
     found = hpr.profile(looped, [{"input_ids": torch.randint(3, looped.config.vocab_size, (8, 8))} for _ in range(2)])
-    assert offered(draft(looped, found, align=False)) < shared
-    assert offered(draft(looped, found, operators=NAMES, align=False)) == shared
+    assert offered(draft(looped, found, PlanOptions(align=False))) < shared
+    assert offered(draft(looped, found, PlanOptions(operators=NAMES, align=False))) == shared
 
 
 def test_a_budget_in_bytes_counts_the_models_own_dtype(model, sketch: Draft) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     profile = hpr.profile(half, [{"input_ids": torch.randint(3, 200, (8, 10))}], "embedding")
-    drafted = draft(half, profile, operators=["low rank"])
+    drafted = draft(half, profile, PlanOptions(operators=["low rank"]))
     assert drafted.budget("113.536KB").parameters == 24_000
     assert sketch.budget("113.536KB").parameters == 12_000
     assert drafted.narrowed("encoder.*").budget("113.536KB").parameters == 24_000
@@ -252,13 +252,13 @@ def test_boundaries_are_probabilities(sketch: Draft) -> None:
 
 
 def test_groups_do_not_leap_over_sites_that_are_not_planned(model, profile, sketch: Draft) -> None:
-    some = draft(model, profile, only="encoder.0.*,encoder.2.*,encoder.3.*")
+    some = draft(model, profile, PlanOptions(only="encoder.0.*,encoder.2.*,encoder.3.*"))
     for track in some.tracks:
         assert set(track.candidates) == {(0, 1), (1, 2), (2, 3), (1, 3)}
     plan = some.best(some.budget("50%"))
     plan.validate(sketch.anatomy)
     groups = plan.groups()
-    assert all({"2", "3"} == {name.split(".")[1] for name in names} for names in groups)
+    assert all({2, 3} == {sketch.anatomy[name].layer for name in names} for names in groups)
 
 
 def batches_for(model) -> list[dict[str, torch.Tensor]]:
@@ -280,7 +280,7 @@ def plant(model, anatomy: Anatomy, same: Callable[[Site], object]) -> None:
 def encoder_decoder(request, build):
     """Layer i of the encoder and layer i of the decoder have the same self-attention and feed-forward weights."""
     model = build(request.param, tf.AutoModelForSeq2SeqLM)
-    found = kin(model, describe(model))
+    found = counterparts(model, describe(model))
     lower = {upper: below for below, upper in found.items()}
 
     def same(site: Site) -> object:
@@ -301,9 +301,9 @@ def test_groups_span_encoder_and_decoder(encoder_decoder, tmp_path) -> None:
     plan = sketch.best(sketch.budget(str(sketch.anatomy.total_parameters - kept)))  # just what sharing all of them saves
     plan.validate(sketch.anatomy)
     assert plan.damage == 0
-    spanning = [group for group in plan.groups() if len({name.split(".")[0] for name in group}) == 2]
+    spanning = [group for group in plan.groups() if len({sketch.anatomy[name].stack for name in group}) == 2]
     assert len(spanning) == 6 * 2
-    assert all([name.split(".")[1] for name in group] in (["0", "0"], ["1", "1"]) for group in spanning)
+    assert all([sketch.anatomy[name].layer for name in group] in ([0, 0], [1, 1]) for group in spanning)
     assert not any("encoder_attn" in name or "EncDec" in name for group in spanning for name in group)
     student = hpr.share(model, plan, profile)
     with torch.no_grad():
@@ -323,13 +323,13 @@ def test_groups_span_encoder_and_decoder(encoder_decoder, tmp_path) -> None:
 def test_an_encoder_decoders_identity_plan_and_refit(encoder_decoder) -> None:
     model, batches = encoder_decoder, batches_for(encoder_decoder)
     profile = hpr.profile(model, batches)
-    sketch = draft(model, profile, operators=["shared input basis"])
+    sketch = draft(model, profile, PlanOptions(operators=["shared input basis"]))
     whole = sketch.best(sketch.budget("100%"))
     assert all(entry.operator == KEEP for entry in whole.entries.values())
     with torch.no_grad():
         assert torch.equal(hpr.share(model, whole, profile)(**batches[0]).logits, model(**batches[0]).logits)
         plan = sketch.best(sketch.budget(str(least(sketch) + 500)))
-        assert any(len({name.split(".")[0] for name in group}) == 2 for group in plan.groups())
+        assert any(len({sketch.anatomy[name].stack for name in group}) == 2 for group in plan.groups())
         student = hpr.share(model, plan, profile)
         before = (student(**batches[0]).logits - model(**batches[0]).logits).square().mean()
         hpr.refit(student, model, plan, profile, batches)
@@ -340,7 +340,7 @@ def test_narrowing_an_encoder_decoder_leaves_the_other_stack(encoder_decoder) ->
     profile = hpr.profile(encoder_decoder, batches_for(encoder_decoder))
     sketch = draft(encoder_decoder, profile)
     for pattern in ("encoder.*", "decoder.*"):
-        narrowed, anew = sketch.narrowed(pattern), draft(encoder_decoder, profile, pattern)
+        narrowed, anew = sketch.narrowed(pattern), draft(encoder_decoder, profile, PlanOptions(only=pattern))
         assert {track.name: set(track.candidates) for track in narrowed.tracks} == {
             track.name: set(track.candidates) for track in anew.tracks
         }
@@ -362,7 +362,7 @@ def test_a_planted_grouping_is_found(model, groups) -> None:
     saved = sum(site.parameters for site in sketch.anatomy.sites if site.layer not in firsts)
     plan = sketch.best(sketch.budget(str(sketch.anatomy.total_parameters - saved)))
     assert plan.damage == pytest.approx(0, abs=1e-12)
-    found = {tuple(int(name.split(".")[1]) for name in group) for group in plan.groups()}
+    found = {tuple(sketch.anatomy[name].layer for name in group) for group in plan.groups()}
     assert found == {group for group in groups if len(group) > 1}
     json.dumps(plan.to_dict(), allow_nan=False)
     report = render_report(plan.to_dict(), {"boundaries": boundary_probabilities(sketch.tracks, 0.0, 0.1)})

@@ -1,4 +1,4 @@
-"""Which slots of two stacks are kin, for models of several families and for plain modules."""
+"""Which slots of two stacks are counterparts, for models of several families and for plain modules."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import transformers as tf
 from torch import nn
 
 from hpr.anatomy.describe import describe
-from hpr.planning.rows import kin, rows
+from hpr.planning.rows import counterparts, rows
 
 ATTENTION = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")]
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -30,7 +30,7 @@ def test_barts_encoder_and_decoder_are_kin(build) -> None:
 
 def test_t5s_feed_forward_has_another_number_above(build) -> None:
     model = build("t5")
-    found = kin(model, describe(model))
+    found = counterparts(model, describe(model))
     assert found["encoder", "layer.1.DenseReluDense.wi"] == ("decoder", "layer.2.DenseReluDense.wi")
     assert found["encoder", "layer.0.SelfAttention.q"] == ("decoder", "layer.0.SelfAttention.q")
     assert len(found) == 6
@@ -45,7 +45,7 @@ def test_whisper_and_marian_are_kin() -> None:
         tf.WhisperModel(tf.WhisperConfig(**sizes, **heads, **tokens)),
         tf.MarianModel(tf.MarianConfig(**sizes, **heads, **tokens)),
     ):
-        assert sorted(kin(model, describe(model))) == sorted(("encoder", slot) for slot in (*ATTENTION, "fc1", "fc2"))
+        assert sorted(counterparts(model, describe(model))) == sorted(("encoder", slot) for slot in (*ATTENTION, "fc1", "fc2"))
 
 
 def test_other_widths_are_no_kin() -> None:
@@ -54,13 +54,13 @@ def test_other_widths_are_no_kin() -> None:
     )
     config.encoder_attention_heads = config.decoder_attention_heads = 2
     model = tf.BartModel(config)
-    assert sorted(kin(model, describe(model))) == sorted(("encoder", slot) for slot in ATTENTION)
+    assert sorted(counterparts(model, describe(model))) == sorted(("encoder", slot) for slot in ATTENTION)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_one_stack_has_no_kin(build, family) -> None:
     model = build(family)
-    assert kin(model, describe(model)) == {}
+    assert counterparts(model, describe(model)) == {}
 
 
 def test_two_towers_are_no_kin() -> None:
@@ -72,7 +72,7 @@ def test_two_towers_are_no_kin() -> None:
     model = tf.CLIPModel(config)
     anatomy = describe(model)
     assert len(anatomy.stacks) == 2
-    assert kin(model, anatomy) == {}
+    assert counterparts(model, anatomy) == {}
 
 
 class Block(nn.Module):
@@ -96,10 +96,10 @@ def test_plain_modules_go_by_structure() -> None:
         Towers(("q", "k"), ("q", "k")),
         Towers(("q",), ("k", "c")),
     )
-    assert kin(reads, describe(reads)) == {("one", f"parts.{name}"): ("two", f"parts.{name}") for name in "qk"}
-    assert kin(towers, describe(towers)) == kin(strangers, describe(strangers)) == {}
+    assert counterparts(reads, describe(reads)) == {("one", f"parts.{name}"): ("two", f"parts.{name}") for name in "qk"}
+    assert counterparts(towers, describe(towers)) == counterparts(strangers, describe(strangers)) == {}
     more_below = Towers(("q", "k", "only"), ("q", "k", "cross"))
-    assert kin(more_below, describe(more_below)) == {}
+    assert counterparts(more_below, describe(more_below)) == {}
 
 
 def test_slots_alike_but_for_a_number_within_a_stack_are_no_kin() -> None:
@@ -107,7 +107,7 @@ def test_slots_alike_but_for_a_number_within_a_stack_are_no_kin() -> None:
     for stack in (model.one, model.two):
         for block in stack["blocks"]:
             block.parts["list"] = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-    assert kin(model, describe(model)) == {("one", "parts.q"): ("two", "parts.q")}
+    assert counterparts(model, describe(model)) == {("one", "parts.q"): ("two", "parts.q")}
 
 
 def test_runs_may_cross_from_one_stack_to_the_next_but_not_leap(build) -> None:

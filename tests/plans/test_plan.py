@@ -15,7 +15,7 @@ from torch import nn
 from conftest import low_rank_terms, plan_of
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import bytes_per_parameter
-from hpr.anatomy.model import Anatomy
+from hpr.anatomy.model import Anatomy, Stack
 from hpr.errors import BudgetError, HprError, PlanError
 from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan, keep_all
@@ -241,3 +241,33 @@ def test_write_text_is_all_or_nothing(tmp_path: Path) -> None:
         write_text(tmp_path / "a.txt", "\ud800")
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_printed_plan_is_a_table() -> None:
+    shared = Entry("shared input basis", (Term("f.u", "f.v", 3),), damage=0.25)
+    plan = Plan(
+        model_class="Tiny",
+        fingerprint="0",
+        budget=Budget("50%", 1000),
+        dense_parameters=2000,
+        other_parameters=10,
+        entries={
+            "layers.0.up": shared,
+            "layers.1.up": shared,
+            "layers.2.up": Entry(KEEP),
+            "head<": Entry("low rank", (Term("h.u", "h.v", 7),), damage=0.5),
+        },
+        diagnostics={"solver": {"gap": 0.0125}},
+        stacks=(Stack("body", "layers", 3),),
+    )
+    assert str(plan).splitlines() == [
+        "body · up  0–1: sib 3   2: keep",
+        "head<      lr 7",
+        "",
+        "sib = shared input basis (2), keep (1), lr = low rank (1)",
+        "budget 50%: at most 1,000 of 2,000 parameters",
+        "predicted damage 1 nats per example, at most 1.25 % above the least possible",
+    ]
+    assert repr(plan) == "Plan(Tiny, 4 sites, budget 50%, damage 1 nats)"
+    assert plan._repr_html_().startswith("<pre>body · up")
+    assert "head&lt;" in plan._repr_html_()

@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from hpr.plans.table import read_plan
 from hpr.reporting import formatting, sections
 from hpr.reporting import svg as figures
 from hpr.reporting.card import render_card
-from hpr.reporting.plan_map import read_plan
 from hpr.reporting.report import render_report
 
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}

@@ -10,6 +10,7 @@ from hpr.anatomy.describe import describe
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of, terms_of
 from hpr.operators.metric import measure
+from hpr.planning.options import PlanOptions
 from hpr.routing.expected_gains import expected_gains
 
 SITE = "encoder.layer.1.intermediate.dense"
@@ -31,7 +32,7 @@ def made() -> tuple[tf.BertModel, torch.nn.Module, hpr.Profile, dict[str, list[d
             parameter += 0.1 * torch.randn_like(parameter)
     kinds = {"low": texts(3, 20, 1), "high": texts(40, 60, 2)}
     profile = hpr.profile(teacher, [*kinds["low"], *kinds["high"]])
-    student = hpr.share(teacher, hpr.plan(teacher, profile, "50%", operators=["low rank"]), profile)
+    student = hpr.share(teacher, hpr.plan(teacher, profile, "50%", PlanOptions(operators=["low rank"])), profile)
     return teacher, student, profile, kinds
 
 

@@ -14,11 +14,12 @@ from hpr.anatomy.model import Site, Stack
 from hpr.evaluation.divergence import divergence
 from hpr.nn.linear import SharedLinear
 from hpr.operators.registry import plannable
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.plans.plan import keep_all
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.runtime.progress import reporting_to
-from hpr.sharing import refit
+from hpr.sharing import layerwise
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40, "vocab_size": 60, "max_position_embeddings": 16}
 MODELS = {
@@ -73,7 +74,9 @@ def same(one, two) -> bool:
 def test_refit_lowers_the_divergence_on_its_own_text(made, operator) -> None:
     _, model, profile, batches = made
     stack = "encoder.*" if made[0] == "bert" else "layers.*"
-    drafted = draft(model, profile, stack, [operator] if operator else None, align=False)  # kept sites are compared below
+    drafted = draft(
+        model, profile, PlanOptions(only=stack, operators=[operator] if operator else None, align=False)
+    )  # kept sites are compared below
     plan = drafted.best(drafted.budget("40%" if operator is None else "70%"))
     student = hpr.share(model, plan, profile)
     teacher, before, size = state(model), state(student), unique(student)
@@ -101,7 +104,7 @@ def test_what_is_kept_is_untouched_bit_for_bit(made) -> None:
     before = state(student)
     hpr.refit(student, model, plan, profile, batches)
     assert same(state(student), before)
-    drafted = draft(model, profile, "embed*")
+    drafted = draft(model, profile, PlanOptions(only="embed*"))
     plan = drafted.best(drafted.budget("60%"))
     student = hpr.share(model, plan, profile)
     before = state(student)
@@ -113,7 +116,7 @@ def test_an_exact_student_stays_so(made) -> None:
     """At a rank that loses nothing, the target is the weight itself, but for the ridge and rounding."""
     _, model, profile, batches = made
     stack = "encoder.*" if made[0] == "bert" else "layers.*"
-    drafted = draft(model, profile, stack, ["low rank"])
+    drafted = draft(model, profile, PlanOptions(only=stack, operators=["low rank"]))
     plan = drafted.best(drafted.budget("99.9%"))
     student = hpr.share(model, plan, profile)
     plain = divergence(student, model, batches, GOAL).mean
@@ -139,6 +142,29 @@ def test_modes_hooks_and_modules_are_as_before(made) -> None:
     assert any(isinstance(m, SharedLinear) for m in student.modules())
 
 
+def test_training_mode_changes_nothing_and_is_restored(made) -> None:
+    """Dropout would be fitted else: a model in training mode is refitted as one in evaluation mode."""
+    _, model, profile, batches = made
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    drafted = draft(model, profile)
+    plan = drafted.best(drafted.budget("60%"))
+    expected = hpr.share(model, plan, profile)
+    hpr.refit(expected, model, plan, profile, batches)
+    student = hpr.share(model, plan, profile).train()
+    model.train()
+    still = next(module for module in model.modules() if not list(module.children()))
+    still.eval()  # each module has its own mode
+    hpr.refit(student, model, plan, profile, batches)
+    assert same(state(student), state(expected))
+    assert all(module.training for module in student.modules())
+    assert [module for module in model.modules() if not module.training] == [still]
+
+
 RESIDUAL = {
     "bert": {"attention.output.dense", "output.dense"},
     "llama": {"self_attn.o_proj", "mlp.down_proj"},
@@ -150,16 +176,19 @@ def test_the_residual_stream_is_found_by_its_sums(made) -> None:
     anatomy = describe(model)
     (stack,) = anatomy.stacks
     with torch.no_grad():
-        pair = refit._Pair(
-            refit._enter(model, stack, batches[0]), refit._enter(copy.deepcopy(model), stack, batches[0]), batches[0]
+        pair = layerwise.ModelPair(
+            layerwise.record_calls(model, stack, batches[0]),
+            layerwise.record_calls(copy.deepcopy(model), stack, batches[0]),
+            batches[0],
         )
         for layer in range(stack.layers):
             block = module_at(model, f"{stack.path}.{layer}")
             sites = [site for site in anatomy.sites if site.layer == layer]
+            both = layerwise.Layer(stack, layer, block, block)
             found, called = set(), []
-            for stage in refit._stages(block, stack, layer, sites, pair):
+            for stage in layerwise.stages(both, sites, pair):
                 called.append({site.slot for site in stage})
-                with refit._watching(block, stack, layer, stage) as seen:
+                with layerwise.watching(both, block, stage) as seen:
                     output = pair.teacher.run(block, layer)
                 for one in seen.values():
                     one.later.append(output)
@@ -167,7 +196,7 @@ def test_the_residual_stream_is_found_by_its_sums(made) -> None:
             assert found == RESIDUAL[family]
             assert len(called[0]) == 3  # query, key and value read one tensor
             assert set().union(*called) == {site.slot for site in sites}
-            pair.advance([block, block], layer)
+            pair.advance(both)
 
 
 def test_layer_by_layer_is_what_the_model_computes(made) -> None:
@@ -177,7 +206,7 @@ def test_layer_by_layer_is_what_the_model_computes(made) -> None:
     last = module_at(model, f"{stack.path}.{stack.layers - 1}")
     handle = last.register_forward_hook(lambda m, i, o: seen.append(o if isinstance(o, torch.Tensor) else o[0]))
     with torch.no_grad():
-        entry = refit._enter(model, stack, batches[0])
+        entry = layerwise.record_calls(model, stack, batches[0])
         for layer in range(stack.layers):
             entry.hidden = entry.run(module_at(model, f"{stack.path}.{layer}"), layer)
     handle.remove()
@@ -200,9 +229,10 @@ class Fleeting(nn.Module):
 def test_stages_tell_inputs_apart_that_follow_one_another_in_memory() -> None:
     stack = Stack("blocks", "blocks", 1)
     sites = [Site(f"blocks.0.{slot}", "linear", 64, 64, True, "blocks", 0, slot) for slot in ("first", "second", "third")]
-    entry = refit._Entry(torch.ones(8, 32, 64), [((None,), {})])
+    net = Fleeting()
+    entry = layerwise.BlockCalls(torch.ones(8, 32, 64), [((None,), {})])
     with torch.no_grad():
-        stages = list(refit._stages(Fleeting(), stack, 0, sites, refit._Pair(entry, entry, None)))
+        stages = list(layerwise.stages(layerwise.Layer(stack, 0, net, net), sites, layerwise.ModelPair(entry, entry, {})))
     assert [[site.slot for site in stage] for stage in stages] == [["first"], ["second"], ["third"]]
 
 
@@ -210,7 +240,9 @@ def test_padding_of_a_decoder_is_its_own() -> None:
     batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "labels": torch.tensor([[5, 6, 7, 2], [5, 2, -100, -100]])}
     encoder, decoder = Stack("encoder", "encoder.layers", 2), Stack("decoder", "decoder.layers", 2)
     of_encoder, of_decoder = torch.zeros(2, 3, 8), torch.zeros(2, 4, 8)
-    assert torch.equal(refit._real(batch, encoder, of_encoder), batch["attention_mask"].bool())
-    assert torch.equal(refit._real(batch, decoder, of_decoder), batch["labels"] != -100)
-    assert torch.equal(refit._real(batch, decoder, of_encoder), batch["attention_mask"].bool())  # keys and values across
-    assert refit._real(batch, decoder, torch.zeros(8, 8)) == slice(None)
+    assert torch.equal(layerwise.real_rows(batch, encoder, of_encoder), batch["attention_mask"].bool())
+    assert torch.equal(layerwise.real_rows(batch, decoder, of_decoder), batch["labels"] != -100)
+    assert torch.equal(
+        layerwise.real_rows(batch, decoder, of_encoder), batch["attention_mask"].bool()
+    )  # keys and values across
+    assert layerwise.real_rows(batch, decoder, torch.zeros(8, 8)) == slice(None)

@@ -1,7 +1,7 @@
-"""Experts that a module keeps as slices of one three-dimensional parameter, found by how its code reads them.
+"""Experts that a module stores as slices of one three-dimensional parameter, found by how its code reads them.
 
-``F.linear(x, self.up[i])`` says all that matters: ``up`` holds one matrix (out, in) per expert. The same shape read in another
-way (``x @ self.up[i]``, as where experts are stored transposed) is left alone.
+If the code has ``F.linear(x, self.up[i])``, then ``up`` holds one matrix (out, in) for each expert. Parameters that are read in
+another way (``x @ self.up[i]``: experts stored transposed) are ignored.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Slice(NamedTuple):
 
 
 def sliced_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own three-dimensional parameters whose slices it multiplies by."""
+    """Name and value of the three-dimensional parameters of a module that hold one matrix for each expert."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() == 3 and name in _read_by_slices(type(module)):  # type: ignore[arg-type]  # a class is hashable
             yield name, parameter
 
 
 def slice_below(root: nn.Module, path: str) -> Slice | None:
-    """The slice at ``mlp.experts.down_proj.3``, None where there is none."""
+    """The slice at a path (``mlp.experts.down_proj.3``); None if there is none."""
     rest, _, number = path.rpartition(".")
     owner, _, parameter = rest.rpartition(".")
     try:
@@ -53,7 +53,7 @@ def slice_below(root: nn.Module, path: str) -> Slice | None:
 
 @functools.cache
 def _read_by_slices(kind: Any) -> frozenset[str]:
-    """Attributes P that the forward of a class reads as ``linear(…, self.P[…])``; none where its source is not at hand."""
+    """Attributes P that the forward of a class reads as ``linear(…, self.P[…])``; none if its source is not available."""
     tree = tree_of(kind.forward) if "linear" in names_in(kind.forward) else None
     if tree is None:
         return frozenset()

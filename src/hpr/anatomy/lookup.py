@@ -12,14 +12,14 @@ from hpr.errors import HprError
 
 
 def base_of(model: nn.Module) -> tuple[nn.Module, str]:
-    """The base model below a task head and its prefix (``bert.``); the model itself with '' where there is none."""
+    """The base model below a task head and its prefix (``bert.``); the model itself and '' if it has no head."""
     prefix = getattr(model, "base_model_prefix", "")
     base = getattr(model, prefix, None) if prefix else None
     return (base, f"{prefix}.") if isinstance(base, nn.Module) else (model, "")
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a site's path: below the base model first, else below the whole model. Raises ``HprError``."""
+    """The module at a path below the base model, else below the whole model. Raises ``HprError`` if there is none."""
     base, _ = base_of(model)
     for root in (base, model):
         try:
@@ -30,7 +30,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def has_module(model: nn.Module, path: str) -> bool:
-    """Whether ``module_at`` finds one there."""
+    """Whether there is a module at a path."""
     try:
         module_at(model, path)
     except HprError:
@@ -50,13 +50,13 @@ def bytes_per_parameter(model: nn.Module) -> float:
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
-    """A site's weight as (out, in), whatever the module's own layout; a view, never a copy."""
+    """The weight of a module as (out, in), also if it is stored as (in, out); a view, never a copy."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def weight_at(model: nn.Module, site: Site) -> torch.Tensor:
-    """A site's weight as (out, in), a view of the parameter. Raises ``HprError`` where the model has no such site."""
+    """The weight of a site as (out, in), a view of the parameter. Raises ``HprError`` if the model has no such site."""
     if site.expert is None:
         return weight_of(module_at(model, site.name))
     found = slice_at(model, site.name)
@@ -66,5 +66,5 @@ def weight_at(model: nn.Module, site: Site) -> torch.Tensor:
 
 
 def slice_at(model: nn.Module, path: str) -> Slice | None:
-    """The expert at a site's path, below the base model first; None where the path is not one of an expert."""
+    """The expert at a path below the base model or the whole model; None if the path is not that of an expert."""
     return slice_below(base_of(model)[0], path) or slice_below(model, path)

@@ -58,7 +58,7 @@ class Site:
 
     @property
     def position(self) -> int | None:
-        """Where it stands in its row of neighbours: the expert among those of a layer, else the layer in its stack."""
+        """Its number among its neighbours: the number of the expert in its layer, or of the layer in its stack."""
         return self.layer if self.expert is None else self.expert
 
 
@@ -76,7 +76,7 @@ class Stack:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Paths of the blocks of all layers, the lowest first."""
+        """Paths of the blocks of all layers, lowest first."""
         return tuple(self.block(layer) for layer in range(self.layers))
 
 
@@ -138,9 +138,9 @@ class Anatomy:
         return chosen
 
     def slots(self) -> dict[tuple[str, str], tuple[Site, ...]]:
-        """(stack, slot) → its sites in layer order, split where shapes differ; sites outside the stacks stand alone.
+        """(stack, slot) → its sites in layer order, split if shapes differ. A site outside the stacks is a slot by itself.
 
-        The experts of all layers are one slot, those of a layer one after the other.
+        The experts of all layers are one slot, sorted by layer.
         """
         found: dict[tuple[str, str, int, int], list[Site]] = defaultdict(list)
         for site in self.sites:

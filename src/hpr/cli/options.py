@@ -58,7 +58,7 @@ def _with_share(text: str) -> tuple[str, float]:
         raise HprError(f"--data {text}: the share {share!r} is no number; say FILE=2, or FILE alone") from error
 
 
-def operator_names(text: str | None) -> list[str] | None:
+def operator_names(text: str | None) -> tuple[str, ...] | None:
     """``tie+scale, low-rank`` as the names that the planner knows; what is unknown is left for it to refuse."""
     from hpr.operators.registry import plannable
 
@@ -69,4 +69,4 @@ def operator_names(text: str | None) -> list[str] | None:
         return "".join(name.lower().replace("-", " ").split())
 
     known = {squeezed(name): name for name in plannable()}
-    return [known.get(squeezed(part), part.strip()) for part in text.split(",")]
+    return tuple(known.get(squeezed(part), part.strip()) for part in text.split(","))

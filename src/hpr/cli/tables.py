@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
 from rich.columns import Columns
 from rich.table import Table
 
+from hpr.plans.table import read_plan, runs
 from hpr.reporting.formatting import byte_count, exact, figure, present, records, seconds, share, size_rows, table
-from hpr.reporting.plan_map import Cell, read_plan
 
 
 def parts_table(anatomy: Mapping[str, Any]) -> Table:
@@ -73,9 +72,9 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     grid = _grid("Plan (layers: operator rank)", "part", "groups")
     for stack in found.stacks:
         for row in stack.rows:
-            grid.add_row(f"{stack.name} · {row.slot}", Columns(_runs(row.cells), padding=(0, 2)))
+            grid.add_row(f"{stack.name} · {row.slot}", Columns(runs(row.cells), padding=(0, 2)))
     for cell in found.outside:
-        grid.add_row(cell.site, _word(cell))
+        grid.add_row(cell.site, cell.word)
     return grid
 
 
@@ -120,29 +119,6 @@ def alignment_line(aligned: float, plain: float) -> str:
     """What turning layers before they share gains in predicted damage."""
     saved = 100 * (1 - aligned / plain)
     return f"layers are aligned first: that saves {saved:.1f} % of {figure(plain, 'nats')} predicted without"
-
-
-def _runs(cells: Sequence[Cell | None]) -> list[str]:
-    """``0–1: sib 93`` for every group of neighbours, and for neighbours that are all kept."""
-    runs: list[list[tuple[int, Cell]]] = []
-    for layer, cell in enumerate(cells):
-        if cell is None:
-            continue
-        before = runs[-1][-1] if runs else None
-        if before and before[0] == layer - 1 and (cell.joins_left or cell.kind == before[1].kind == "keep"):
-            runs[-1].append((layer, cell))
-        else:
-            runs.append([(layer, cell)])
-    texts = []
-    for run in runs:
-        first, last = run[0][0], run[-1][0]
-        words = [word for word, _ in groupby(_word(cell) for _, cell in run)]
-        texts.append(f"{first if first == last else f'{first}–{last}'}: {' | '.join(words)}")
-    return texts
-
-
-def _word(cell: Cell) -> str:
-    return "keep" if cell.kind == "keep" else f"{cell.code} {cell.rank}"
 
 
 def _grid(title: str, *columns: str) -> Table:

@@ -1,7 +1,7 @@
-"""What layers are worth, by intervention: the true divergence when one is dropped, or reuses what the layer below computes.
+"""What each layer is worth: the measured divergence if it is dropped, or reuses what the layer below computes.
 
-Curvature cannot predict it, since nothing small is changed. Single interventions rank the layers (ShortGPT, Men et al. 2024,
-ranks them by block influence); runs of them, each with one layer more, are then measured together: they do not add up.
+Curvature cannot predict this, because the change is not small. Single interventions rank the layers (ShortGPT, Men et al. 2024,
+ranks them by block influence). Sets of layers, each one larger, are then measured together, because damages do not add up.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from hpr.profiling.objectives import Objective
 from hpr.runtime.batch import BatchLike
 from hpr.runtime.progress import progress
 
-MOST_LAYERS = 6  # that one plan drops or lets reuse, beyond the best few
+MOST_LAYERS = 6  # that one plan may drop or let reuse
 
 
 def intervene(model: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> dict[str, dict[str, float]]:
-    """Each layer by itself in every state that it can be in: layer name → state → nats per example.
+    """The divergence for each layer alone in each possible state: layer name → state → nats per example.
 
-    Two forward passes an intervention. Layers that can be in no state are not named.
+    Each intervention takes two forward passes. Layers that cannot change are not listed.
     """
     anatomy = describe(model)
     reuse, drop = reusable(model, anatomy), droppable(model, anatomy)
@@ -51,11 +51,11 @@ def reuses(
     objective: Objective,
     price: float,
 ) -> list[Reuse]:
-    """Few ways to let layers reuse, each with one layer more than the one before, measured together.
+    """A few sets of layers that reuse, each with one layer more than the last, measured together.
 
-    ``price``: what a parameter is worth elsewhere, in nats: the multiplier of a plan without reuse. A layer is worth changing
-    if what it saves, at that price, is more than what it costs; it comes in the state that gains most, and the layers come
-    in order of gain. The price falls as more is saved, so this only proposes.
+    ``price``: what one parameter is worth elsewhere, in nats (the multiplier of a plan without reuse). A layer is changed if
+    the parameters that it saves, at that price, are worth more than its damage. It gets the state with the largest gain, and
+    layers are added in order of gain. The price falls as more parameters are saved, so these sets are only proposals.
     """
     anatomy = describe(model)
     ranked = []

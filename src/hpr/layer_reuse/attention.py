@@ -1,8 +1,8 @@
-"""Attention whose weights, or keys and values, go up to the layers above: one function in transformers' attention interface.
+"""Attention whose weights, or keys and values, are passed to layers above: one function in transformers' attention interface.
 
-Every attention module that gives or takes has a copy of its ``config`` that names this function, so the model's own
-configuration, the masks made by it and all other layers stay as they are. The function computes what ``eager`` and ``sdpa``
-compute, whichever of the two the model is set to at the moment.
+Each attention module that gives or takes has a copy of its ``config`` that names this function. So the configuration of the
+model, its masks and all other layers stay the same. The function computes the same as ``eager`` or ``sdpa``, depending on the
+current setting of the model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,10 +37,19 @@ _WITHOUT_EFFECT = {  # on eager and sdpa: the mask holds what they say
 }
 
 
+class _Held:
+    """A value that can be given up from any thread."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 class Holder:
     """What one attention module hands to those above it during a forward pass; each thread sees its own.
 
-    Copies start empty. ``_traced`` serves compiled code, which cannot follow what belongs to a thread.
+    A value is given up once its gradient is complete: then all modules above have been through their backward pass, and none
+    asks again. Copies start empty. ``_traced`` serves compiled code, which cannot follow what belongs to a thread, and the
+    threads of autograd, which run a forward pass again if activations are checkpointed.
     """
 
     def __init__(self) -> None:
@@ -47,15 +57,21 @@ class Holder:
         self._traced: Any = None
 
     def put(self, value: Any) -> None:
+        """Keep a tensor, a tuple of tensors, or None."""
         self._traced = value
-        if not torch.compiler.is_compiling():
-            self._local.value = value
+        if torch.compiler.is_compiling():
+            return
+        self._local.held = held = _Held(value)
+        first = value[0] if isinstance(value, tuple) else value
+        if isinstance(first, Tensor) and first.requires_grad:
+            first.register_hook(functools.partial(_give_up, weakref.ref(self), weakref.ref(held)))
 
     def get(self) -> Any:
-        """What was put last, None after ``clear``."""
+        """What was put last; None after ``clear`` and after the backward pass."""
         if torch.compiler.is_compiling():
             return self._traced
-        return getattr(self._local, "value", self._traced)
+        held: _Held | None = getattr(self._local, "held", None)
+        return self._traced if held is None else held.value
 
     def clear(self) -> None:
         self.put(None)
@@ -67,11 +83,20 @@ class Holder:
         return Holder, ()
 
 
+def _give_up(holder: weakref.ref[Holder], held: weakref.ref[_Held], gradient: Tensor) -> None:
+    """A hook for the gradient of what was put; it must not keep alive what it is a hook of."""
+    mine, owner = held(), holder()
+    if mine is not None:
+        if owner is not None and owner._traced is mine.value:
+            owner._traced = None
+        mine.value = None
+
+
 @dataclass
 class Role:
-    """What an attention module gives and takes. ``config`` is its own, which says how the model attends now.
+    """What an attention module gives and takes. ``config`` is the one of the model, with its current attention implementation.
 
-    ``last``: the holders that nobody above reads any more.
+    ``last``: the holders that no layer above reads.
     """
 
     config: Any
@@ -84,7 +109,7 @@ class Role:
 
 
 class Clearing:
-    """A forward pre-hook on the module that runs a stack: what an earlier pass has left must not be taken for this one's."""
+    """A forward pre-hook on the module that runs a stack. It clears holders, so no pass reads tensors of an earlier one."""
 
     def __init__(self, holders: list[Holder]):
         self.holders = holders
@@ -104,7 +129,7 @@ def attention_modules(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def role_of(module: nn.Module, layer: str) -> Role:
-    """The role of an attention module, which from now on attends as its role says."""
+    """The role of an attention module; if it has none, it gets one and from now on computes ``attend``."""
     role: Role | None = getattr(module, _ROLE, None)
     if role is None:
         role = Role(module.config, layer)
@@ -130,8 +155,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Queries (B, heads, T, d), keys and values (B, groups, S, d) → outputs (B, T, heads, d), weights (B, heads, T, S).
 
-    Raises ``HprError`` where the model attends by other means than ``eager`` and ``sdpa``, where a keyword may mean something
-    that is not computed here, and where there is nothing to take.
+    Raises ``HprError`` if the attention implementation is neither ``eager`` nor ``sdpa``, if a keyword may ask for something
+    that is not computed here, and if there is nothing to take.
     """
     role = _checked_role(module, others)
     sdpa = role.config._attn_implementation == "sdpa"
@@ -172,7 +197,7 @@ def attention_weights(
 ) -> Tensor:
     """softmax(scaling · Q Kᵀ + bias + mask): (B, heads, T, d), (B, groups, S, d) → (B, heads, T, S).
 
-    ``mask`` is boolean (True: attended to) or is added. A row with nothing to attend to is spread evenly, like ``eager``'s.
+    ``mask`` is boolean (True: attended to) or is added. A row with nothing to attend to has equal weights, as in ``eager``.
     """
     scores = _grouped(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(2, 3))
     if softcap is not None:
@@ -187,7 +212,7 @@ def attention_weights(
 
 
 def _added(scores: Tensor, more: Tensor) -> Tensor:
-    """In place where the sum has the shape and type of the scores: they are the largest tensor of a layer."""
+    """The sum, in place if it has the shape and type of the scores, because they are the largest tensor of a layer."""
     fits = torch.broadcast_shapes(scores.shape, more.shape) == scores.shape and more.dtype == scores.dtype
     return scores.add_(more) if fits else scores + more
 

@@ -1,8 +1,8 @@
-"""What no longer has an effect once layers are dropped or reuse what a layer below computes, and its place in a plan.
+"""Find the weights without effect once layers are dropped or reuse what a layer below computes.
 
-Found by gradients, not by names: of whatever stands inside the attention modules of a layer that takes, that vanishes which
-gets a gradient in the original model and none in the changed one. So the query and key projections of reused attention weights
-go, their norms with them, and of a fused projection all rows but those of the values, in whichever order it has them.
+They are found by gradients, not by names. A weight inside the attention modules of a layer that reuses is dead if it gets a
+gradient in the original model and none in the changed model. If attention weights are reused, these are the query and key
+projections, their norms and, in a fused projection, all rows but those of the values, in any order of the rows.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from hpr.anatomy.lookup import module_at, weight_of
 from hpr.anatomy.model import Anatomy
 from hpr.errors import HprError
 from hpr.layer_reuse.attention import Holder, role_of
-from hpr.layer_reuse.install import attention_at, paths_of, reading_the_same, with_states
+from hpr.layer_reuse.install import attention_at, reading_the_same, with_states
 from hpr.layer_reuse.reuse import DeadWeights, RowRanges
-from hpr.plans.layer_states import DROPPED, site_layer
+from hpr.plans.layer_states import DROPPED, paths_of, site_layer
 from hpr.runtime.batch import Batch, BatchLike, example_batch
 from hpr.runtime.hooks import run, to_device_of
 
-TOLERANCE = 1e-3  # how far attention computed here may move an output, as a share of its largest value
+TOLERANCE = 1e-3  # how far attention computed here may change an output, relative to its largest value
 
 
 def dead_weights(model: nn.Module, states: Mapping[str, str], batch: BatchLike | None = None) -> DeadWeights:
-    """What vanishes from a model under some states of its layers (see ``reuse.with_states``).
+    """The weights of a model without effect under some states of its layers (see ``install.with_states``).
 
     The gradients are those of a random projection of the output for one ``batch``, by default ``example_batch(model)``. Raises
-    ``HprError`` for states that cannot be, and where attention as hpr computes it does not give what the model gives.
+    ``HprError`` for impossible states, and if attention computed by hpr differs from that of the model.
     """
     anatomy = describe(model)
     probe = reading_the_same(with_states(model, states), torch.float32)
@@ -106,7 +106,7 @@ def _effects(model: nn.Module, paths: Sequence[str], batch: Batch) -> dict[str, 
 
 
 def _check_attention(original: nn.Module, anatomy: Anatomy, states: Mapping[str, str], batch: Batch) -> None:
-    """Raise where attention that gives its weights does not give what the model gives: it computes something of its own."""
+    """Raise ``HprError`` if attention computed by hpr changes the output: the model computes more than plain attention."""
     through = reading_the_same(original)
     for stack in anatomy.stacks:
         if any(name.rpartition(".")[0] == stack.name for name in states):
@@ -124,7 +124,7 @@ def _check_attention(original: nn.Module, anatomy: Anatomy, states: Mapping[str,
 
 
 def _output(outputs: Any) -> Tensor:
-    """The first tensor of floating-point numbers that a model gives."""
+    """The first floating-point tensor among the outputs of a model."""
     if isinstance(outputs, Tensor):
         return outputs
     for value in outputs.values() if isinstance(outputs, Mapping) else outputs:

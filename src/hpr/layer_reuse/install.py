@@ -1,8 +1,8 @@
-"""Reuse of computation: layers that are dropped, or that reuse the attention weights or the keys and values of a layer below.
+"""Drop layers of a model, or let them reuse the attention weights or the keys and values of a layer below.
 
-``with_states`` gives a model with such layers and all its weights, for an intervention; ``dead_weights`` finds which weights have
-no effect there any more, and ``with_layers`` puts that into a plan, which ``hpr.share`` carries out. Nothing is known by name:
-attention modules are those that call transformers' attention interface, matched by their path inside the block.
+``with_states`` returns a copy of a model with such layers and all its weights, for an intervention. ``dead_weights`` finds the
+weights without effect there, ``with_layers`` writes that into a plan, and ``hpr.share`` carries the plan out. Attention modules
+are found by their code: they call the attention interface of transformers. They are matched by their path inside the block.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ast
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,14 +23,14 @@ from hpr.anatomy.model import Anatomy
 from hpr.anatomy.source_code import attribute_of_self, functions_of, names_in, tree_of
 from hpr.errors import HprError
 from hpr.layer_reuse.attention import Clearing, Holder, attention_modules, role_of
-from hpr.plans.layer_states import DROPPED, STATES, WEIGHTS, check_states, source
+from hpr.plans.layer_states import DROPPED, STATES, WEIGHTS, check_states, paths_of, source
 
 
 def with_states(model: nn.Module, states: Mapping[str, str]) -> nn.Module:
-    """A copy of a model whose layers have some states; it reads the weights of the original, which itself is untouched.
+    """A copy of a model whose layers have some states. It reads the weights of the original, which is not changed.
 
-    ``states``: layer name (``encoder.3``) → ``"dropped"``, ``"attention reused"`` or ``"keys and values reused"``. What has no
-    effect any more is still there. Raises ``HprError`` for unknown layers and states, and for layers that cannot.
+    ``states``: layer name (``encoder.3``) → ``"dropped"``, ``"attention reused"`` or ``"keys and values reused"``. Weights
+    without effect are still in the copy. Raises ``HprError`` for unknown layers and states, and for layers that cannot change.
     """
     anatomy = describe(model)
     check_states(states, {stack.name: stack.layers for stack in anatomy.stacks})
@@ -40,7 +40,7 @@ def with_states(model: nn.Module, states: Mapping[str, str]) -> nn.Module:
 
 
 def reading_the_same(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of a model that reads the original's weights, cast where a ``dtype`` is given; gradients stay its own."""
+    """A copy of a model that reads the weights of the original, cast if a ``dtype`` is given; its gradients are separate."""
 
     def parameter(own: nn.Parameter) -> nn.Parameter:
         kept = own.detach() if dtype is None or not own.is_floating_point() else own.detach().to(dtype)
@@ -51,21 +51,11 @@ def reading_the_same(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     return copy.deepcopy(model, memo)
 
 
-def paths_of(anatomy: Anatomy, states: Mapping[str, str]) -> dict[str, str]:
-    """The same states by the paths of the blocks, below the base model."""
-    stacks = {stack.name: stack for stack in anatomy.stacks}
-    found = {}
-    for name, state in states.items():
-        stack, _, number = name.rpartition(".")
-        found[stacks[stack].block(number)] = state
-    return found
-
-
 def install(model: nn.Module, layers: Mapping[str, str]) -> None:
     """Give layers their states, in place: drop blocks, and connect attention modules. ``layers``: path of a block → its state.
 
-    The blocks that stay keep their numbers, so the names of weights and the places in caches are as they were. Raises
-    ``HprError``, before anything is changed, where a layer cannot have its state.
+    The remaining blocks keep their numbers, so the names of weights and the positions in caches do not change. Raises
+    ``HprError``, before anything is changed, if a layer cannot have its state.
     """
     check(model, layers)
     for path, states in _by_container(layers).items():
@@ -78,14 +68,23 @@ def install(model: nn.Module, layers: Mapping[str, str]) -> None:
             _owner(model, path).register_forward_pre_hook(Clearing(holders))
 
 
-def check(model: nn.Module, layers: Mapping[str, str]) -> None:
-    """Raise ``HprError`` where a layer is not there or cannot have its state; ``layers`` as for ``install``."""
+def check(model: nn.Module, layers: Mapping[str, str], removed: Iterable[str] = ()) -> None:
+    """Raise ``HprError`` if a layer is not there or cannot have its state; ``layers`` as for ``install``.
+
+    ``removed``: paths of modules that have no effect any more. They must be inside the attention of a layer that reuses.
+    """
     for path, states in _by_container(layers).items():
         _check(model, path, states)
+    reusing = [block for block, state in layers.items() if state != DROPPED]
+    for path in removed:
+        if not any(path.startswith(f"{attention}.") for block in reusing for attention in attention_at(model, block)):
+            raise HprError(
+                f"{path} is said to have no effect, but its layer attends by itself: give it terms, or plan to keep it"
+            )
 
 
 def reusable(model: nn.Module, anatomy: Anatomy) -> dict[str, str | None]:
-    """Layer name → why it cannot reuse attention weights, or keys and values; None where it can."""
+    """Layer name → why it cannot reuse attention weights, or keys and values; None if it can."""
     return {
         f"{stack.name}.{layer}": _why_no_reuse(model, stack.path, layer)
         for stack in anatomy.stacks
@@ -94,7 +93,7 @@ def reusable(model: nn.Module, anatomy: Anatomy) -> dict[str, str | None]:
 
 
 def droppable(model: nn.Module, anatomy: Anatomy) -> dict[str, str | None]:
-    """Layer name → why it cannot be dropped; None where it can."""
+    """Layer name → why it cannot be dropped; None if it can."""
     return {
         f"{stack.name}.{layer}": _why_no_drop(model, stack.path, layer)
         for stack in anatomy.stacks
@@ -188,7 +187,7 @@ def _why_no_drop(model: nn.Module, path: str, layer: int) -> str | None:
     block, owner = blocks[str(layer)], _owner(model, path)
     assert block is not None
     if layer == min(int(name) for name in blocks if name.isdigit()):
-        return "the lowest layer counts what is in the cache, and may hold what all others read"
+        return "the lowest layer counts the positions in the cache, and may hold tensors that all others read"
     types = _attention_types(owner)
     if types is not None and len(set(types)) > 1:
         return f"{type(owner).__name__} attends in different ways by the number of the layer"

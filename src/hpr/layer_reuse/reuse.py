@@ -1,4 +1,4 @@
-"""Which layers reuse or drop what, and its place in a plan."""
+"""Which layers are dropped or reuse attention, and how a plan says so."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Interventions = Mapping[str, Mapping[str, float]]  # layer → state → nats pe
 
 @dataclass(frozen=True)
 class Reuse:
-    """States of some layers, what vanishes with them, and their measured divergence together, in nats per example."""
+    """States of some layers, the weights that they leave without effect, and their measured divergence in nats per example."""
 
     states: dict[str, str]
     dead_weights: DeadWeights
     damage: float
 
     def parameters(self, anatomy: Anatomy) -> int:
-        """How many parameters vanish."""
+        """How many parameters have no effect any more."""
         sites = sum(
             anatomy[name].parameters - sum(stop - start for start, stop in runs) * anatomy[name].in_features
             for name, runs in self.dead_weights.rows.items()
@@ -35,9 +35,9 @@ RowRanges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class DeadWeights:
-    """What has no effect once layers have their states.
+    """Weights that have no effect once layers have their states.
 
-    ``rows``: site → runs [start, stop) of the rows that still have one; none where all of the weight is gone.
+    ``rows``: site → ranges [start, stop) of the rows that still have an effect; empty if the whole weight has none.
     ``removed``: how many parameters besides the weights of sites go with a dropped layer (by its name), with a site (its bias,
     by the site's name), or with another module (a norm, by its path).
     """
@@ -47,9 +47,9 @@ class DeadWeights:
 
 
 def with_layers(plan: Plan, anatomy: Anatomy, states: Mapping[str, str], found: DeadWeights) -> Plan:
-    """The same plan with states of layers: the entries of what vanishes give way, all others stay.
+    """The plan with states of layers. Entries of weights without effect are replaced, all others stay.
 
-    A fused projection of which some rows stay gets one term a run, the very rows of the original.
+    A fused projection that keeps some rows gets one term for each range: rows of the original weight.
     """
     entries = dict(plan.entries)
     for name, runs in found.rows.items():

@@ -40,8 +40,8 @@ class Fits:
     once for several plans. It assumes that the weights of ``model`` do not change meanwhile.
 
     It keeps the damped moments and their roots, (out, out) and (in, in) float64 for every measured site, the fitted factors of
-    every distinct group, float64, and for every aligned plan's targets one aligned copy of the model. Weights in float64 live only
-    as long as the caller of ``measured`` keeps them. Raises ``HprError`` for a profile of another model.
+    every distinct group, float64, and one aligned copy of the model for the alignment of each plan. Weights in float64 live
+    only as long as the caller of ``measured`` keeps them. Raises ``HprError`` for a profile of another model.
 
     >>> fits = Fits(model, profile)  # doctest: +SKIP
     >>> students = [hpr.share(model, plan, fits=fits) for plan in plans]  # doctest: +SKIP

@@ -23,10 +23,10 @@ from hpr.data.splits import Splits, joined, split_sources
 from hpr.errors import HprError
 from hpr.evaluation.divergence import Comparison, Estimate, divergence
 from hpr.evaluation.evaluate import evaluate
-from hpr.layer_reuse.ablation import intervene
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import reusing_plans, students
 from hpr.planning.draft import Draft
+from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft, known_operators
 from hpr.plans.budget import parse_budget
 from hpr.plans.plan import Plan
@@ -119,13 +119,23 @@ def compress(
     with clock("profile"):
         found = profile(opened.model, texts.calibration, goal.name, seed)
     with clock("plan"):
-        sketch = draft(opened.model, found, only, operators, align=align)
+        sketch = draft(
+            opened.model,
+            found,
+            PlanOptions(
+                only=only,
+                operators=None if operators is None else tuple(operators),
+                align=None if align == "auto" else align,
+            ),
+        )
         limit = sketch.budget(budget)
         if routers:
             tried = [(budget, best_routed(sketch, limit, opened.model, routers))]
         else:
             tried = [(budget, plan) for plan in sketch.alternatives(limit, max(1, plans))]
     if reuse:
+        from hpr.layer_reuse.ablation import intervene  # an optional feature, loaded if asked for
+
         with clock("interventions"):
             found = replace(found, interventions=intervene(opened.model, texts.rescoring, goal))
             others = reusing_plans(opened.model, found, sketch, limit, texts.rescoring, goal)

@@ -16,8 +16,8 @@ from hpr.anatomy.model import Anatomy
 from hpr.checkpoints import save
 from hpr.checkpoints.open import open_model
 from hpr.data.loaded_model import LoadedModel
-from hpr.layer_reuse.install import paths_of
 from hpr.planning.rules import ByRule, Replication, Rules
+from hpr.plans.layer_states import paths_of
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.batch import Batch
 from hpr.sharing.share import share

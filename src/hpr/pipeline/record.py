@@ -15,7 +15,7 @@ from hpr.anatomy.model import Anatomy
 from hpr.checkpoints import save
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits
-from hpr.errors import HprError
+from hpr.errors import BudgetError, HprError
 from hpr.evaluation.divergence import Comparison
 from hpr.operators.registry import plannable
 from hpr.planning.draft import Draft
@@ -110,7 +110,7 @@ def operator_gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
     for operator in sorted(used):
         try:
             without = sketch.without(operator, plan.budget).damage
-        except HprError:
+        except BudgetError:
             continue  # without it the budget cannot be met at all
         gains.append({"operator": operator, "damage_without": without, "damage_with": best})
     if plan.alignment:

@@ -7,9 +7,8 @@ from contextlib import suppress
 
 from torch import nn
 
-from hpr.errors import HprError
+from hpr.errors import BudgetError
 from hpr.evaluation.divergence import Comparison, compare
-from hpr.layer_reuse.ablation import reuses
 from hpr.planning.draft import Draft
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import site_layer
@@ -60,13 +59,15 @@ def reusing_plans(
 
     Their damage is the measured one of the layers together plus what is predicted for the rest. At most two, the best first.
     """
-    best = sketch.best(budget)
-    price = (best.diagnostics["solver"] or {}).get("multiplier") or 0.0
+    from hpr.layer_reuse.ablation import reuses  # an optional feature, loaded if asked for
+
+    proposal = sketch.propose(budget)
+    best = proposal.plan
     chosen = set(sketch.anatomy.select(sketch.only))
     outside = {site_layer(site) for site in sketch.anatomy.sites if site not in chosen}
     layers = {name: damages for name, damages in profile.interventions.items() if name not in outside}
     found = []
-    for reuse in reuses(model, layers, batches, objective, price):
-        with suppress(HprError):  # what is left cannot meet the budget
+    for reuse in reuses(model, layers, batches, objective, proposal.multiplier):
+        with suppress(BudgetError):  # what is left cannot meet the budget
             found.append(sketch.reusing(reuse).best(budget))
     return sorted((plan for plan in found if plan.damage < REUSE_MARGIN * best.damage), key=lambda plan: plan.damage)[:2]

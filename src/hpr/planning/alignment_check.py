@@ -23,7 +23,7 @@ MARGIN = 0.02
 Damages = dict[str, np.ndarray]
 
 
-def worthwhile(
+def alignment_targets(
     anatomy: Anatomy,
     profile: Profile,
     measured: Mapping[str, Measured],

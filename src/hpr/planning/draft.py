@@ -1,70 +1,86 @@
-"""A draft: all candidates of a model, measured, that answers for any budget with plans.
+"""A draft: all candidates of a model, measured. It proposes plans for any budget.
 
-The solver is pure; here its choices become entries of a ``Plan``, and a draft is narrowed to some sites or to what is left once
-layers reuse.
+The solver is pure; here its choices become entries of a ``Plan``. A draft can be narrowed to some sites, or to what remains
+if some layers are dropped or reuse attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+import logging
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import AlignTarget, Symmetry
-from hpr.errors import HprError
-from hpr.layer_reuse.reuse import Reuse, with_layers
+from hpr.errors import BudgetError
 from hpr.operators.alignment import symmetry_groups
-from hpr.operators.registry import OPERATORS, plannable
+from hpr.operators.registry import OPERATORS
+from hpr.planning.search import Search
 from hpr.plans.budget import Budget, parse_budget
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, Entry
-from hpr.solver import lagrangian
-from hpr.solver.candidates import Candidate, Choice, Solution, Track
-from hpr.solver.composite import restrict
+from hpr.solver.candidates import Choice, Solution, Track
+
+if TYPE_CHECKING:
+    from hpr.layer_reuse.reuse import Reuse
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan and the Lagrange ``multiplier`` it was found at: the nats per example that one more parameter would save.
+
+    ``score``: its measured divergence in nats per example, once somebody has measured it.
+    """
+
+    plan: Plan
+    multiplier: float
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class Draft:
-    """All candidates of a model, measured: ``tracks`` for the solver, ``fixed`` sites that stay as they are.
+    """All candidates of a model, measured. ``fixed`` sites stay as they are.
 
-    ``aligned``: the candidates of the same model, aligned as ``alignment`` says, where that may pay. Plans are made of either.
+    ``searches``: the candidates of the model, then those of its aligned copy if alignment may pay. Plans come from either.
+
+    >>> draft = hpr.planning.planner.draft(model, profile)  # doctest: +SKIP
+    >>> plans = draft.alternatives(draft.budget("50%"), 4)  # doctest: +SKIP
     """
 
     anatomy: Anatomy
-    tracks: tuple[Track, ...]
+    searches: tuple[Search, ...]
     fixed: tuple[Site, ...]
     bytes_per_parameter: float
     only: str | None = None
-    alignment: tuple[AlignTarget, ...] = ()
-    aligned: Draft | None = None
     reuse: Reuse | None = None
 
+    @property
+    def tracks(self) -> tuple[Track, ...]:
+        """The candidates of the model without alignment."""
+        return self.searches[0].tracks
+
+    @property
+    def plain(self) -> Draft:
+        """The same draft without alignment."""
+        return replace(self, searches=self.searches[:1])
+
     def reusing(self, reuse: Reuse) -> Draft:
-        """The same candidates for what is left once some layers are dropped or reuse what others compute."""
+        """The same candidates for what remains if some layers are dropped or reuse what others compute."""
         gone = set(reuse.dead_weights.rows)
-        chosen = {site.name for site in self.anatomy.sites} - gone
-        tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
-        planned = {name for track in tracks for name in _sites(track)}
-        fixed = tuple(site for site in self.anatomy.sites if site.name not in planned | gone)
-        aligned = self.aligned and self.aligned.reusing(reuse)
-        return replace(self, tracks=tracks, fixed=fixed, aligned=aligned, reuse=reuse)
+        return replace(self._with_sites({site.name for site in self.anatomy.sites} - gone, gone), reuse=reuse)
 
     def narrowed(self, only: str) -> Draft:
         """The same candidates for some sites alone; all others stay as they are."""
-        chosen = {site.name for site in self.anatomy.select(only)}
-        tracks = tuple(found for track in self.tracks if (found := _narrowed(track, chosen)) is not None)
-        planned = {name for track in tracks for name in _sites(track)}
-        fixed = tuple(site for site in self.anatomy.sites if site.name not in planned)
-        aligned = self.aligned and self.aligned.narrowed(only)
-        return replace(self, tracks=tracks, fixed=fixed, only=only, aligned=aligned, reuse=None)
+        return replace(self._with_sites({site.name for site in self.anatomy.select(only)}), only=only, reuse=None)
 
     def limit(self, budget: Budget) -> int:
-        """Parameters left for the sites on the tracks. Raises ``HprError`` where nothing is left, naming the least budget."""
+        """Parameters left for the sites that are planned. Raises ``BudgetError`` if none are left, naming the least budget."""
         limit = budget.parameters - self.untouched
-        if limit < 1:
-            raise HprError(f"a budget of {budget.text} is {budget.parameters:,} parameters, but {self._least()}")
+        if limit < max(1, *(search.smallest for search in self.searches)):
+            raise BudgetError(f"a budget of {budget.text} is {budget.parameters:,} parameters, but {self._least()}")
         return limit
 
     @property
@@ -73,72 +89,53 @@ class Draft:
         kept = self.anatomy.other_parameters + sum(site.parameters for site in self.fixed)
         if self.reuse is None:
             return kept
-        vanished = sum(self.anatomy[name].parameters for name in self.reuse.dead_weights.rows)
-        return kept + vanished - self.reuse.parameters(self.anatomy)
+        dead = sum(self.anatomy[name].parameters for name in self.reuse.dead_weights.rows)
+        return kept + dead - self.reuse.parameters(self.anatomy)
 
     def budget(self, text: str) -> Budget:
         """A budget as text (50%, 11M, 45MB) for this model."""
         return parse_budget(text, self.anatomy, self.bytes_per_parameter, self.only)
 
     def best(self, budget: Budget) -> Plan:
-        """The plan of least predicted damage, of all searches: all operators together and each one alone."""
-        return min((one._best(budget) for one in self._either), key=lambda plan: plan.damage)
+        """The plan of least predicted damage, of all searches: all operators together and each one alone.
 
-    @property
-    def plain(self) -> Draft:
-        """The same without alignment."""
-        return replace(self, aligned=None)
+        Raises ``BudgetError`` for a budget that no plan meets, naming the least.
+        """
+        return self.propose(budget).plan
 
-    @property
-    def _either(self) -> tuple[Draft, ...]:
-        return (self,) if self.aligned is None else (self, self.aligned)
-
-    def _best(self, budget: Budget) -> Plan:
-        return self.plan(self._guarded(lagrangian.plan_candidates, budget)[0], budget)
+    def propose(self, budget: Budget) -> Proposal:
+        """``best`` with its Lagrange multiplier."""
+        return min((self._best(search, budget) for search in self.searches), key=_damage)
 
     def alternatives(self, budget: Budget, count: int) -> list[Plan]:
+        """The plans of ``proposals``."""
+        return [proposal.plan for proposal in self.proposals(budget, count)]
+
+    def proposals(self, budget: Budget, count: int) -> list[Proposal]:
         """Up to ``count`` plans worth measuring, unlike each other, the best by its own measure first.
 
         In turn: the best plan, the best without each operator that it uses (an operator whose damage is predicted too low
-        shows up there), then the best structures of the K-best search. Where aligning may pay, the last one is the best
-        plan of the worse of the two, aligned or not.
+        shows up there), then the best structures of the K-best search. If alignment may pay, the last one is the best plan
+        of the worse of the two searches, aligned or not. Raises ``BudgetError`` as ``best`` does.
         """
-        if self.aligned is None:
-            return self._alternatives(budget, count)
-        better, worse = sorted(self._either, key=lambda one: one._best(budget).damage)
-        return [*better._alternatives(budget, max(1, count - 1)), *([worse._best(budget)] if count > 1 else [])]
-
-    def _alternatives(self, budget: Budget, count: int) -> list[Plan]:
-        found = [self._guarded(lagrangian.plan_candidates, budget)[0]]
-        used = {choice.candidate.operator for choice in found[0].choices if choice.candidate.rows is None} - {KEEP}
-        if len(used) > 1:
-            for operator in sorted(used):
-                with suppress(HprError):  # the budget cannot be met without it
-                    found.append(self._without(operator, budget))
-        found += self._guarded(lagrangian.k_best, budget, count)
-        unique: dict[Any, Solution] = {}
-        for solution in found:
-            unique.setdefault(solution.structure, solution)
-        return [self.plan(solution, budget) for solution in list(unique.values())[:count]]
+        better, *worse = sorted(self.searches, key=lambda search: _damage(self._best(search, budget)))
+        others = [self._best(search, budget) for search in worse][: count - 1]
+        return [*self._unlike(better, budget, count - len(others)), *others]
 
     def without(self, operator: str, budget: Budget) -> Plan:
-        """The best plan that does not use one operator. Raises ``HprError`` where there is none."""
-        return min((one.plan(one._without(operator, budget), budget) for one in self._either), key=lambda plan: plan.damage)
+        """The best plan that does not use one operator. Raises ``BudgetError`` if no such plan meets the budget."""
+        limit = budget.parameters - self.untouched
+        found = [self.plan(search.without(operator, limit), budget, search.alignment) for search in self.searches]
+        return min(found, key=lambda plan: plan.damage)
 
-    def _without(self, operator: str, budget: Budget) -> Solution:
-        others = set(plannable()) - {operator}
-        best = lagrangian.plan_candidates(restrict(self.tracks, others), self.limit(budget))[0]
-        return replace(best, label=f"without {operator}")
-
-    def plan(self, solution: Solution, budget: Budget) -> Plan:
-        """Write a solution down, one entry per site in model order."""
+    def plan(self, solution: Solution, budget: Budget, alignment: tuple[AlignTarget, ...] = ()) -> Plan:
+        """Write a solution down, one entry per site in model order. ``alignment``: of the search that found it."""
         entries = {site.name: Entry(KEEP) for site in self.fixed}
         for choice in solution.choices:
             if choice.candidate.rows is None:
                 entries |= _entries(choice, self.anatomy)
         entries |= _entries_by_rows(solution.choices, self.anatomy)
-        entries |= {name: Entry(KEEP) for name in (self.reuse.dead_weights.rows if self.reuse else ())}  # give way below
-        diagnostics = {"label": solution.label, "solver": _account(solution)}
+        entries |= {name: Entry(KEEP) for name in (self.reuse.dead_weights.rows if self.reuse else ())}  # replaced below
         plan = Plan(
             model_class=self.anatomy.model_class,
             fingerprint=self.anatomy.fingerprint,
@@ -146,20 +143,45 @@ class Draft:
             dense_parameters=self.anatomy.total_parameters,
             other_parameters=self.anatomy.other_parameters,
             entries={site.name: entries[site.name] for site in self.anatomy.sites},
-            diagnostics=diagnostics,
+            diagnostics={"label": solution.label, "solver": _account(solution)},
             stacks=self.anatomy.stacks,
         )
-        plan = replace(plan, alignment=_used(self.alignment, plan, self.anatomy))
+        plan = replace(plan, alignment=_used(alignment, plan, self.anatomy))
         return plan if self.reuse is None else _with_reuse(plan, self.anatomy, self.reuse)
 
-    def _guarded(self, search: Callable[..., list[Solution]], budget: Budget, *more: int) -> list[Solution]:
+    def _best(self, search: Search, budget: Budget) -> Proposal:
+        return self._proposal(search, search.best(self.limit(budget)), budget)
+
+    def _unlike(self, search: Search, budget: Budget, count: int) -> list[Proposal]:
+        """Up to ``count`` proposals of one search, each of another structure."""
         limit = self.limit(budget)
-        if limit < sum(lagrangian.smallest(track) for track in self.tracks):
-            raise HprError(f"a budget of {budget.text} is {budget.parameters:,} parameters, but {self._least()}")
-        return search(self.tracks, limit, *more)
+        found = [search.best(limit)]
+        used = {choice.candidate.operator for choice in found[0].choices if choice.candidate.rows is None} - {KEEP}
+        if len(used) > 1:
+            for operator in sorted(used):
+                try:
+                    found.append(search.without(operator, limit))
+                except BudgetError:
+                    _log.info("no plan within %s without %s", budget.text, operator)
+        found += search.k_best(limit, count)
+        unique: dict[Any, Solution] = {}
+        for solution in found:
+            unique.setdefault(solution.structure, solution)
+        return [self._proposal(search, solution, budget) for solution in list(unique.values())[:count]]
+
+    def _proposal(self, search: Search, solution: Solution, budget: Budget) -> Proposal:
+        return Proposal(self.plan(solution, budget, search.alignment), solution.multiplier or 0.0)
+
+    def _with_sites(self, chosen: set[str], gone: Set[str] = frozenset()) -> Draft:
+        """The same candidates for the chosen sites; sites that are not planned and not ``gone`` are fixed."""
+        searches = tuple(search.narrowed(chosen) for search in self.searches)
+        planned = searches[0].sites
+        return replace(
+            self, searches=searches, fixed=tuple(site for site in self.anatomy.sites if site.name not in planned | gone)
+        )
 
     def _least(self) -> str:
-        smallest = self.untouched + sum(lagrangian.smallest(track) for track in self.tracks)
+        smallest = self.untouched + self.searches[0].smallest
         share = 100 * smallest / self.anatomy.total_parameters
         return (
             f"the smallest plan of this model needs {smallest:,} ({share:.1f}% of all): "
@@ -167,8 +189,14 @@ class Draft:
         )
 
 
+def _damage(proposal: Proposal) -> float:
+    return proposal.plan.damage
+
+
 def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:
-    """The plan with states of layers, their damage spread over the sites that vanish."""
+    """The plan with states of layers, their damage spread over the sites without effect."""
+    from hpr.layer_reuse.reuse import with_layers  # an optional feature: other plans never load it
+
     plan = with_layers(plan, anatomy, reuse.states, reuse.dead_weights)
     share = reuse.damage / len(reuse.dead_weights.rows)
     spread = {name: replace(plan.entries[name], damage=share) for name in reuse.dead_weights.rows}
@@ -187,31 +215,6 @@ def _used(targets: Sequence[AlignTarget], plan: Plan, anatomy: Anatomy) -> tuple
         ):
             used |= set(group)
     return tuple(target for target in targets if target.symmetry in used)
-
-
-def _narrowed(track: Track, chosen: set[str]) -> Track | None:
-    """The positions of a track whose sites are chosen, with the candidates of those alone; None where there are none."""
-    labels = {index: _labelled(track.candidates[index, index + 1]) for index in range(track.length)}
-    kept = [index for index in range(track.length) if labels[index] <= chosen]
-    candidates = {
-        (kept.index(start), kept.index(stop - 1) + 1): several
-        for (start, stop), several in track.candidates.items()
-        if all(index in kept for index in range(start, stop))
-    }
-    stays = [name for name in track.name.split(" + ") if any(_in_stack(site, name) for index in kept for site in labels[index])]
-    return Track(" + ".join(stays) or track.name, len(kept), candidates) if kept else None
-
-
-def _in_stack(site: str, name: str) -> bool:
-    return " · " in name and site.startswith(f"{name.partition(' · ')[0]}.")
-
-
-def _sites(track: Track) -> set[str]:
-    return {site for several in track.candidates.values() for site in _labelled(several)}
-
-
-def _labelled(candidates: Iterable[Candidate]) -> set[str]:
-    return {site for one in candidates for site in one.sites}
 
 
 def _entries(choice: Choice, anatomy: Anatomy) -> dict[str, Entry]:

@@ -50,3 +50,6 @@ class PlanOptions:
             raise PlanError("routers is 1, but a router chooses between experts: give 2 or more, or 0 for none")
         if self.routers and self.reuse:
             raise PlanError(f"routers is {self.routers} and reuse is on: plans that reuse layers are not routed; choose one")
+
+
+DEFAULTS = PlanOptions()

@@ -1,87 +1,87 @@
 """Measure every candidate group of a model, laid out on tracks, as a ``Draft`` that answers for any budget.
 
-One track per slot of a stack, or per slot of an encoder and its kin in the decoder (its positions are layers), one per layer's
-experts (its positions are experts) and one per embedding table (its positions are blocks of rows).
+Positions on a track are layers (of one slot, or of a slot of an encoder and its counterpart in the decoder), the experts of one
+layer, or blocks of rows of an embedding table.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Literal
 
 from torch import nn
 
 from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.anatomy.swappable import not_swappable
 from hpr.anatomy.symmetry import AlignTarget
-from hpr.errors import HprError, PlanError
+from hpr.errors import PlanError
 from hpr.operators.alignment import transform_all
 from hpr.operators.fitting import Fits
 from hpr.operators.metric import Measured
 from hpr.operators.registry import OPERATORS, plannable
 from hpr.operators.tie import Group, alike
-from hpr.planning.alignment_check import MARGIN, worthwhile
+from hpr.planning.alignment_check import MARGIN, alignment_targets
 from hpr.planning.draft import Draft
 from hpr.planning.groupings import Groups, Similar, composites
-from hpr.planning.options import LONGEST_GROUP
-from hpr.planning.rows import Row, rows
+from hpr.planning.options import DEFAULTS, PlanOptions
+from hpr.planning.rows import SiteRow, rows
+from hpr.planning.search import Search
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP
 from hpr.profiling.profile import Profile
 from hpr.runtime.progress import progress
 from hpr.solver.candidates import Candidate, Track
 
+_log = logging.getLogger(__name__)
 
-def draft(
-    model: nn.Module,
-    profile: Profile,
-    only: str | None = None,
-    operators: Iterable[str] | None = None,
-    longest_group: int = LONGEST_GROUP,
-    align: bool | Literal["auto"] = "auto",
-    fits: Fits | None = None,
-) -> Draft:
-    """Measure every candidate of a model. ``operators``: names to consider, *keep* always among them; by default all, those
-    that make one matrix of several only where the weights are alike (``tie.alike``), which is rare in pretrained models.
 
-    ``align``: also of the model with aligned layers; ``"auto"`` where a look at one pair of layers promises that it pays
-    (see ``worthwhile``), True wherever it promises anything. Raises ``HprError`` for a profile of another model, a pattern
-    that matches nothing and operators that do not exist.
+def draft(model: nn.Module, profile: Profile, options: PlanOptions = DEFAULTS, *, fits: Fits | None = None) -> Draft:
+    """Measure every candidate of a model. Returns a ``Draft``, which proposes plans for any budget.
+
+    Operators that make one matrix of several weights (``Operator.merges``) are measured only for similar weights, which are
+    rare in pretrained models, or if ``options.operators`` names them. With ``options.align`` None the candidates are measured
+    again for the aligned model if a look at one pair of layers promises a gain (see ``alignment_targets``); with True if it
+    promises any gain at all. ``fits``: the fits of this model, to measure it once for draft and share. Raises ``HprError``
+    for a profile of another model, a pattern that matches nothing and operators that do not exist.
+
+    >>> found = draft(model, profile, PlanOptions(only="encoder.*"))  # doctest: +SKIP
+    >>> plan = found.best(found.budget("50%"))  # doctest: +SKIP
     """
-    allowed = known_operators(operators)
+    allowed = known_operators(options.operators)
     fits = Fits(model, profile) if fits is None else fits
     fits.check(model, profile)
     anatomy, measured = fits.anatomy, fits.measured()
     bound = not_swappable(model, anatomy)
-    chosen = {site.name for site in anatomy.select(only) if measured[site.name].live and site.name not in bound}
+    chosen = {site.name for site in anatomy.select(options.only) if measured[site.name].live and site.name not in bound}
     fixed = tuple(site for site in anatomy.sites if site.name not in chosen)
-    every = rows(model, anatomy, chosen)
+    every = tuple(rows(model, anatomy, chosen))
     if not every:
-        raise HprError("no site is left to plan: every one is unused by the objective or outside only=")
+        raise PlanError("no site is left to plan: every one is unused by the objective or outside only=")
     targets: tuple[AlignTarget, ...] = ()
-    if align:
-        targets = worthwhile(anatomy, profile, measured, chosen, allowed, MARGIN if align == "auto" else 0.0)
+    if options.align is not False:
+        margin = 0.0 if options.align else MARGIN
+        targets = alignment_targets(anatomy, profile, measured, chosen, allowed, margin)
+        _log.info("alignment promises a gain for %d symmetries", len(targets))
     touched = [any(target.touches(site) for target in targets for site in row.sites if site.expert is None) for row in every]
     total, tracks = len(every) + sum(touched), []
 
-    def curves(row: Row) -> Track:
-        return _track(row, [measured[site.name] for site in row.sites], allowed, operators is not None, longest_group, profile)
+    def curves(row: SiteRow) -> Track:
+        return _track(row, [measured[site.name] for site in row.sites], allowed, options, profile)
 
     for index, row in enumerate(every):
         tracks.append(curves(row))
         progress("curves", index + 1, total)
-    plain = Draft(anatomy, tuple(tracks), fixed, bytes_per_parameter(model), only)
-    if not targets:
-        return plain
-    transform_all(anatomy, measured, dict(profile.sites), targets)
-    done = len(every)
-    for index, row in enumerate(every):
-        if touched[index]:
-            tracks[index] = curves(row)
-            done += 1
-            progress("curves", done, total)
-    return replace(plain, aligned=replace(plain, tracks=tuple(tracks), alignment=targets))
+    searches = [Search(every, tuple(tracks))]
+    if targets:
+        transform_all(anatomy, measured, dict(profile.sites), targets)
+        done = len(every)
+        for index, row in enumerate(every):
+            if touched[index]:
+                tracks[index] = curves(row)
+                done += 1
+                progress("curves", done, total)
+        searches.append(Search(every, tuple(tracks), targets))
+    return Draft(anatomy, tuple(searches), fixed, bytes_per_parameter(model), options.only)
 
 
 def known_operators(names: Iterable[str] | None) -> set[str]:
@@ -93,28 +93,24 @@ def known_operators(names: Iterable[str] | None) -> set[str]:
     return allowed
 
 
-def plan(
-    model: nn.Module,
-    profile: Profile,
-    budget: str = "50%",
-    only: str | None = None,
-    operators: Iterable[str] | None = None,
-    align: bool | Literal["auto"] = "auto",
-) -> Plan:
+def plan(model: nn.Module, profile: Profile, budget: str = "50%", options: PlanOptions = DEFAULTS) -> Plan:
     """The plan of least predicted damage under a budget (``50%``, ``11M`` parameters, ``45MB`` on disk).
 
-    ``only`` is a shell pattern of site names (``encoder.*``); a percentage then counts the selected weights alone. ``align``
-    as in ``draft``. Raises ``HprError`` for an impossible budget, naming the smallest possible.
+    With ``options.only`` a percentage counts the selected weights alone. Raises ``BudgetError`` for an impossible budget,
+    naming the smallest possible.
+
+    >>> plan(model, profile, "50%", PlanOptions(only="encoder.*", operators=("low rank",)))  # doctest: +SKIP
     """
-    sketch = draft(model, profile, only, operators, align=align)
-    return sketch.best(sketch.budget(budget))
+    found = draft(model, profile, options)
+    return found.best(found.budget(budget))
 
 
-def _track(row: Row, group: Sequence[Measured], allowed: set[str], named: bool, longest: int, profile: Profile) -> Track:
-    """Candidates of one row: every operator on every run up to ``longest``, on every whole stack and on all, and groupings.
+def _track(row: SiteRow, group: Sequence[Measured], allowed: set[str], options: PlanOptions, profile: Profile) -> Track:
+    """Candidates of one row: every operator on every short run, on every whole stack and on all sites, and groupings.
 
-    What makes one matrix of several is tried where these are alike, or where operators were ``named``.
+    Operators that make one matrix of several weights are tried for similar weights, or if the user names operators.
     """
+    longest, named = options.longest_group, options.operators is not None
     whole = dict.fromkeys([*row.spans, (0, len(group))])
     if group[0].site.kind == "embedding":
         for name, operator in OPERATORS.items():
@@ -129,14 +125,14 @@ def _track(row: Row, group: Sequence[Measured], allowed: set[str], named: bool, 
             if not row.adjacent(start, stop):
                 continue
             likely = named or len(members) == 1 or alike(members)
-            options = [
+            offered = [
                 operator.candidate(members)
                 for name, operator in OPERATORS.items()
                 if operator.shared == (len(members) > 1)
                 and (name in allowed or name == KEEP)
                 and (likely or not operator.merges)
             ]
-            if kept := tuple(option for option in options if option is not None):
+            if kept := tuple(option for option in offered if option is not None):
                 candidates[start, stop] = kept
     groups = Groups(group, candidates, allowed)
     similar = _similarity(row, profile)
@@ -150,7 +146,7 @@ def _track(row: Row, group: Sequence[Measured], allowed: set[str], named: bool, 
     return Track(row.name, len(group), candidates)
 
 
-def _similarity(row: Row, profile: Profile) -> Similar:
+def _similarity(row: SiteRow, profile: Profile) -> Similar:
     """Similarity of the outputs of two layers of one stack, as the profile has it."""
 
     def similar(one: int, other: int) -> float | None:

@@ -126,7 +126,7 @@ class Preset:
         return found
 
     def _spanning(self, model: nn.Module, anatomy: Anatomy, free: set[Site]) -> list[list[Site]]:
-        """The groups of every row of kin slots. Raises ``HprError`` for a model that is no encoder–decoder."""
+        """The groups of every row of counterparts. Raises ``HprError`` for a model that is no encoder–decoder."""
         every = [row for row in rows(model, anatomy, {site.name for site in free}) if row.sites[0].expert is None]
         if not any(len(row.spans) > 1 for row in every):
             raise HprError(f"{self} needs an encoder and a decoder with slots in common: leave spanning out")

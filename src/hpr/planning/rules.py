@@ -20,8 +20,6 @@ from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site, Stack
 from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
-from hpr.layer_reuse.dead_weights import dead_weights
-from hpr.layer_reuse.reuse import with_layers
 from hpr.operators import naming, tie
 from hpr.operators.fitting import Fitted
 from hpr.plans.budget import Budget
@@ -50,6 +48,9 @@ class ByRule:
         plan = keep_all(anatomy)
         states = dict.fromkeys(found.copied, DROPPED) | dict.fromkeys(found.reused, WEIGHTS)
         if states:
+            from hpr.layer_reuse.dead_weights import dead_weights  # an optional feature: other rules never load it
+            from hpr.layer_reuse.reuse import with_layers
+
             plan = with_layers(plan, anatomy, states, dead_weights(model, states, self.batch))
         bound = not_swappable(model, anatomy)
         entries = dict(plan.entries)

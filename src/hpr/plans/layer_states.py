@@ -38,6 +38,16 @@ def source(states: Mapping[int, str], layer: int) -> int | None:
     return next((below for below in range(layer - 1, -1, -1) if states.get(below, "") in allowed), None)
 
 
+def paths_of(anatomy: Anatomy, states: Mapping[str, str]) -> dict[str, str]:
+    """The same states by the paths of the blocks, below the base model."""
+    stacks = {stack.name: stack for stack in anatomy.stacks}
+    paths = {}
+    for name, state in states.items():
+        stack, _, number = name.rpartition(".")
+        paths[stacks[stack].block(number)] = state
+    return paths
+
+
 def check_states(layers: Mapping[str, str], counts: Mapping[str, int]) -> None:
     """Raise ``PlanError`` for a layer or state that does not exist, and for a lowest layer with a state.
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hpr.errors import HprError, PlanError
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import check_entries, check_states
 from hpr.plans.owners import owners
+from hpr.plans.table import plan_text
 from hpr.plans.terms import KEEP, Entry, FactorShape, entry_from_dict, entry_to_dict, spelled, validate_entry
 from hpr.runtime.files import write_text
 
@@ -112,6 +114,17 @@ class Plan:
                 f"the plan needs {used:,} parameters, its budget {self.budget.text} allows {self.budget.parameters:,}: "
                 f"lower some ranks or raise the budget"
             )
+
+    def __str__(self) -> str:
+        """The table that ``hpr plan`` prints, as plain text."""
+        return plan_text(self.to_dict())
+
+    def __repr__(self) -> str:
+        return f"Plan({self.model_class}, {len(self.entries)} sites, budget {self.budget.text}, damage {self.damage:.3g} nats)"
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hpr.plans.table import Cell
 from hpr.reporting.formatting import count, dig, exact, figure, number, present, records, seconds
 from hpr.reporting.svg import spearman
 
@@ -15,6 +16,14 @@ _KINDS = (
     ("keep", "is kept as it was", "are kept as they were"),
     ("gone", "holds no weights of its own", "hold no weights of their own"),
 )
+
+
+def hover(cell: Cell) -> str:
+    """One site with its operator, rank, partners and predicted damage."""
+    rank = f", rank {cell.rank}" if cell.kind != "keep" else ""
+    shares = f"; shares with {', '.join(cell.partners)}" if cell.partners else ""
+    damage = f"; predicted damage {figure(cell.damage, 'nats')}" if cell.damage is not None else ""
+    return f"{cell.site}: {cell.operator}{rank}{shares}{damage}"
 
 
 def plan_reading(cells: Sequence[Any], place: str) -> str:

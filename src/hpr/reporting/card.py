@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hpr.plans.table import read_plan
 from hpr.reporting import captions, formatting, sections
-from hpr.reporting.plan_map import read_plan
 from hpr.reporting.report import model_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from hpr.plans.table import read_plan
 from hpr.reporting import captions, formatting, routes, sections
-from hpr.reporting.plan_map import read_plan
 
 
 def render_report(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -80,6 +80,7 @@ def _environment() -> Environment:
             for name in ("count", "exact", "figure", "moment", "number", "present", "dig", "table", "share")
         },
         plan_reading=captions.plan_reading,
+        hover=captions.hover,
         stack_note=sections.stack_note,
     )
     return environment

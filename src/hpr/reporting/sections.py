@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from hpr.plans import table as plan_table
+from hpr.plans.table import PlanMap, StackMap
 from hpr.reporting import captions
-from hpr.reporting import plan_map as grid
 from hpr.reporting import svg as figures
 from hpr.reporting.formatting import (
     ABSENT,
@@ -25,7 +26,6 @@ from hpr.reporting.formatting import (
     table,
     verdict,
 )
-from hpr.reporting.plan_map import PlanMap, StackMap
 
 Section = dict[str, Any]
 _PLAN_KEYS = ("label", "budget", "parameters", "predicted", "measured", "chosen", "quality")
@@ -115,11 +115,11 @@ def boundaries(plan_map: PlanMap, metrics: Mapping[str, Any]) -> list[Section]:
     rows_of = {f"{stack.name} · {row.slot}": row for stack in plan_map.stacks for row in stack.rows}
     stacks: dict[str, list[Section]] = {}
     for key, value in table(metrics, "boundaries").items():
-        names = str(key).split(" + ")  # kin slots of an encoder and its decoder are one track
+        names = str(key).split(" + ")  # counterparts in an encoder and its decoder are one track
         parts = zip(*(name.partition(" · ")[::2] for name in names), strict=True)
         stack, slot = (" + ".join(dict.fromkeys(part)) for part in parts)
         found = [rows_of[name] for name in names if name in rows_of]
-        entropy, chosen = number(dig(value, "entropy")), grid.boundaries(found) if len(found) == len(names) else ()
+        entropy, chosen = number(dig(value, "entropy")), plan_table.boundaries(found) if len(found) == len(names) else ()
         cells = []
         for gap, probability in enumerate(numbers(dig(value, "probabilities"))):
             strength = min(1.0, max(0.0, probability or 0.0))

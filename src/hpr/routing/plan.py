@@ -19,7 +19,7 @@ from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Anatomy
 from hpr.errors import HprError
-from hpr.planning.draft import Draft
+from hpr.planning.draft import Draft, Proposal
 from hpr.plans.budget import Budget
 from hpr.plans.plan import Plan
 from hpr.plans.terms import Route
@@ -61,11 +61,11 @@ def best_routed(
     """
     room, routes = budget.parameters, _routes(model, draft.anatomy, experts, "auto", only)
     if gains is not None:
-        static = draft.best(budget)
+        static = draft.propose(budget)
         chosen = worth_routing(static, draft.anatomy, gains, experts)
         routes = {name: route for name, route in routes.items() if name in chosen}
         if not routes:
-            return static
+            return static.plan
     for _ in range(_TRIES):
         plan = _with_routes(draft.best(replace(budget, parameters=room)), routes, experts)
         excess = plan.parameters(draft.anatomy) - budget.parameters
@@ -75,9 +75,9 @@ def best_routed(
     raise HprError(f"routers with {experts} experts do not fit {budget.text}: take fewer experts, or raise the budget")
 
 
-def worth_routing(plan: Plan, anatomy: Anatomy, gains: Mapping[str, float], experts: int) -> set[str]:
+def worth_routing(proposal: Proposal, anatomy: Anatomy, gains: Mapping[str, float], experts: int) -> set[str]:
     """Sites where a router saves more nats than its parameters would, at the price that they have in the plan."""
-    price = (plan.diagnostics["solver"] or {}).get("multiplier") or 0.0
+    plan, price = proposal.plan, proposal.multiplier
     cost = {name: price * experts * (anatomy[name].in_features + 1) for name in gains}
     return {name for name, gain in gains.items() if gain * plan.entries[name].damage > cost[name]}
 

@@ -11,7 +11,8 @@ from typing import Any
 from hpr.errors import HprError
 
 CONFIG = "config.json"
-_WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md")  # of an earlier run: stale beside a new model
+MARKER = "hpr.json"  # says of weights without shared factors that hpr wrote them
+_WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md", MARKER)  # of an earlier run: stale beside a new model
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from hpr.anatomy.lookup import base_of, module_at, slice_at, weight_of
 from hpr.anatomy.model import Site
 from hpr.anatomy.swappable import check_replaceable, check_site
 from hpr.errors import HprError
-from hpr.layer_reuse.install import attention_at, check, install
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.embedding import SharedEmbedding
 from hpr.nn.experts import shared_experts, site_of
@@ -29,7 +28,6 @@ from hpr.nn.removed import ZeroOutput
 from hpr.nn.routed import RoutedLinear
 from hpr.nn.router import note_masks
 from hpr.nn.site import SharedSite
-from hpr.plans.layer_states import DROPPED
 from hpr.plans.terms import FactorShape, Term, routers_of
 from hpr.sharing.ties import Tie, declared_ties, drop_ties, resolved
 
@@ -47,27 +45,31 @@ def attach(
     ``terms_by_path``: terms by site path, those of all experts of a parameter or of none (see ``experts.with_kept``);
     ``shapes``: factor name → shape; ``aliases``: further modules that read a site's factors (those tied to it now are found
     by themselves). ``dtype`` is that of the first site unless given. ``layers``: path of a block → its state (see
-    ``reuse.install``); a module inside such a block that has lost its effect has a path with no terms. Works on the meta
+    ``layer_reuse.install``); a module inside such a block that has lost its effect has a path with no terms. Works on the meta
     device. Raises ``HprError``, before anything is changed, where a module cannot be replaced.
     """
     base, _ = base_of(model)
     if bank_of(model) is not None:
         raise HprError(f"this {type(model).__name__} has a bank already: attach to a fresh model")
-    check(model, layers or {})
+    layers = layers or {}
+    gone = [path for path, terms in terms_by_path.items() if not terms]
+    if layers or gone:
+        from hpr.layer_reuse.install import check, install  # an optional feature: other models never load it
+
+        check(model, layers, gone)
     experts = {path: found for path in terms_by_path if (found := slice_at(model, path)) is not None}
-    removed = {path: module_at(model, path) for path, terms in terms_by_path.items() if not terms}
+    removed = {path: module_at(model, path) for path in gone}
     sources = {path: module_at(model, path) for path in terms_by_path if path not in experts and path not in removed}
     if not terms_by_path or model in (*sources.values(), *(one.module for one in experts.values())):
         raise HprError(f"no site below {type(model).__name__} to attach to: give the paths of modules inside the model")
-    for path in removed:
-        check_removed(model, path, layers or {})
     for path, terms in terms_by_path.items():
         if path in removed:
             continue
         check_site(model, path)
         _check_shapes(site_of(path, experts[path]) if path in experts else _site_at(path, sources[path]), terms, shapes)
     first = _first(terms_by_path, experts, {**sources, **removed})
-    install(model, layers or {})
+    if layers:
+        install(model, layers)
     declared = declared_ties(model)
     ties = resolved(declared)
     owners = _readers(model, sources, aliases or {}, ties)
@@ -84,7 +86,7 @@ def attach(
     routed = [path for path, terms in terms_by_path.items() if routers_of(terms)]
     if routed:
         note_masks(model, bank.routing, routed)
-    bank.layers = dict(layers or {})
+    bank.layers = dict(layers)
     setattr(base, BANK, bank.train(base.training))
     drop_ties(declared)
     return bank
@@ -186,11 +188,3 @@ def _check_shapes(site: Site, terms: Sequence[Term], shapes: Mapping[str, Factor
 def _transposed(module: nn.Module) -> bool:
     """Whether a module stores its weight as (in, out)."""
     return isinstance(module, Conv1D)
-
-
-def check_removed(model: nn.Module, path: str, layers: Mapping[str, str]) -> None:
-    """Raise ``HprError`` where a module is not inside the attention of a layer that takes from below (path → state)."""
-    for block, state in layers.items():
-        if state != DROPPED and any(path.startswith(f"{attention}.") for attention in attention_at(model, block)):
-            return
-    raise HprError(f"{path} is said to have no effect, but its layer attends by itself: give it terms, or plan to keep it")

@@ -15,11 +15,10 @@ from hpr.anatomy.lookup import module_at, slice_at, weight_at
 from hpr.anatomy.model import Anatomy
 from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
-from hpr.layer_reuse.install import paths_of
 from hpr.nn.bank import bank_of, parameters
 from hpr.nn.experts import Terms
 from hpr.operators import fitting
-from hpr.plans.layer_states import REUSED
+from hpr.plans.layer_states import REUSED, paths_of
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, FactorShape, Term, factors_of
 from hpr.sharing.attach import attach

@@ -1,28 +1,30 @@
-"""The plan as a map: layers by slots, who shares a factor with whom, and at which rank.
+"""A plan as a table: layers by slots, which sites share a factor, and at which rank.
 
-Everything is derived from the saved plan. Two sites that name the same factor share it; the set of a factor's users is a
-*group*. A site may be in several groups, one inside the other (``base + block + private``): the smallest gives the cell
-its hue, the wider ones a strip at its foot.
+Everything is read from the JSON form of the plan, which is what ``Plan.to_dict`` returns. Two sites that name the same factor
+share it; the set of sites that use a factor is a *group*. A site may be in several groups, one inside the other (``base +
+block + private``): the smallest group comes first.
 """
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
-from hpr.reporting.formatting import dig, figure, number, records, table
+from hpr.plans.terms import KEEP
 
 HUES = 7
-_KEEP = "keep"
+WIDTH = 100  # characters of a line of text
 _FACTORS = ("u", "v", "row_scale", "column_scale")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that share a factor: a letter that is theirs alone, and a hue that sets them apart within a row."""
+    """Sites that share a factor. ``label``: a letter that no other group has; ``hue``: 0 to 6, different within a row."""
 
     label: str
     hue: int
@@ -31,7 +33,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows [start, stop) of a site and what represents them; ``text`` is empty where a lane has a hole."""
+    """Rows [start, stop) of a site and the rank that represents them; ``text`` is empty for rows without a term."""
 
     start: int
     stop: int
@@ -44,9 +46,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Cell:
-    """One site on the map. ``kind`` is keep, shared, private or gone.
+    """One site of the table. ``kind`` is keep, shared, private or gone (no weights are left).
 
-    ``whole`` holds the ranks of the terms over all rows, ``lanes`` the row segments, where a site has any.
+    ``whole`` holds the ranks of the terms over all rows, ``lanes`` those of the terms over some rows.
     """
 
     site: str
@@ -63,28 +65,27 @@ class Cell:
 
     @property
     def partners(self) -> tuple[str, ...]:
-        """The other sites that use any of this one's factors, nearest group first."""
+        """The other sites that use a factor of this site, the smallest group first."""
         others = [site for group in self.groups for site in group.sites if site != self.site]
         return tuple(dict.fromkeys(others))
 
     @property
-    def hover(self) -> str:
-        shares = f"; shares with {', '.join(self.partners)}" if self.partners else ""
-        damage = f"; predicted damage {figure(self.damage, 'nats')}" if self.damage is not None else ""
-        return f"{self.site}: {self.operator}{f', rank {self.rank}' if self.rank != _KEEP else ''}{shares}{damage}"
+    def word(self) -> str:
+        """``keep``, or the code of the operator and the rank: ``lr 93``."""
+        return KEEP if self.kind == KEEP else f"{self.code} {self.rank}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One slot over all layers of its stack; None where a layer has no such matrix."""
+    """One slot over all layers of its stack; the cell is None if a layer has no such matrix."""
 
     slot: str
     cells: tuple[Cell | None, ...]
 
     @property
     def damage(self) -> float | None:
-        known = [cell.damage for cell in self.cells if cell and cell.damage is not None]
-        return sum(known) if known else None
+        damages = [cell.damage for cell in self.cells if cell and cell.damage is not None]
+        return sum(damages) if damages else None
 
     @property
     def boundaries(self) -> tuple[bool, ...]:
@@ -94,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True)
 class StackMap:
-    """One stack: its rows, each with a cell per layer."""
+    """One stack: its rows, each with one cell per layer."""
 
     name: str
     layers: int
@@ -106,8 +107,8 @@ class StackMap:
 
 
 @dataclass(frozen=True)
-class Operator:
-    """An operator as the legend shows it."""
+class OperatorUse:
+    """An operator, its short code, how many sites use it, and their predicted damage together."""
 
     name: str
     code: str
@@ -117,12 +118,12 @@ class Operator:
 
 @dataclass(frozen=True)
 class PlanMap:
-    """The whole plan: stacks, the sites outside them, groups and operators."""
+    """The whole plan: stacks, the sites outside the stacks, groups and operators."""
 
     stacks: tuple[StackMap, ...]
     outside: tuple[Cell, ...]
     groups: tuple[Group, ...]
-    operators: tuple[Operator, ...]
+    operators: tuple[OperatorUse, ...]
 
     @property
     def cells(self) -> list[Cell]:
@@ -130,11 +131,11 @@ class PlanMap:
 
 
 def read_plan(plan: Mapping[str, Any]) -> PlanMap:
-    """Lay a saved plan out as a map. Sites appear by their labels: ``encoder.3.output.dense``."""
+    """The table of a plan in its JSON form. Sites are named by their labels: ``encoder.3.output.dense``."""
     sites, places = {}, {}
-    for name, entry in table(plan, "sites").items():
+    for name, entry in _mapping(plan, "sites").items():
         if isinstance(entry, Mapping):
-            stack, layer, slot = place = _place(str(name), table(plan, "stacks"))
+            stack, layer, slot = place = _place(str(name), _mapping(plan, "stacks"))
             label = slot if layer < 0 else ".".join([*([stack] if stack else []), str(layer), slot])
             sites[label], places[label] = entry, place
     order = {name: index for index, name in enumerate(_by_row(places))}
@@ -149,7 +150,7 @@ def read_plan(plan: Mapping[str, Any]) -> PlanMap:
             layers[stack] = max(layers[stack], layer + 1)
             rows[stack, slot][layer] = cells[name]
     stack_maps = tuple(
-        StackMap(stack, depth, tuple(_row(slot, found, depth) for (owner, slot), found in rows.items() if owner == stack))
+        StackMap(stack, depth, tuple(_row(slot, cells, depth) for (owner, slot), cells in rows.items() if owner == stack))
         for stack, depth in layers.items()
     )
     outside = tuple(cells[name] for name, (_, layer, _) in places.items() if layer < 0)
@@ -158,13 +159,64 @@ def read_plan(plan: Mapping[str, Any]) -> PlanMap:
 
 def boundaries(rows: Iterable[Row]) -> tuple[bool, ...]:
     """Whether the plan starts a new group between each cell and the next, along rows that continue one another."""
-    return tuple(not _joined(one, other) for one, other in pairwise(cell for row in rows for cell in row.cells))
+    return tuple(not _joined(left, right) for left, right in pairwise(cell for row in rows for cell in row.cells))
+
+
+def runs(cells: Iterable[Cell | None]) -> list[str]:
+    """``0–1: sib 93`` for each group of neighbouring layers, and for neighbouring layers that are all kept."""
+    joined: list[list[tuple[int, Cell]]] = []
+    for layer, cell in enumerate(cells):
+        if cell is None:
+            continue
+        before = joined[-1][-1] if joined else None
+        if before and before[0] == layer - 1 and (cell.joins_left or cell.kind == before[1].kind == KEEP):
+            joined[-1].append((layer, cell))
+        else:
+            joined.append([(layer, cell)])
+    texts = []
+    for run in joined:
+        first, last = run[0][0], run[-1][0]
+        words = [word for word, _ in groupby(cell.word for _, cell in run)]
+        texts.append(f"{first if first == last else f'{first}–{last}'}: {' | '.join(words)}")
+    return texts
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """The table as plain text: a line for each slot (``layers: operator rank``), the operators, and what the plan predicts."""
+    plan_map = read_plan(plan)
+    rows = [(f"{stack.name} · {row.slot}", runs(row.cells)) for stack in plan_map.stacks for row in stack.rows]
+    rows += [(cell.site, [cell.word.replace("/", " / ")]) for cell in plan_map.outside]
+    left = max((len(name) for name, _ in rows), default=0) + 2
+    lines = []
+    for name, groups in rows:
+        # a no-break space keeps a group on one line; long lists of ranks may still be broken
+        text = "   ".join(group if len(group) > WIDTH - left else group.replace(" ", "\u00a0") for group in groups)
+        lines += textwrap.wrap(
+            text, max(WIDTH, left + 24), initial_indent=name.ljust(left), subsequent_indent=" " * left, break_on_hyphens=False
+        )
+    codes = [f"{use.name if use.name == use.code else f'{use.code} = {use.name}'} ({use.sites})" for use in plan_map.operators]
+    lines += ["", *textwrap.wrap(", ".join(codes), WIDTH), _prediction(plan)]
+    return "\n".join(lines).replace("\u00a0", " ")
+
+
+def _prediction(plan: Mapping[str, Any]) -> str:
+    """Budget, predicted damage, and the gap to the best plan."""
+    allowed, dense = (_number(_dig(plan, *keys)) for keys in (("budget", "parameters"), ("model", "dense_parameters")))
+    damage, gap = _number(_dig(plan, "predicted_damage")), _number(_dig(plan, "diagnostics", "solver", "gap"))
+    parts = [f"budget {_dig(plan, 'budget', 'text')}"]
+    if allowed is not None and dense is not None:
+        parts[0] += f": at most {allowed:,.0f} of {dense:,.0f} parameters"
+    if damage is not None:
+        parts.append(f"predicted damage {damage:.3g} nats per example")
+    if gap is not None:
+        parts[-1] += f", at most {100 * gap:.2f} % above the least possible"
+    return "\n".join(parts)
 
 
 def _place(name: str, stacks: Mapping[str, Any]) -> tuple[str, int, str]:
     """(stack, layer, slot) of a site by its path; layer −1 outside the stacks."""
-    for stack, known in stacks.items():
-        path, layers = dig(known, "path"), number(dig(known, "layers")) or 0
+    for stack, shape in stacks.items():
+        path, layers = _dig(shape, "path"), _number(_dig(shape, "layers")) or 0
         start = f"{path}." if path else ""
         if isinstance(path, str) and name.startswith(start):
             layer, _, slot = name.removeprefix(start).partition(".")
@@ -184,7 +236,7 @@ def _by_row(places: Mapping[str, tuple[str, int, str]]) -> list[str]:
 def _groups(sites: Mapping[str, Any], places: Mapping[str, tuple[str, int, str]], order: Mapping[str, int]) -> list[Group]:
     users: dict[str, set[str]] = defaultdict(set)
     for name, entry in sites.items():
-        for term in records(entry, "terms"):
+        for term in _terms(entry):
             for factor in (term.get(key) for key in _FACTORS):
                 if factor:
                     users[str(factor)].add(name)
@@ -207,18 +259,18 @@ def _letters(index: int) -> str:
 
 
 def _cell(name: str, entry: Mapping[str, Any], codes: Mapping[str, str], groups: list[Group]) -> Cell:
-    operator, terms = str(entry.get("operator")), records(entry, "terms")
-    mine = tuple(sorted((group for group in groups if name in group.sites), key=lambda group: len(group.sites)))
+    operator, terms = str(entry.get("operator")), _terms(entry)
+    own_groups = tuple(sorted((group for group in groups if name in group.sites), key=lambda group: len(group.sites)))
     whole = [_rank(term) for term in terms if not term.get("rows")]
     lanes = _lanes([term for term in terms if term.get("rows")])
     pieces = ["/".join(segment.text for segment in lane if segment.text) for lane in lanes]
-    if operator == _KEEP:
-        kind, rank = "keep", _KEEP
+    if operator == KEEP:
+        kind, rank = KEEP, KEEP
     elif not terms:
         kind, rank = "gone", "–"
     else:
-        kind, rank = "shared" if mine else "private", "+".join(whole + pieces)
-    return Cell(name, operator, codes[operator], rank, kind, number(entry.get("damage")), "+".join(whole), mine, lanes)
+        kind, rank = "shared" if own_groups else "private", "+".join(whole + pieces)
+    return Cell(name, operator, codes[operator], rank, kind, _number(entry.get("damage")), "+".join(whole), own_groups, lanes)
 
 
 def _rank(term: Mapping[str, Any]) -> str:
@@ -241,9 +293,9 @@ def _lanes(terms: list[Mapping[str, Any]]) -> tuple[tuple[Segment, ...], ...]:
     return tuple(tuple(lane) for lane in lanes)
 
 
-def _row(slot: str, found: Mapping[int, Cell], depth: int) -> Row:
-    cells: list[Cell | None] = [found.get(layer) for layer in range(depth)]
-    joined = [_joined(one, other) for one, other in pairwise(cells)]
+def _row(slot: str, cell_of: Mapping[int, Cell], depth: int) -> Row:
+    cells: list[Cell | None] = [cell_of.get(layer) for layer in range(depth)]
+    joined = [_joined(left, right) for left, right in pairwise(cells)]
     for layer, cell in enumerate(cells):
         if cell:
             left, right = layer > 0 and joined[layer - 1], layer < len(joined) and joined[layer]
@@ -251,8 +303,8 @@ def _row(slot: str, found: Mapping[int, Cell], depth: int) -> Row:
     return Row(slot, tuple(cells))
 
 
-def _joined(one: Cell | None, other: Cell | None) -> bool:
-    return bool(one and other and one.groups and other.groups and one.groups[0] == other.groups[0])
+def _joined(left: Cell | None, right: Cell | None) -> bool:
+    return bool(left and right and left.groups and right.groups and left.groups[0] == right.groups[0])
 
 
 def _codes(operators: Iterable[str]) -> dict[str, str]:
@@ -269,12 +321,35 @@ def _codes(operators: Iterable[str]) -> dict[str, str]:
     return codes
 
 
-def _operators(cells: Iterable[Cell]) -> tuple[Operator, ...]:
-    found: dict[str, list[Cell]] = defaultdict(list)
+def _operators(cells: Iterable[Cell]) -> tuple[OperatorUse, ...]:
+    by_operator: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
-        found[cell.operator].append(cell)
+        by_operator[cell.operator].append(cell)
     legend = []
-    for name, users in found.items():
+    for name, users in by_operator.items():
         damages = [cell.damage for cell in users if cell.damage is not None]
-        legend.append(Operator(name, users[0].code, len(users), sum(damages) if damages else None))
+        legend.append(OperatorUse(name, users[0].code, len(users), sum(damages) if damages else None))
     return tuple(sorted(legend, key=lambda operator: -operator.sites))
+
+
+def _dig(data: Any, *keys: str) -> Any:
+    """A value deep in nested mappings; None if a step is missing or null."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data
+
+
+def _mapping(data: Any, key: str) -> Mapping[str, Any]:
+    value = _dig(data, key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _terms(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    terms = entry.get("terms")
+    return [term for term in terms if isinstance(term, Mapping)] if isinstance(terms, list | tuple) else []
+
+
+def _number(value: Any) -> float | None:
+    """The value as a finite float; None for anything else."""
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if finite else None
