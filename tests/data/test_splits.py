@@ -14,8 +14,8 @@ from hpr.checkpoints.open import open_model
 from hpr.data.batches import array_batches, in_input_order, input_batches
 from hpr.data.datasets import read_columns
 from hpr.data.files import read_labels
-from hpr.data.sources import interleaved
-from hpr.data.splits import joined, open_data, open_splits, rows_of, split_sources
+from hpr.data.sources import Mixture, interleaved
+from hpr.data.splits import joined, open_data, open_splits, prepare, rows_of, split_sources
 from hpr.errors import HprError
 
 TEXTS = ["the layer reads", "a factor", "its text", "a layer writes the text"] * 4
@@ -137,3 +137,37 @@ def test_several_sources_share_the_limits(folder) -> None:  # noqa: F811
         split_sources(data, opened, shares={"few": 1})
     with pytest.raises(HprError, match="without a source"):
         open_data({}, opened)
+
+
+def ids_in(batches) -> set[int]:
+    return {int(row[0]) for batch in batches for row in batch["input_ids"]}
+
+
+def test_one_reading_serves_the_profile_and_healing(folder) -> None:  # noqa: F811
+    opened, data = open_model(folder), np.arange(800)[:, None] * np.ones((1, 3), int)
+    made, before = prepare(data, opened, 64), open_splits(data, opened, 64)
+    for name in ("calibration", "rescoring", "heldout"):
+        pairs = zip(getattr(made, name), getattr(before, name), strict=True)
+        assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in pairs)
+    training, validation = ids_in(made.training), ids_in(made.validation)
+    assert ids_in(made.calibration) < training
+    assert (len(training), len(validation)) == (600 - 67, 67)  # an eighth of the 536 that the profile leaves
+    for other in (made.calibration, made.training, made.rescoring, made.heldout):
+        assert not validation & ids_in(other)
+    assert prepare(made, opened) is made
+
+
+def test_small_data_has_no_validation_part_of_its_own(folder) -> None:  # noqa: F811
+    made = prepare(np.ones((80, 3), int), open_model(folder), 32)
+    assert made.validation is made.rescoring
+    assert len(made.training.order) == 60
+
+
+def test_a_mixture_is_data_like_any_other(folder) -> None:  # noqa: F811
+    files = {"few": ["a layer"] * 40, "many": ["the text"] * 80}
+    made = prepare(Mixture(files, {"few": 1, "many": 3}), open_model(folder), 32)
+    assert [len(part.calibration.order) for part in made.parts.values()] == [8, 24]
+    assert len(made.calibration.order) == 32
+    assert made.shares == {"few": 1, "many": 3}
+    with pytest.raises(HprError, match="one for each of few, many"):
+        Mixture(files, {"few": 1})

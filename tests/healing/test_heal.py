@@ -14,6 +14,7 @@ from test_splits import TEXTS
 
 import hpr
 from hpr.checkpoints.open import open_model
+from hpr.data.sources import Mixture
 from hpr.data.splits import open_splits
 from hpr.healing.heal import batches_of, changes_for
 from hpr.healing.loss import Weights

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from hpr.data.batches import Batches
 from hpr.errors import HprError
 from hpr.runtime.batch import examples_in
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources of data by name, each with its share: a kind of data like any other.
+
+    Shares are in proportion to each other; limits on examples and steps of training are divided by them. Raises ``HprError``
+    for shares that are not above 0, or not one for each source.
+
+    >>> Mixture({"news": "news.txt", "talk": "talk.txt"}, {"news": 3, "talk": 1}).fractions()
+    {'news': 0.75, 'talk': 0.25}
+    """
+
+    files: Mapping[str, Any]
+    shares: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        self.fractions()
+
+    def fractions(self) -> dict[str, float]:
+        """What each source is of the whole."""
+        return fractions(self.files, self.shares)
+
+
+def sources_of(data: Any) -> tuple[dict[str, Any], Mapping[str, float] | None]:
+    """The sources of data by name, and their shares if the data is a ``Mixture``."""
+    return (dict(data.files), data.shares) if isinstance(data, Mixture) else (named(data), None)
 
 
 def named(data: Any) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,17 @@ from hpr.data.datasets import read_columns
 from hpr.data.docstrings import Split, docstrings
 from hpr.data.files import read_array, read_labels, read_texts
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.sources import fractions, interleaved, named
+from hpr.data.sources import Mixture, fractions, interleaved, sources_of
 from hpr.data.targets import _positions, own_answers
 from hpr.errors import HprError
 
+_log = logging.getLogger(__name__)
+PROFILED = 4096  # examples that a profile is measured on
+TRAINED = 65536  # examples that healing trains on
 RESCORED = 256  # examples that plans are re-scored on
 EVALUATED = 1024  # held-out examples for the final figures
+_VALIDATION_EVERY = 8  # of the examples that the profile does not use, one is for validation
+_SMALLEST_VALIDATION = 32  # fewer say too little: the re-scoring examples validate instead
 _ARRAYS = (".npy", ".npz")
 
 
@@ -83,8 +90,9 @@ def open_data(
     """
     if examples < 1:
         raise HprError(f"examples is {examples}: at least one is needed")
-    if isinstance(data, Mapping):
-        sources, parts = named(data), fractions(data, shares)
+    if isinstance(data, Mapping | Mixture):
+        sources, own_shares = sources_of(data)
+        parts = fractions(sources, own_shares or shares)
         found = [
             open_data(source, opened, split, math.ceil(examples * parts[name]), batch_size, max_length)
             for name, source in sources.items()
@@ -97,9 +105,15 @@ def open_data(
 
 @dataclass(frozen=True)
 class Splits:
-    """Batches for the three uses of data, disjoint: profiled, re-scored on, and held out for the figures.
+    """Batches for the uses of data: to profile, to re-score plans on, held out for the figures, to train and to validate on.
 
-    ``own``: the user brought the data, so a refit to it is a refit to what the model will see.
+    The first three share no example. ``training`` holds the examples of ``calibration`` and all further ones up to a limit;
+    it is tokenised when it is first asked for, from examples that were read before. ``validation`` is for healing: examples
+    that neither the profile nor the choice of a plan has seen. If the data is too small for a part of its own, or if
+    targets have to be written by the teacher, ``training`` is ``calibration`` and ``validation`` is ``rescoring``.
+
+    ``own``: the user brought the data, so a refit to it is a refit to what the model will see. ``parts`` and ``shares``: the
+    splits of every source by name, and their shares, as ``prepare`` found them.
     """
 
     calibration: Batches
@@ -107,6 +121,42 @@ class Splits:
     heldout: Batches
     source: str
     own: bool
+    more: Callable[[], tuple[Batches, Batches]] | None = field(default=None, repr=False, compare=False)
+    parts: Mapping[str, Splits] = field(default_factory=dict, repr=False, compare=False)
+    shares: Mapping[str, float] | None = None
+
+    @cached_property
+    def _healing(self) -> tuple[Batches, Batches]:
+        return (self.calibration, self.rescoring) if self.more is None else self.more()
+
+    @property
+    def training(self) -> Batches:
+        """What healing trains on."""
+        return self._healing[0]
+
+    @property
+    def validation(self) -> Batches:
+        """What tells healing which weights are best."""
+        return self._healing[1]
+
+
+def prepare(data: Any, model: LoadedModel, examples: int = PROFILED, labels: bool = False) -> Splits:
+    """Data of any kind as batches for a model, dealt out to all uses of data (see ``Splits``).
+
+    ``data``: texts, a file, an array, a data set, None for the standard library's docstrings, several of these by name, or a
+    ``Mixture`` of them. The limits on examples (``examples`` to profile, 256 to re-score on, 1,024 held out, 65,536 to train
+    on) are divided by the shares of the sources. ``labels`` keeps the labels of the data. ``Splits`` come back as they are.
+    Raises ``HprError`` for data that cannot be read, and for fewer than eight examples of a source.
+
+    >>> splits = prepare("texts.txt", open_model("bert-base-uncased"))  # doctest: +SKIP
+    >>> profile = hpr.profile(model, splits.calibration)  # doctest: +SKIP
+    """
+    if isinstance(data, Splits):
+        return data
+    sources, shares = sources_of(data)
+    parts = fractions(sources, shares)
+    dealt = {name: _dealt(source, model, examples, labels, parts[name]) for name, source in sources.items()}
+    return replace(joined(list(dealt.values())), parts=dealt, shares=shares)
 
 
 def open_splits(data: Any, opened: LoadedModel, examples: int = 4096, labels: bool = False, share: float = 1.0) -> Splits:
@@ -116,6 +166,10 @@ def open_splits(data: Any, opened: LoadedModel, examples: int = 4096, labels: bo
     The user's data is dealt out by turns of eight, so that a sorted file is split fairly; docstrings have a held-out part of
     their own. Raises ``HprError`` for fewer than eight examples, and as ``open_data`` does.
     """
+    return replace(_dealt(data, opened, examples, labels, share), more=None)
+
+
+def _dealt(data: Any, opened: LoadedModel, examples: int, labels: bool, share: float) -> Splits:
     if examples < 2:
         raise HprError(f"examples is {examples}: at least 2 are needed")
     own, rows = data is not None, rows_of(data, labels=labels)
@@ -130,15 +184,28 @@ def open_splits(data: Any, opened: LoadedModel, examples: int = 4096, labels: bo
         dealt[2] = rows_of(None, "heldout")
     limits = [math.ceil(share * min(most, examples)) for most in (examples, RESCORED, EVALUATED)]
     first, second, third = (_batches(part, opened, limit) for part, limit in zip(dealt, limits, strict=True))
-    return Splits(first, second, third, rows.name, own)
+    spare, most = range(limits[0], len(dealt[0])), math.ceil(share * TRAINED)
+    chosen = set(spare[: max(0, most - limits[0]) : _VALIDATION_EVERY][:RESCORED])
+    if opened.goal.writes_targets or len(chosen) < _SMALLEST_VALIDATION:
+        _log.info("%s: healing would train on the calibration part and validate on the re-scoring part", rows.name)
+        chosen = set()
+
+    def more() -> tuple[Batches, Batches]:
+        kept = [place for place in range(min(most, len(dealt[0]))) if place not in chosen]
+        training = (
+            first if opened.goal.writes_targets or len(kept) <= limits[0] else _batches(dealt[0].take(kept), opened, most)
+        )
+        return training, _batches(dealt[0].take(sorted(chosen)), opened, RESCORED) if chosen else second
+
+    return Splits(first, second, third, rows.name, own, more)
 
 
 def split_sources(
     data: Any, opened: LoadedModel, examples: int = 4096, labels: bool = False, shares: Mapping[str, float] | None = None
 ) -> dict[str, Splits]:
     """The splits of every source by name (``data`` where there is only one); the limits are parted by ``shares``."""
-    sources = named(data)
-    parts = fractions(sources, shares)
+    sources, own_shares = sources_of(data)
+    parts = fractions(sources, own_shares or shares)
     return {name: open_splits(source, opened, examples, labels, parts[name]) for name, source in sources.items()}
 
 
@@ -152,6 +219,7 @@ def joined(parts: Sequence[Splits]) -> Splits:
         interleaved([part.heldout for part in parts]),
         ", ".join(part.source for part in parts),
         all(part.own for part in parts),
+        lambda: (interleaved([part.training for part in parts]), interleaved([part.validation for part in parts])),
     )
 
 

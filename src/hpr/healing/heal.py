@@ -79,8 +79,8 @@ def batches_of(
             continue
         most = WRITTEN if teacher.goal.writes_targets else HEALED
         splits = source if isinstance(source, Splits) else open_splits(source, teacher, most, labels, parts[name])
-        batches[name] = splits.calibration
-        validation += splits.rescoring
+        batches[name] = splits.training
+        validation += splits.validation
     return batches, validation
 
 
@@ -94,6 +94,8 @@ def changes_for(teacher: LoadedModel) -> Augmentation | None:
 
 def _sources(data: Any) -> tuple[dict[str, Any], Mapping[str, float] | None]:
     """The sources of data by name, and the share of each if the data is a mixture."""
+    if isinstance(data, Splits) and data.parts:
+        return dict(data.parts), data.shares
     files, shares = getattr(data, "files", None), getattr(data, "shares", None)
     return (named(data), None) if files is None or shares is None else (dict(files), shares)
 

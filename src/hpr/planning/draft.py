@@ -89,8 +89,8 @@ class Draft:
         kept = self.anatomy.other_parameters + sum(site.parameters for site in self.fixed)
         if self.reuse is None:
             return kept
-        vanished = sum(self.anatomy[name].parameters for name in self.reuse.dead_weights.rows)
-        return kept + vanished - self.reuse.parameters(self.anatomy)
+        dead = sum(self.anatomy[name].parameters for name in self.reuse.dead_weights.rows)
+        return kept + dead - self.reuse.parameters(self.anatomy)
 
     def budget(self, text: str) -> Budget:
         """A budget as text (50%, 11M, 45MB) for this model."""
@@ -194,7 +194,7 @@ def _damage(proposal: Proposal) -> float:
 
 
 def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:
-    """The plan with states of layers, their damage spread over the sites that vanish."""
+    """The plan with states of layers, their damage spread over the sites without effect."""
     from hpr.layer_reuse.reuse import with_layers  # an optional feature: other plans never load it
 
     plan = with_layers(plan, anatomy, reuse.states, reuse.dead_weights)
