@@ -61,7 +61,7 @@ def main() -> None:
             for refitted in (False, True):
                 student = hpr.share(model, plan, profile)
                 if refitted:
-                    hpr.refit(student, model, plan, profile, batches)
+                    hpr.refit(student, model, batches, plan, profile)
                 students.append((divergence(student, model, validation, GOAL).mean, refitted, plan, student))
         _, refitted, plan, student = min(students, key=lambda row: row[0])
         measure("compressed", student, budget, refit=refitted, operators=count(plan))

@@ -96,7 +96,7 @@ def main() -> None:
 
     if not (options.folder / "plan.json").is_file():
         start = time.perf_counter()
-        hpr.compress(None, options.budget, options.folder, data)
+        hpr.compress(budget=options.budget, data=data, output=options.folder)
         say(compressed=str(options.folder), seconds=time.perf_counter() - start)
     student = open_model(options.folder).model
     measure("dense", teacher.model)

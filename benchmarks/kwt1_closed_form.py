@@ -82,7 +82,7 @@ def main() -> None:
             label = plan.diagnostics["label"]
             student = hpr.share(model, plan, profile)
             scores[label, "plain"] = divergence(student, model, choosing, GOAL).mean
-            hpr.refit(student, model, plan, profile, profiled)
+            hpr.refit(student, model, profiled, plan, profile)
             scores[label, "refit"] = divergence(student, model, choosing, GOAL).mean
         print(
             json.dumps({"budget": budget, "on the 150 clips": {" / ".join(key): value for key, value in scores.items()}}),
@@ -97,7 +97,7 @@ def main() -> None:
         student = hpr.share(model, finals[label], final)
         start = time.perf_counter()
         if chosen == "refit":
-            hpr.refit(student, model, finals[label], final, whole)
+            hpr.refit(student, model, whole, finals[label], final)
         report("hpr, chosen", student, budget, seconds=time.perf_counter() - start, refit=chosen == "refit", plan=label)
         print(json.dumps({"budget": budget, "plan": label, "operators": count(finals[label])}), flush=True)
 

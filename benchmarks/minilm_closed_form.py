@@ -141,7 +141,7 @@ def encoder(run: Run) -> None:
         found = compare(student, run.model, run.texts.heldout, GOAL)
         say(section="encoder", method="hpr", budget=budget, cosine=found.cosine, operators=count(plan))
         start = time.perf_counter()
-        hpr.refit(student, run.model, plan, run.profile, run.texts.calibration[:16])
+        hpr.refit(student, run.model, run.texts.calibration[:16], plan, run.profile)
         seconds = time.perf_counter() - start
         found = compare(student, run.model, run.texts.heldout, GOAL)
         say(section="encoder", method="hpr, refit", budget=budget, cosine=found.cosine, seconds=seconds)

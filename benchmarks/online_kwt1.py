@@ -25,6 +25,7 @@ from common.tables import say
 from hpr.evaluation.divergence import accuracy
 from hpr.healing.online.moments import Moments
 from hpr.healing.online.options import OnlineOptions
+from hpr.pipeline.rescore import rescore
 from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
@@ -64,7 +65,7 @@ def main() -> None:
     profile = hpr.profile(model, list(learnt.split(75)), "classification")
     sketch = draft(model, profile, PlanOptions(only=ONLY))
     plans = sketch.alternatives(sketch.budget(options.budget), 4)
-    scores = hpr.rescore(model, profile, plans, [data[guarded]], OBJECTIVES["classification"])
+    scores = rescore(model, profile, plans, [data[guarded]], OBJECTIVES["classification"])
     plan = min(zip(scores, plans, strict=True), key=lambda pair: pair[0].divergence.mean)[1]
     student = hpr.share(model, plan, profile)
     validation = [{"mfcc": data[guarded], "labels": known[guarded]}]
@@ -91,7 +92,7 @@ def main() -> None:
     measure("original", model)
     for name in ("as it is", "spoilt"):
         settings = OnlineOptions(learning_rate=options.rate, every=options.every, tolerance=0.0, objective="classification")
-        healer = hpr.OnlineHealer(copy.deepcopy(student), validation, options=settings)
+        healer = hpr.extras.OnlineHealer(copy.deepcopy(student), validation, options=settings)
         measure(f"{name}, start", healer.student, validation=healer.start)
         updates = []
         for place, batch in enumerate(stream):

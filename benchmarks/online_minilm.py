@@ -57,7 +57,7 @@ def main() -> None:
     torch.manual_seed(0)
     teacher = open_model(None)
     if not (options.folder / "plan.json").is_file():
-        hpr.compress(None, "50%", options.folder)
+        hpr.compress(budget="50%", output=options.folder)
     kinds = unlabelled()
     half = options.batches // 2
     streams = [text_batches(kinds[kind][: 16 * half], teacher.tokenizer, 16, 128, ratio=1e9) for kind in (FIRST, SECOND)]
@@ -73,10 +73,10 @@ def main() -> None:
             found[kind] = {"divergence": one.divergence.mean, "cosine": one.cosine}
         say(at=label, **found, **more)
 
-    def learner() -> hpr.OnlineHealer:
+    def learner() -> hpr.extras.OnlineHealer:
         student = open_model(options.folder).model
         settings = OnlineOptions(learning_rate=options.rate, tolerance=options.tolerance, objective="embedding")
-        return hpr.OnlineHealer(student, validation, teacher.model, settings)
+        return hpr.extras.OnlineHealer(student, validation, teacher.model, settings)
 
     for name in ("clean", "corrupted"):
         healer = learner()
@@ -96,7 +96,7 @@ def main() -> None:
     speed(copy.deepcopy(teacher.model), learner(), stream)
 
 
-def speed(model: nn.Module, healer: hpr.OnlineHealer, stream: list[Any], count: int = 24) -> None:
+def speed(model: nn.Module, healer: hpr.extras.OnlineHealer, stream: list[Any], count: int = 24) -> None:
     """Updates per second, checks included, and plain training steps of the dense model on the same batches, in turns."""
     solver = torch.optim.AdamW(model.parameters(), lr=1e-6)
     seconds = {"update": 0.0, "dense step": 0.0}

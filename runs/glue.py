@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import transformers as tf
 
-import hpr
 from hpr.checkpoints.open import open_model
 from hpr.data.files import read_labels, read_texts
 from hpr.healing.optimizer import parameter_groups
@@ -74,7 +73,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="relative to the scale of each parameter")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    hpr.register()
     data = TASKS[options.task](options.data)
     for name in options.models:
         tf.set_seed(options.seed)

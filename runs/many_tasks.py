@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from scipy.stats import spearmanr
@@ -24,6 +23,7 @@ from glue import rows_of
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import input_batches
 from hpr.data.files import read_texts
+from hpr.data.sources import Mixture
 from hpr.healing.loss import Weights
 from hpr.nn.bank import parameters
 from hpr.runtime.batch import Batch
@@ -53,7 +53,7 @@ def read(data: Path, task: str, tokenizer: PreTrainedTokenizerBase, most: int) -
 
 
 @torch.no_grad()
-def score(model: hpr.ManyHeads, task: str, batches: list[Batch]) -> float:
+def score(model: hpr.extras.ManyHeads, task: str, batches: list[Batch]) -> float:
     """Accuracy, or the rank correlation of scores."""
     with eval_mode(model):
         logits = torch.cat([model(**to_device_of(batch, model))["logits"].cpu() for batch in model.batches(task, batches)])
@@ -81,11 +81,11 @@ def main() -> None:
     def trained(body: torch.nn.Module, tasks: list[str]) -> dict:
         torch.manual_seed(options.seed)
         outputs = {task: OUTPUTS[task] for task in tasks}
-        model, original = (hpr.ManyHeads(copy.deepcopy(one), outputs) for one in (body, dense.model))
+        model, original = (hpr.extras.ManyHeads(copy.deepcopy(one), outputs) for one in (body, dense.model))
         own = {task: model.batches(task, data[task]["train"]) for task in tasks}
         count = sum(steps[task] for task in tasks)
         recipe = hpr.Recipe(count, learning_rate=options.rate, dropout=True, seed=options.seed, weights=labels_alone)
-        found = hpr.heal(model, original, SimpleNamespace(files=own, shares={task: steps[task] for task in tasks}), recipe)
+        found = hpr.heal(model, original, Mixture(files=own, shares={task: steps[task] for task in tasks}), recipe)
         scores = {task: score(model, task, data[task]["test"]) for task in tasks}
         return {**scores, "parameters": parameters(model), "best_step": found.best_step, "seconds": found.seconds}
 

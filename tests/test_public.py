@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import inspect
 import random
@@ -20,7 +21,7 @@ import hpr
 ROOT = Path(__file__).parents[1]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(35))]
 WITHOUT_EXAMPLE = {"HprError", "extras", "presets"}  # an error and two modules
-HEAVY = ("scipy", "networkx", "jinja2", "hpr.reporting", "hpr.healing", "hpr.planning", "hpr.pipeline", "hpr.operators")
+HEAVY = ("networkx", "hpr.reporting", "hpr.healing", "hpr.planning", "hpr.pipeline", "hpr.operators", "hpr.profiling")
 
 
 def test_at_most_twenty_names() -> None:
@@ -57,9 +58,8 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     plan = hpr.plan(model, measured, "60%")
     student = hpr.share(model, plan, measured)
     return {
-        **{name: getattr(hpr, name) for name in hpr.__all__ if name != "plan"},
         **{"hpr": hpr, "model": model, "tokenizer": tokenizer, "texts": texts, "loaded": loaded, "folder": folder},
-        **{"measured": measured, "plan": plan, "student": student},
+        **{"profile": measured, "plan": plan, "student": student, "teacher": model, "copy": copy},
     }
 
 
@@ -78,8 +78,10 @@ def test_importing_and_loading_stay_light(names: dict[str, Any]) -> None:
     folder = names["folder"] / "light"
     hpr.save(names["student"], folder)
     script = (
-        "import sys, hpr\n"
+        "import sys, transformers\n"
         "from transformers import AutoModel\n"
+        "before = set(sys.modules)\n"
+        "import hpr\n"
         f"AutoModel.from_pretrained({str(folder)!r})\n"
         f"print([name for name in sys.modules if name.startswith({HEAVY!r})])\n"
     )

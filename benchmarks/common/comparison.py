@@ -89,7 +89,7 @@ def ours(on: Ground, share: float) -> Iterator[Made]:
     if plan.layers:
         return
     student = hpr.share(on.model, plan, on.profile)
-    hpr.refit(student, on.model, plan, on.profile, first_batches(on.data.calibration, REFITTED))
+    hpr.refit(student, on.model, first_batches(on.data.calibration, REFITTED), plan, on.profile)
     after = compare(student, on.model, on.data.rescoring, on.goal).divergence.mean
     yield Made("hpr, refit", student, kept, facts={"measured": after, "chosen": after < before})
 

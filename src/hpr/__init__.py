@@ -14,20 +14,17 @@ from hpr.errors import HprError
 
 if TYPE_CHECKING:
     from hpr import extras
-    from hpr.anatomy.describe import describe
     from hpr.checkpoints.load import load
     from hpr.checkpoints.open import open_model
     from hpr.checkpoints.save import save
     from hpr.healing.recipe import Recipe
     from hpr.pipeline.compress import compress
     from hpr.pipeline.hierarchical import HierarchicalModel
-    from hpr.pipeline.steps import evaluate, heal, profile, refit
+    from hpr.pipeline.steps import describe, evaluate, heal, plan, profile, refit, share
     from hpr.planning import presets
     from hpr.planning.options import PlanOptions
-    from hpr.planning.planner import plan
     from hpr.plans.plan import Plan
     from hpr.profiling.profile import Profile
-    from hpr.sharing.share import share
     from hpr.sharing.unshare import unshare
 
 __version__ = "0.1.0"
@@ -62,16 +59,16 @@ _HOMES = {
     "Profile": "hpr.profiling.profile",
     "Recipe": "hpr.healing.recipe",
     "compress": "hpr.pipeline.compress",
-    "describe": "hpr.anatomy.describe",
+    "describe": "hpr.pipeline.steps",
     "evaluate": "hpr.pipeline.steps",
     "heal": "hpr.pipeline.steps",
     "load": "hpr.checkpoints.load",
     "open_model": "hpr.checkpoints.open",
-    "plan": "hpr.planning.planner",
+    "plan": "hpr.pipeline.steps",
     "profile": "hpr.pipeline.steps",
     "refit": "hpr.pipeline.steps",
     "save": "hpr.checkpoints.save",
-    "share": "hpr.sharing.share",
+    "share": "hpr.pipeline.steps",
     "unshare": "hpr.sharing.unshare",
 }
 _MODULES = {"extras": "hpr.extras", "presets": "hpr.planning.presets"}

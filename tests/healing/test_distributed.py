@@ -87,5 +87,5 @@ def test_both_processes_have_the_weights_and_they_load(runs: Path, kind: str) ->
     assert equal(loaded.state_dict(), first)
     teacher = teacher_of()
     assert loaded.config.vocab_size == CONFIG.vocab_size
-    apart = hpr.evaluate(loaded, teacher, batches(2, seed=5), data="drawn")
+    apart = hpr.evaluate(loaded, teacher, batches(2, seed=5))
     assert apart["quality"]

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,9 +61,9 @@ def test_several_sources_with_shares(opened, tmp_path) -> None:
     teacher, student = opened
     (tmp_path / "more.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     sources = {"texts": TEXTS, "file": tmp_path / "more.txt"}
-    hpr.heal(student, teacher, SimpleNamespace(files=sources, shares={"texts": 3, "file": 1}), Recipe(2))
+    hpr.heal(student, teacher, Mixture(files=sources, shares={"texts": 3, "file": 1}), Recipe(2))
     with pytest.raises(hpr.HprError, match="one for each of texts, file"):
-        hpr.heal(student, teacher, SimpleNamespace(files=sources, shares={"texts": 3}), Recipe(2))
+        hpr.heal(student, teacher, Mixture(files=sources, shares={"texts": 3}), Recipe(2))
 
 
 def test_batches_arrays_and_what_can_be_run_through_once(pair) -> None:  # noqa: F811

@@ -200,5 +200,5 @@ def test_targets_on_disk_change_nothing(pair, tmp_path, monkeypatch) -> None:  #
 
 
 def test_plain_healing_does_not_import_the_stages() -> None:
-    code = "import sys, hpr; hpr.heal; hpr.Recipe(); hpr.OnlineHealer; assert 'hpr.healing.stages' not in sys.modules"
+    code = "import sys, hpr; hpr.heal; hpr.Recipe(); hpr.extras.OnlineHealer; assert 'hpr.healing.stages' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

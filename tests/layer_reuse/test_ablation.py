@@ -86,9 +86,8 @@ def test_the_planner_takes_reuse_where_it_pays(model: tf.PreTrainedModel, batche
 def test_compress_tries_reuse_where_it_is_asked_to(model: tf.PreTrainedModel, tmp_path: Path) -> None:
     texts = torch.randint(3, 96, (64, 24), generator=torch.Generator().manual_seed(2)).numpy()
     np.save(tmp_path / "ids.npy", texts)
-    made = hpr.compress(
-        model, "70%", tmp_path / "out", data=tmp_path / "ids.npy", objective="causal-lm", reuse=True, refit=False
-    )
+    options = hpr.PlanOptions(reuse=True, refit=False)
+    made = hpr.compress(model, "70%", tmp_path / "ids.npy", tmp_path / "out", options)
     assert made.plan.layers["layers.3"] == DROPPED
     assert any("dropped" in row["label"] for row in made.metrics["plans"])
     again = tf.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 import hpr
+from hpr.data.sources import Mixture
 from hpr.healing.loss import Weights
 from hpr.nn.bank import bank_of, parameters
 from hpr.nn.multitask import ManyHeads
-from hpr.profiling.objectives import OBJECTIVES
 
 TASKS = {"parity": 2, "sum": 1}
 LABELS_ALONE = Weights(outputs=0.0, labels=1.0)
@@ -66,7 +65,7 @@ def test_a_task_moves_its_own_head_and_the_body() -> None:
 
 def test_outputs_are_read_as_those_of_a_classifier() -> None:
     model, data = many(), examples(many(), "parity", 3)
-    found = hpr.evaluate(model, ManyHeads(body(), TASKS), data, OBJECTIVES["classification"], repeats=0)
+    found = hpr.evaluate(model, ManyHeads(body(), TASKS), data, "classification", repeats=0)
     assert any(row["name"].startswith("Same first choice") for row in found["quality"])
 
 
@@ -75,7 +74,7 @@ def test_healed_together_and_read_again(tmp_path: Path) -> None:
     data = {name: examples(model, name) for name in TASKS}
     dense = ManyHeads(body(), TASKS)
     recipe = hpr.Recipe("120steps", learning_rate=2e-2, weights=LABELS_ALONE)
-    healing = hpr.heal(model, dense, SimpleNamespace(files=data, shares={"parity": 2, "sum": 1}), recipe)
+    healing = hpr.heal(model, dense, Mixture(files=data, shares={"parity": 2, "sum": 1}), recipe)
     assert healing.after.mean < 0.8 * healing.before.mean
     hpr.save(model, tmp_path / "out")
     again = hpr.load(ManyHeads(body(), TASKS), tmp_path / "out")

@@ -208,7 +208,7 @@ def test_refit_regresses_on_the_turned_model(planted) -> None:
     model, batches, profile = planted
     plan = hpr.plan(model, profile, "40%", PlanOptions(only="encoder.*"))
     student = hpr.share(model, plan, profile)
-    hpr.refit(student, model, plan, profile, batches)  # against the model as it was, queries would follow other axes than keys
+    hpr.refit(student, model, batches, plan, profile)  # against the model as it was, queries would follow other axes than keys
     with torch.no_grad():
         expected = model(**batches[0])[0]
         assert (student(**batches[0])[0] - expected).norm() < 1e-3 * expected.norm()

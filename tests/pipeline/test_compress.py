@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,24 +124,26 @@ def test_rescoring_measures_every_plan(model, tokenizer) -> None:
 
 def test_compress_with_routers(model, tokenizer) -> None:
     data = {"first": TEXTS, "second": [text.upper() for text in TEXTS]}
-    more = {"tokenizer": tokenizer, "objective": "embedding", "plans": 1}
-    result = hpr.compress(model, "60%", data=data, routers=2, heal="4steps", **more)
+    loaded = hpr.open_model(model, tokenizer=tokenizer, objective="embedding")
+    options = hpr.PlanOptions(plans=1)
+    result = hpr.compress(loaded, "60%", data, options=replace(options, routers=2), heal="4steps")
     assert routers_of(term for entry in result.plan.entries.values() for term in entry.terms)
     assert result.metrics["routes"]["experts"] == 2
     assert all(set(own) == {"first", "second"} for own in result.metrics["routes"]["shares"].values())
     assert all("entropy" in row for row in result.metrics["healing"]["history"])
-    assert "routes" not in hpr.compress(model, "60%", data=TEXTS, **more).metrics
-    with pytest.raises(hpr.HprError, match="routers 1: at least 2 experts"):
-        hpr.compress(model, "60%", data=TEXTS, routers=1, **more)
-    with pytest.raises(hpr.HprError, match="ask for one of the two"):
-        hpr.compress(model, "60%", data=TEXTS, routers=2, reuse=True, **more)
+    assert "routes" not in hpr.compress(loaded, "60%", TEXTS, options=options).metrics
+    with pytest.raises(hpr.HprError, match=r"routers is 1.*give 2 or more"):
+        hpr.PlanOptions(routers=1)
+    with pytest.raises(hpr.HprError, match="choose one"):
+        hpr.PlanOptions(routers=2, reuse=True)
 
 
 def test_compress_a_module_without_writing(model, tokenizer) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     stages = []
     with reporting_to(lambda stage, done, total: stages.append((stage, done <= total))):
-        result = hpr.compress(model, "60%", data=TEXTS, tokenizer=tokenizer, objective="embedding", plans=2)
+        loaded = hpr.open_model(model, tokenizer=tokenizer, objective="embedding")
+        result = hpr.compress(loaded, "60%", TEXTS, options=hpr.PlanOptions(plans=2, curve=True))
     assert isinstance(result, Compression)
     assert result.output is None
     assert isinstance(result.student, tf.BertModel)
@@ -167,14 +170,17 @@ def test_compress_says_what_is_wrong_before_it_starts(model, tokenizer) -> None:
     def never(*_: object) -> None:
         raise AssertionError("it has started")
 
+    def tried(budget="60%", data=TEXTS, tokenizer=tokenizer, objective=None, **options) -> None:
+        loaded = hpr.open_model(model, tokenizer=tokenizer, objective=objective)
+        hpr.compress(loaded, budget, data, options=hpr.PlanOptions(**options))
+
     for wrong, message in (
         ({"budget": "half"}, "is no budget"),
-        ({"operators": ["svd"]}, "no operator 'svd'"),
+        ({"operators": ("svd",)}, "no operator 'svd'"),
         ({"objective": "accuracy"}, "no objective"),
         ({"data": ["one"]}, "too few"),
         ({"only": "decoder.*"}, "matches no site"),
         ({"tokenizer": None}, "no tokenizer"),
     ):
-        given = {"data": TEXTS, "tokenizer": tokenizer, **wrong}
         with pytest.raises(hpr.HprError, match=message), reporting_to(never):
-            hpr.compress(model, **given)
+            tried(**wrong)

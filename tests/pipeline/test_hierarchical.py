@@ -94,7 +94,7 @@ def test_the_example_of_the_source(tmp_path: Path, caplog: pytest.LogCaptureFixt
     model, batch = case("BERT")
     model.save_pretrained(tmp_path / "bert")
     with caplog.at_level(logging.WARNING):
-        made = hpr.HierarchicalBert(str(tmp_path / "bert"))
+        made = hpr.extras.HierarchicalBert(str(tmp_path / "bert"))
     assert "has no decoder: its rules are without effect" in caplog.text
     assert set(made.replication.computed_with) == {"encoder.1", "encoder.2"}
     assert isinstance(made.base_model, tf.BertForMaskedLM)
@@ -103,9 +103,9 @@ def test_the_example_of_the_source(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_its_default_is_not_at_hand_without_a_network() -> None:
-    assert hpr.HierarchicalBert.default_base == "bert-base-uncased"
+    assert hpr.extras.HierarchicalBert.default_base == "bert-base-uncased"
     with pytest.raises(HprError, match="no folder bert-base-uncased"):
-        hpr.HierarchicalBert()
+        hpr.extras.HierarchicalBert()
 
 
 def test_a_plan_of_rules_is_a_plan(tmp_path: Path) -> None:

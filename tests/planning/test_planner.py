@@ -332,7 +332,7 @@ def test_an_encoder_decoders_identity_plan_and_refit(encoder_decoder) -> None:
         assert any(len({sketch.anatomy[name].stack for name in group}) == 2 for group in plan.groups())
         student = hpr.share(model, plan, profile)
         before = (student(**batches[0]).logits - model(**batches[0]).logits).square().mean()
-        hpr.refit(student, model, plan, profile, batches)
+        hpr.refit(student, model, batches, plan, profile)
         assert (student(**batches[0]).logits - model(**batches[0]).logits).square().mean() < before
 
 

@@ -225,6 +225,6 @@ def test_labels_are_read_as_the_objective_says(monkeypatch) -> None:
     ids = torch.randint(3, 40, (4, 6))
     logits = model(input_ids=ids).logits.detach()
     for name, shift in (("causal-lm", 1), ("unshifted", 0)):
-        found = hpr.evaluate(model, model, [{"input_ids": ids, "labels": ids}], OBJECTIVES[name], repeats=0)["quality"][0]
+        found = hpr.evaluate(model, model, [{"input_ids": ids, "labels": ids}], name, repeats=0)["quality"][0]
         expected = nn.functional.cross_entropy(logits[:, : 6 - shift].flatten(0, 1), ids[:, shift:].flatten())
         assert abs(found["before"] - float(expected)) < 1e-5

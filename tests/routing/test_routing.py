@@ -166,7 +166,7 @@ def test_collapse(made, tmp_path) -> None:
     changed = decided(dynamic)
     flat = collapse(changed, batches)
     assert not torch.equal(output(flat, **inputs(kind)), output(changed, **inputs(kind)))
-    with pytest.raises(HprError, match=r"depends on the input: use hpr.collapse on the model first"):
+    with pytest.raises(HprError, match=r"depends on the input: use hpr.extras.collapse on the model first"):
         hpr.unshare(changed)
     dense = hpr.unshare(flat)
     torch.testing.assert_close(output(dense, **inputs(kind)), output(flat, **inputs(kind)), atol=1e-4, rtol=1e-4)

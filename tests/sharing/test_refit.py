@@ -81,7 +81,7 @@ def test_refit_lowers_the_divergence_on_its_own_text(made, operator) -> None:
     student = hpr.share(model, plan, profile)
     teacher, before, size = state(model), state(student), unique(student)
     plain = divergence(student, model, batches, GOAL).mean
-    hpr.refit(student, model, plan, profile, batches)
+    hpr.refit(student, model, batches, plan, profile)
     if operator not in ("tie", "tie + scale"):  # those have nothing private but a bias, and can lose
         assert divergence(student, model, batches, GOAL).mean < plain
     assert same(state(model), teacher)
@@ -93,7 +93,7 @@ def test_refit_lowers_the_divergence_on_its_own_text(made, operator) -> None:
     for site in kept:
         assert torch.equal(module_at(student, site.name).weight, module_at(model, site.name).weight)
     again = hpr.share(model, plan, profile)
-    hpr.refit(again, model, plan, profile, batches)
+    hpr.refit(again, model, batches, plan, profile)
     assert same(state(again), after)
 
 
@@ -102,13 +102,13 @@ def test_what_is_kept_is_untouched_bit_for_bit(made) -> None:
     plan = keep_all(describe(model))
     student = hpr.share(model, plan, profile)
     before = state(student)
-    hpr.refit(student, model, plan, profile, batches)
+    hpr.refit(student, model, batches, plan, profile)
     assert same(state(student), before)
     drafted = draft(model, profile, PlanOptions(only="embed*"))
     plan = drafted.best(drafted.budget("60%"))
     student = hpr.share(model, plan, profile)
     before = state(student)
-    hpr.refit(student, model, plan, profile, batches)  # embeddings stay as they are
+    hpr.refit(student, model, batches, plan, profile)  # embeddings stay as they are
     assert same(state(student), before)
 
 
@@ -120,7 +120,7 @@ def test_an_exact_student_stays_so(made) -> None:
     plan = drafted.best(drafted.budget("99.9%"))
     student = hpr.share(model, plan, profile)
     plain = divergence(student, model, batches, GOAL).mean
-    hpr.refit(student, model, plan, profile, batches)
+    hpr.refit(student, model, batches, plan, profile)
     assert divergence(student, model, batches, GOAL).mean < max(1.5 * plain, 1e-4)
 
 
@@ -131,7 +131,7 @@ def test_modes_hooks_and_modules_are_as_before(made) -> None:
     student = hpr.share(model, plan, profile)
     calls = []
     with reporting_to(lambda stage, done, total: calls.append((stage, done, total))):
-        hpr.refit(student, model, plan, profile, batches)
+        hpr.refit(student, model, batches, plan, profile)
     calls = [call for call in calls if call[0] == "refit"]
     for one in (model, student):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in one.modules())
@@ -154,12 +154,12 @@ def test_training_mode_changes_nothing_and_is_restored(made) -> None:
     drafted = draft(model, profile)
     plan = drafted.best(drafted.budget("60%"))
     expected = hpr.share(model, plan, profile)
-    hpr.refit(expected, model, plan, profile, batches)
+    hpr.refit(expected, model, batches, plan, profile)
     student = hpr.share(model, plan, profile).train()
     model.train()
     still = next(module for module in model.modules() if not list(module.children()))
     still.eval()  # each module has its own mode
-    hpr.refit(student, model, plan, profile, batches)
+    hpr.refit(student, model, batches, plan, profile)
     assert same(state(student), state(expected))
     assert all(module.training for module in student.modules())
     assert [module for module in model.modules() if not module.training] == [still]

@@ -20,6 +20,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Transformers models are loaded by ``from_pretrained``. Raises ``CheckpointError`` where a file is missing or damaged, or a
     parameter is missing, superfluous or of another shape.
+
+    >>> folder = hpr.save(student, folder / "plain")
+    >>> loaded = hpr.load(copy.deepcopy(model), folder)
     """
     path = Path(folder)
     config = read_config(path).get("quantization_config")

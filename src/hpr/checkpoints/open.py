@@ -46,7 +46,7 @@ def open_model(
     to the model. Raises ``HprError`` if the folder, its configuration or its weights are missing or damaged, and for a device
     that is not available.
 
-    >>> open_model(model, tokenizer=tokenizer).objective
+    >>> hpr.open_model(model, tokenizer=tokenizer).objective
     'hidden'
     """
     if isinstance(model, LoadedModel):

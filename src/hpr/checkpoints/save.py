@@ -43,7 +43,8 @@ def save(
     that has the weights in it (to hash them). ``source``: the folder of the original, from which the files of a sentence
     encoder (``modules.json``, pooling) are copied.
 
-    >>> save(hpr.share(model, plan, profile), "out", tokenizer)  # doctest: +SKIP
+    >>> hpr.save(student, folder / "out", tokenizer).name
+    'out'
     """
     target = check_folder(folder)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hpr.cli.console import bars, err, lines, quiet, show
-from hpr.cli.options import Data, Device, Folder, Json, Seed, Teacher, sources
+from hpr.cli.options import Data, Device, Folder, Json, Seed, Teacher, mixture
 from hpr.errors import HprError
 
 if TYPE_CHECKING:
@@ -42,19 +41,17 @@ def heal(
     """Train a smaller model to imitate its original (distillation). Only better weights replace the present ones."""
     quiet()
     from hpr.cli import tables
-    from hpr.data.splits import split_sources
-    from hpr.healing.heal import HEALED
+    from hpr.data.splits import prepare
     from hpr.healing.heal import heal as healed
     from hpr.healing.recipe import Recipe
 
     target = output or folder
     recipe = Recipe(duration=duration, checkpoints=checkpoints, learning_rate=learning_rate, seed=seed)
     student, original = _opened(folder, teacher, target, device)
-    files, shares = sources(data)
-    splits = split_sources(files, original, HEALED, shares=shares)
+    splits = prepare(mixture(data), original)
     with bars():
-        healing = healed(student.model, original, SimpleNamespace(files=splits, shares=shares) if shares else splits, recipe)
-    metrics = _written(folder, target, student, original, splits, {"healing": healing.as_metrics()})
+        healing = healed(student.model, original, splits, recipe)
+    metrics = _written(folder, target, student, original, splits.parts, {"healing": healing.as_metrics()})
     show(metrics, as_json, lines(tables.healing_line(metrics["healing"]), f"written: {target}"))
 
 

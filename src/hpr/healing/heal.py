@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpr.data.loaded_model import LoadedModel, as_loaded
-from hpr.data.sources import fractions, named
+from hpr.data.sources import fractions, sources_of
 from hpr.data.splits import Splits, open_splits
 from hpr.errors import DataError
 from hpr.healing.augmentation import Augmentation, augmentation
@@ -96,8 +96,7 @@ def _sources(data: Any) -> tuple[dict[str, Any], Mapping[str, float] | None]:
     """The sources of data by name, and the share of each if the data is a mixture."""
     if isinstance(data, Splits) and data.parts:
         return dict(data.parts), data.shares
-    files, shares = getattr(data, "files", None), getattr(data, "shares", None)
-    return (named(data), None) if files is None or shares is None else (dict(files), shares)
+    return sources_of(data)
 
 
 def _is_batch(value: Any) -> bool:

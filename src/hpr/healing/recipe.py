@@ -48,7 +48,7 @@ class Recipe:
 
     Raises ``HprError`` for a value out of its range.
 
-    >>> Recipe(duration="10min", learning_rate=1e-3).checks
+    >>> hpr.Recipe(duration="10min", learning_rate=1e-3).checks
     10
     """
 

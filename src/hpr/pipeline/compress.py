@@ -124,7 +124,7 @@ def compress(
 
     Raises ``HprError``, before anything is measured or written, if an input does not fit.
 
-    >>> made = compress(loaded, "60%", texts, options=PlanOptions(plans=2))
+    >>> made = hpr.compress(loaded, "60%", texts, options=hpr.PlanOptions(plans=2))
     >>> made.metrics["budget"]["text"]
     '60%'
     """

@@ -33,6 +33,10 @@ class HierarchicalModel(nn.Module):
     what is saved loads with ``AutoModel`` after ``import hpr``. ``replication`` says what the rules came to, and notes those
     without effect, which are logged as warnings too. ``batch`` is data for models whose inputs are unusual. Raises
     ``HprError`` for rules that mean nothing, and for layers that cannot do what they say.
+
+    >>> made = hpr.HierarchicalModel(model, {"encoder": {"hidden_states": [False, True]}})
+    >>> made.save_pretrained(folder / "rules").name
+    'rules'
     """
 
     default_base: ClassVar[str | None] = None

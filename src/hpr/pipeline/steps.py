@@ -13,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from hpr.anatomy.describe import describe as describe_module
+from hpr.anatomy.model import Anatomy
 from hpr.checkpoints.open import open_model
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Split, open_data
 from hpr.evaluation.evaluate import evaluate as evaluate_batches
+from hpr.planning.options import DEFAULTS, PlanOptions
+from hpr.planning.planner import plan as plan_module
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import objective_for
 from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile as profile_batches
 from hpr.sharing.refit import refit as refit_batches
+from hpr.sharing.share import Rule
+from hpr.sharing.share import share as share_module
 
 if TYPE_CHECKING:  # the Trainer is imported only if something is healed
     from hpr.healing.recipe import Recipe
@@ -31,14 +37,60 @@ AnyModel = str | Path | nn.Module | LoadedModel | None
 PROFILED, REFITTED, EVALUATED = 4096, 1024, 1024  # examples of data that is read, at most
 
 
+def describe(model: AnyModel) -> Anatomy:
+    """The stacks, layers, slots and sites of a model, found by structure. A module may be on the meta device.
+
+    Raises ``HprError`` if the model has no weight matrix.
+
+    >>> anatomy = hpr.describe(model)
+    >>> [(stack.name, stack.layers) for stack in anatomy.stacks]
+    [('encoder', 2)]
+    >>> anatomy["encoder.layer.1.output.dense"].parameters
+    512
+    """
+    return describe_module(module_of(model))
+
+
+def plan(model: AnyModel, profile: Profile, budget: str = "50%", options: PlanOptions = DEFAULTS) -> Plan:
+    """The plan of least predicted damage under a budget: ``50%``, ``11M`` parameters, or ``45MB`` on disk.
+
+    A percentage counts all unique parameters; with ``options.only`` it counts the selected weights alone. Raises
+    ``BudgetError`` for a budget that cannot be read or met, naming the smallest possible.
+
+    >>> plan = hpr.plan(model, profile, "60%", hpr.PlanOptions(only="encoder.*"))
+    >>> print(plan)  # the table that ``hpr plan`` prints
+    encoder · attention.self.query ...
+    """
+    return plan_module(module_of(model), profile, budget, options)
+
+
+def share(model: AnyModel, plan: Plan | Rule, profile: Profile | None = None) -> nn.Module:
+    """A copy of a model whose layers share factors as the plan says. The model itself is not changed.
+
+    With a profile the factors are fitted in its metric, without one by plain least squares, which is much worse. A preset or
+    another rule in place of the plan fits nothing: each factor starts as the weight of its group's first layer. Raises
+    ``PlanError`` if the plan does not fit the model, and ``HprError`` for a model that is shared or quantised already.
+
+    >>> student = hpr.share(model, plan, profile)
+    >>> type(student) is type(model)
+    True
+    """
+    return share_module(module_of(model), plan, profile)
+
+
+def module_of(model: AnyModel) -> nn.Module:
+    """The module of a model that is loaded, or that is loaded now."""
+    return model if isinstance(model, nn.Module) else open_model(model).model
+
+
 def profile(model: AnyModel, data: Any = None, objective: str | None = None, seed: int = 0) -> Profile:
     """Measure every site and layer of a model on unlabelled data. The model is left as it was.
 
     ``objective``: what the outputs mean, by default what the model's class says (see the guide). At most 4,096 examples are
     read. Raises ``HprError`` for no data, and for losses, activations or gradients that are not finite.
 
-    >>> profile(loaded, texts).about["examples"]
-    48
+    >>> hpr.profile(loaded, texts).about["examples"]
+    64
     """
     loaded = open_model(model, objective=objective)
     batches, _ = _batches(data, loaded, "calibration", PROFILED)
@@ -51,7 +103,7 @@ def refit(student: nn.Module, teacher: AnyModel, data: Any, plan: Plan, profile:
     It pays on data like that which the model will see, and can lose on other data, because the regression follows its text
     closely. At most 1,024 examples are read. Raises ``HprError`` for a profile or plan of another model.
 
-    >>> refit(student, loaded, texts, plan, measured)
+    >>> hpr.refit(student, loaded, texts, plan, profile)
     """
     loaded = open_model(teacher)
     batches, _ = _batches(data, loaded, "calibration", REFITTED)
@@ -65,7 +117,7 @@ def heal(student: nn.Module, teacher: AnyModel, data: Any = None, recipe: Recipe
     weights of least divergence there are kept, and those of the start count too. Raises ``HprError`` if the data or the
     recipe does not fit.
 
-    >>> healed = heal(student, loaded, texts, Recipe(duration="2steps"))
+    >>> healed = hpr.heal(student, loaded, texts, hpr.Recipe(duration="2steps"))
     >>> healed.after.mean <= healed.before.mean
     True
     """
@@ -88,7 +140,7 @@ def evaluate(
     passes; 0 leaves latency and peak memory out. At most 1,024 examples are read. Raises ``HprError`` for no data, for outputs
     that are not finite or differ in shape, and for labels that do not fit.
 
-    >>> sorted(evaluate(student, loaded, texts, repeats=0))
+    >>> sorted(hpr.evaluate(student, loaded, texts, repeats=0))
     ['parts', 'quality', 'sizes']
     """
     loaded = open_model(teacher, objective=objective)

@@ -23,7 +23,7 @@ class PlanOptions:
     plans that drop layers or reuse attention; ``routers``: experts per router, 0 for static weights; ``curve``: also plan and
     measure other budgets, for the report's figure of quality against size; ``examples``: texts to profile; ``seed``.
 
-    >>> PlanOptions(only="encoder.*", operators=("low rank", "shared input basis")).plans
+    >>> hpr.PlanOptions(only="encoder.*", operators=("low rank", "shared input basis")).plans
     4
     """
 

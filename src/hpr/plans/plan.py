@@ -37,12 +37,12 @@ class Plan:
     With an ``alignment`` the model's layers are transformed before they share, and the entries describe the transformed
     weights. The transforms follow from the original weights, the profile and these targets.
 
-    >>> plan = hpr.plan(model, profile, budget="50%")
-    >>> plan.entries["encoder.layer.3.output.dense"].operator
-    'shared output basis'
+    >>> plan = hpr.plan(model, profile, budget="60%")
+    >>> plan.entries["encoder.layer.1.output.dense"].operator
+    'shared input basis'
     >>> plan.parameters(hpr.describe(model)) <= plan.budget.parameters
     True
-    >>> plan.save("plan.json")
+    >>> plan.save(folder / "plan.json")
     """
 
     model_class: str

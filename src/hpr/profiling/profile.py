@@ -85,7 +85,12 @@ class Profile:
     """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions.
 
     ``symmetries``: how weights may be transformed without changing what the model computes, found by trials.
-    ``interventions``: layer → state → true divergence in nats per example, where it was measured (``hpr.interventions``).
+    ``interventions``: layer → state → true divergence in nats per example, if it was measured (``layer_reuse.ablation``).
+
+    >>> profile = hpr.profile(loaded, texts)
+    >>> profile.save(folder / "profile.safetensors")
+    >>> hpr.Profile.load(folder / "profile.safetensors").fingerprint == profile.fingerprint
+    True
     """
 
     fingerprint: str

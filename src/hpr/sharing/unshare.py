@@ -24,6 +24,9 @@ def unshare(student: nn.Module) -> nn.Module:
 
     What it saves loads in plain transformers, at the dense size. Raises ``HprError``, naming the layers, where layers were
     dropped or reuse what those below compute, or where weights depend on the input: no stock weights give that.
+
+    >>> dense = hpr.unshare(student)
+    >>> dense.save_pretrained(folder / "dense")
     """
     bank = bank_of(student)
     if bank is not None and bank.layers:
