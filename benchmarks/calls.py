@@ -27,7 +27,7 @@ from hpr.operators.registry import OPERATORS
 
 WATCHED = {
     "describe": ("hpr.anatomy.describe", "describe"),
-    "measure": ("hpr.operators.metric", "measure"),
+    "measured sites": ("hpr.operators.metric", "metric_of"),
     "solve": ("hpr.solver.lagrangian", "solve"),
 }
 FITS = "group fits"
