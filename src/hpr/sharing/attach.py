@@ -1,8 +1,7 @@
-"""Share and unshare: the only code that operates on a model.
+"""Attach a bank to a model, and swap the module of each site for one that reads its factors from the bank.
 
-``attach`` puts a bank on the base model and swaps each site's module for one that reads its factors from there; ``share``
-does that to a copy of a model and fills in the fitted factors; ``unshare`` goes back to stock dense modules.
-A module that holds the very parameter of a site (a head tied to the embedding) reads the same factors; see ``hpr.ties``.
+``share`` does that to a copy of a model and loads the fitted factors; loading a checkpoint does it before weights are read.
+A module that holds the same parameter as a site (a head tied to the embedding) reads the same factors; see ``sharing.ties``.
 """
 
 from __future__ import annotations
@@ -42,19 +41,19 @@ def attach(
     dtype: torch.dtype | None = None,
     layers: Mapping[str, str] | None = None,
 ) -> FactorBank:
-    """Swap the modules at some sites, in place, for ones that read a new bank on the base model. Factors stay unset.
+    """Swap the modules at some sites, in place, for ones that read a new bank on the base model. Returns the bank, its factors not set.
 
-    ``terms_by_path``: terms by site path, those of all experts of a parameter or of none (see ``experts.with_kept``);
-    ``shapes``: factor name → shape; ``aliases``: further modules that read a site's factors (those tied to it now are found
-    by themselves). ``dtype`` is that of the first site unless given. ``layers``: path of a block → its state (see
-    ``reuse.install``); a module inside such a block that has lost its effect has a path with no terms. Works on the meta
-    device. Raises ``HprError``, before anything is changed, where a module cannot be replaced.
+    ``terms_by_path``: terms by site path, those of all experts of a parameter or of none (see ``share.with_kept``);
+    ``shapes``: factor name → shape; ``aliases``: further modules that read a site's factors (modules tied to
+    it now are found without them). ``dtype`` is that of the first site unless given. ``layers``: path of a block → its state (see
+    ``layer_reuse.install``); a module without effect inside such a block has a path with no terms. Works on the meta
+    device. Raises ``HprError``, before it changes anything, if a module cannot be replaced.
     """
     base, _ = base_of(model)
     if bank_of(model) is not None:
         raise HprError(f"this {type(model).__name__} has a bank already: attach to a fresh model")
     check(model, layers or {})
-    experts = {path: found for path in terms_by_path if (found := slice_at(model, path)) is not None}
+    experts = {path: expert for path in terms_by_path if (expert := slice_at(model, path)) is not None}
     removed = {path: module_at(model, path) for path, terms in terms_by_path.items() if not terms}
     sources = {path: module_at(model, path) for path in terms_by_path if path not in experts and path not in removed}
     if not terms_by_path or model in (*sources.values(), *(one.module for one in experts.values())):
@@ -143,10 +142,10 @@ def _shared(bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: st
 
 
 def _set_placeholders(swaps: Mapping[nn.Module, SharedSite], sources: Iterable[nn.Module], ties: Sequence[Tie]) -> None:
-    """Fit the placeholder weights to what transformers does with them.
+    """Give placeholder weights the form that transformers expects.
 
-    Those of aliases are not stored, just as tied weights are not. Where a bias is tied to another module's, ``tie_weights``
-    cuts it to the length of the weight beside it, which therefore is that of the bias.
+    Those of aliases are not stored, like tied weights. ``tie_weights`` cuts a tied bias to the length of its module's weight,
+    so the placeholder there is as long as the bias.
     """
     stored = set(sources)
     long = {module for one, other, name in ties for module in (one, other) if name == "bias"}
@@ -156,14 +155,14 @@ def _set_placeholders(swaps: Mapping[nn.Module, SharedSite], sources: Iterable[n
 
 
 class _DelegatedEmbedding(SharedEmbedding, nn.Embedding):
-    """Stands where a subclass of ``nn.Embedding`` expects ``super().forward``."""
+    """What a subclass of ``nn.Embedding`` reaches by ``super().forward``."""
 
 
 @functools.cache
 def _embedding_like(source: Any) -> type[SharedEmbedding]:
     """A class with the forward of ``source`` whose ``super().forward`` looks up factors: scales and offsets stay as they are.
 
-    The name keeps that of ``source``, by which transformers finds the non-persistent buffers it has to fill in.
+    Transformers goes by the name of ``source`` inside its own to find the non-persistent buffers that it has to fill.
     """
     return type(f"Shared{source.__name__}", (source, _DelegatedEmbedding), {})
 
@@ -189,8 +188,8 @@ def _transposed(module: nn.Module) -> bool:
 
 
 def check_removed(model: nn.Module, path: str, layers: Mapping[str, str]) -> None:
-    """Raise ``HprError`` where a module is not inside the attention of a layer that takes from below (path → state)."""
+    """Raise ``HprError`` if a module is not inside the attention of a layer that reuses another's (path → state)."""
     for block, state in layers.items():
         if state != DROPPED and any(path.startswith(f"{attention}.") for attention in attention_at(model, block)):
             return
-    raise HprError(f"{path} is said to have no effect, but its layer attends by itself: give it terms, or plan to keep it")
+    raise HprError(f"{path} has no terms, but its layer computes its own attention: give it terms, or plan to keep it")
