@@ -1,4 +1,10 @@
-"""The hook in transformers that rebuilds a compressed model when a checkpoint is loaded."""
+"""The hook by which plain ``from_pretrained`` rebuilds a shared model once hpr is imported.
+
+The hook is a quantizer registered with transformers under the name ``hpr``: ``config.json`` names it and holds all that
+loading needs. It attaches the sites before the weights are read, checks that the checkpoint has every factor, and then
+leaves the model, so that nothing takes it for a quantised one. Without hpr, loading fails on the shape of the sites'
+one-element ``weight``, and the report that transformers prints lists a key that reads "import hpr before loading".
+"""
 
 from __future__ import annotations
 
@@ -26,7 +32,7 @@ _ALIGNMENT = 64  # bytes, as torch allocates on a processor
 
 
 class HprConfig(QuantizationConfigMixin):
-    """What ``config.json`` holds of a shared model (see ``hpr.sites.specification``)."""
+    """What ``config.json`` says of a shared model (see ``sharing.specification``)."""
 
     def __init__(
         self,
@@ -105,7 +111,7 @@ register()
 def rebuild(model: nn.Module, config: HprConfig) -> FactorBank | None:
     """Attach the sites that a checkpoint describes, as far as this class has them: a head may be absent, or be another.
 
-    Returns the bank, its factors not yet loaded, or None where the model has none of the sites. Raises ``CheckpointError``
+    Returns the bank, its factors not yet loaded, or None if the model has none of the sites. Raises ``CheckpointError``
     where the description contradicts itself or the model.
     """
     try:
@@ -152,9 +158,9 @@ def _settle(bank: FactorBank, readers: Sequence[BankReader]) -> None:
 
 
 def _align(model: nn.Module) -> None:
-    """Move weights that lie where the file happens to hold them to addresses such as torch gives.
+    """Move weights that a file is mapped to at odd addresses to addresses aligned like torch's own.
 
-    Kernels differ by alignment, and their rounding with them: a model would not compute bit for bit what it did when saved.
+    Kernels and their rounding differ by alignment: the model would not compute bit for bit what it did when it was saved.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:

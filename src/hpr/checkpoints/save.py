@@ -1,10 +1,4 @@
-"""Save, load, and the hook by which plain ``from_pretrained`` rebuilds a shared model once hpr is imported.
-
-The hook is a quantizer registered with transformers under the name ``hpr``: ``config.json`` names it and holds all that
-loading needs. It attaches the sites before the weights are read, checks that the checkpoint has every factor, and then
-leaves the model, so that nothing takes it for a quantised one. Without hpr, loading stops at the shape of the sites'
-one-element ``weight``, and the report that transformers prints lists a key that reads "import hpr before loading".
-"""
+"""Save a model and the files that belong to it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Where factors live.
+"""The bank, which holds all factors of a model.
 
-Each factor is one bias-free Linear in a ``FactorBank`` that hangs on the base model, so that a checkpoint's prefixes
-resolve from ``AutoModel`` and from head classes alike. A site holds the bank *unregistered* (inside a tuple) and looks its
-factors up by name at every call: references cached at build time go stale when parameters are replaced on load, by PEFT
-or by FSDP. Parameters are shared, never modules.
+Each factor is one bias-free Linear in a ``FactorBank``. The bank is an attribute of the base model, so that a checkpoint's
+prefixes resolve from ``AutoModel`` and from head classes. A site holds the bank *unregistered* (inside a tuple) and looks
+its factors up by name at every call, because references from build time go stale when loading, PEFT or FSDP replace
+parameters. Parameters are shared, never modules.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hpr.anatomy.lookup import base_of
@@ -43,24 +44,26 @@ class Factor(nn.Linear):
     def reset_parameters(self) -> None:
         """Factors are always loaded, never drawn."""
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """F·x over the last dimension, plus a bias (rows,) in the same pass: (…, columns) → (…, rows).
+    def forward(
+        self, x: Float[Tensor, "*batch columns"], bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
+        """F·x over the last dimension, plus a bias in the same pass.
 
-        F is put together first: permuting a weight costs less than permuting the activations of many rows.
+        F is built first: permuting a weight costs less than permuting the activations of many rows.
         """
         return F.linear(x, self.dense(), bias)
 
-    def lookup(self, ids: Tensor) -> Tensor:
-        """Rows of F by number: (…) → (…, columns)."""
+    def lookup(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch columns"]:
+        """Rows of F by number."""
         if self.shape.identity != "rows":
             return F.embedding(ids, self.dense())
         rank = self.shape.columns
-        place = F.embedding(ids, self.order.unsqueeze(-1)).squeeze(-1).long()
-        unit = F.one_hot(place.clamp(max=rank - 1), rank).to(self.weight.dtype)
-        return torch.where((place < rank).unsqueeze(-1), unit, F.embedding((place - rank).clamp(min=0), self.weight))
+        row = F.embedding(ids, self.order.unsqueeze(-1)).squeeze(-1).long()  # below the rank: a row of the identity block
+        unit = F.one_hot(row.clamp(max=rank - 1), rank).to(self.weight.dtype)
+        return torch.where((row < rank).unsqueeze(-1), unit, F.embedding((row - rank).clamp(min=0), self.weight))
 
-    def dense(self) -> Tensor:
-        """F itself, (rows, columns)."""
+    def dense(self) -> Float[Tensor, "rows columns"]:
+        """F itself, with its identity block."""
         if not self.shape.identity:
             return self.weight
         side = 0 if self.shape.identity == "rows" else 1
@@ -69,10 +72,15 @@ class Factor(nn.Linear):
 
 
 class FactorBank(nn.Module):
-    """Factors by name, each stored once. Raises ``HprError`` where two names give one key, or a name cannot be a key.
+    """Factors by name, each stored once. Raises ``HprError`` if two names give one key, or a name cannot be a key.
 
-    ``layers``: path of a block → its state, where it was dropped or reuses what one below computes (``planning.layers``).
-    ``routing``: what routers see and give in the pass under way.
+    ``layers``: path of a block → its state, if it was dropped or reuses attention (``plans.layer_states``). ``routing``: what
+    routers see and return in the current pass.
+
+    >>> bank = FactorBank({"basis": FactorShape(8, 2)})
+    >>> bank.load({"basis": torch.ones(8, 2)})
+    >>> bank["basis"](torch.ones(3, 2)).shape
+    torch.Size([3, 8])
     """
 
     def __init__(self, shapes: Mapping[str, FactorShape], dtype: torch.dtype | None = None):
@@ -97,24 +105,24 @@ class FactorBank(nn.Module):
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Copy fitted values in: ``name`` → the stored matrix, ``name.order`` → the order where there is an identity block.
+        """Copy fitted values in: ``name`` → the stored matrix, ``name.order`` → the order if there is an identity block.
 
-        Raises ``HprError`` where a value is missing, has another shape or is not finite.
+        Raises ``HprError`` if a value is missing, has another shape or is not finite.
         """
         fitted = {module_name(name): value for name, value in values.items()}
         for key, factor in self.factors.items():
             for part, target in factor.state_dict(keep_vars=True).items():
                 value = fitted.get(key if part == "weight" else module_name(f"{key}.{part}"))
                 if value is None or value.shape != target.shape or not torch.isfinite(value).all():
-                    found = "missing" if value is None else f"of shape {tuple(value.shape)}, or not finite"
-                    raise HprError(f"factor {key}.{part} is {found}; {tuple(target.shape)} is needed: fit the plan anew")
+                    problem = "missing" if value is None else f"of shape {tuple(value.shape)}, or not finite"
+                    raise HprError(f"factor {key}.{part} is {problem}; {tuple(target.shape)} is needed: fit the plan anew")
                 target.copy_(value)
 
 
 def module_name(factor: str) -> str:
     """A factor's key in the bank: module names cannot hold dots.
 
-    In capitals, because transformers renames parts of keys (``v_proj`` to ``value``) on saving and loading, wherever they are.
+    In capitals, because transformers renames parts of keys (``v_proj`` to ``value``) when it saves and loads.
     """
     return factor.replace(".", "-").upper()
 
@@ -126,9 +134,9 @@ def bank_of(model: nn.Module) -> FactorBank | None:
 
 
 def terms_in(module: nn.Module) -> dict[str, tuple[Term, ...]]:
-    """The sites that a module stands for, by path, with their terms: one, all its experts, or none for any other module."""
-    found: dict[str, tuple[Term, ...]] = getattr(module, "terms_by_path", {})
-    return found
+    """Path → terms of the sites that a module replaces: one site, all its experts, or none for a module of the original."""
+    terms: dict[str, tuple[Term, ...]] = getattr(module, "terms_by_path", {})
+    return terms
 
 
 def terms_of(model: nn.Module) -> dict[str, tuple[Term, ...]]:
@@ -139,7 +147,7 @@ def terms_of(model: nn.Module) -> dict[str, tuple[Term, ...]]:
 def parameters(model: nn.Module) -> int:
     """Unique parameters, tied ones and shared factors once.
 
-    The order of a factor's identity block counts as one parameter a row, as in the plan, whose count this equals.
+    The order of a factor's identity block counts as one parameter per row, so that the count equals the plan's.
     """
     bank = bank_of(model)
     orders = [] if bank is None else [buffer.numel() for name, buffer in bank.named_buffers() if name.endswith(".order")]

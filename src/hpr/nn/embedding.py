@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hpr.nn.bank import FactorBank
@@ -13,7 +14,7 @@ from hpr.plans.terms import Term
 
 
 class SharedEmbedding(SharedSite):
-    """Rows of Σ_j U V looked up by id, without ever building the table. ids (…) → (…, d)."""
+    """Rows of Σ_j diag(r) U V diag(c), looked up by id without building the table. ids (…) → (…, d)."""
 
     def __init__(self, bank: FactorBank, terms: Sequence[Term], source: nn.Embedding, path: str = ""):
         SharedSite.__init__(self, bank, terms, source, path)
@@ -21,12 +22,12 @@ class SharedEmbedding(SharedSite):
         self.embedding_dim = source.embedding_dim
         self.padding_idx = source.padding_idx
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d"]:
         total: Tensor | None = None
         for term in self.terms:
             start, stop = term.rows or (0, self.out_features)
             local = ids - start
-            if (start, stop) != (0, self.out_features):  # the ends stay open, so that an id beyond the table still raises
+            if (start, stop) != (0, self.out_features):  # no clamp at the table's ends: an id beyond it still raises
                 last = None if stop == self.out_features else stop - start - 1
                 local = local.clamp(min=0 if start else None, max=last)
             y = self.bank[term.u].lookup(local)

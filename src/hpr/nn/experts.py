@@ -1,9 +1,9 @@
 """Experts that read shared factors: the module that holds them, and back to the stock one.
 
-A module's experts are slices of one parameter. Where any of them is changed, all of that parameter are read from the bank: the
-kept ones as a private factor each, bit for bit, so that everything is stored once. At each call the parameter is put together
-for a stand-in of the module's own class, which computes as always, whichever implementation of experts is chosen. That costs
-the memory of one layer's dense experts, and saves no computation.
+A module's experts are slices of one parameter. If any of them is changed, all experts of that parameter are read from the
+bank; kept ones become a private factor each, bit for bit, so that everything is stored once. Each call builds the dense
+parameter and runs a stand-in of the original class with it, so that every implementation of experts works. That costs the
+memory of one layer's dense experts and saves no computation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -27,11 +28,11 @@ Terms = dict[str, tuple[Term, ...]]
 
 
 class SharedExperts(BankReader):
-    """Stands where a module of experts stood; all that it had besides the shared parameters is its own.
+    """Replaces a module of experts. It keeps the module's other parameters, buffers, submodules and settings.
 
     ``slices``: parameter → the terms of each expert. ``path`` is the module's, below the base model. A placeholder of two
-    numbers an expert has the name of each shared parameter: it is enough for transformers to split and merge on saving and
-    loading, and makes loading without hpr fail on its shape.
+    numbers per expert has the name of each shared parameter: transformers can split and merge it when it saves and loads,
+    and loading without hpr fails on its shape.
     """
 
     def __init__(self, bank: FactorBank, slices: Mapping[str, list[tuple[Term, ...]]], source: nn.Module, path: str):
@@ -62,8 +63,8 @@ class SharedExperts(BankReader):
             for number, terms in enumerate(experts)
         }
 
-    def dense_parameter(self, name: str) -> Tensor:
-        """The (experts, out, in) tensor that the terms add up to."""
+    def dense_parameter(self, name: str) -> Float[Tensor, "experts out in"]:
+        """The tensor that the terms of a parameter's experts add up to."""
         placeholder = self._buffers[name]
         shape = self.template._parameters[name].shape[1:]  # type: ignore[union-attr]
         assert placeholder is not None
@@ -76,7 +77,7 @@ class SharedExperts(BankReader):
         return self._stand_in(parameters).forward(*positional, **named)
 
     def _stand_in(self, parameters: Mapping[str, Tensor]) -> nn.Module:
-        """A module of the original's class with some parameters put in; made anew, so that threads do not meet in one."""
+        """A module of the original's class with these parameters; a new one per call, so that threads do not share it."""
         module = copy.copy(self.template)
         module._parameters = {**self._parameters, **parameters}  # type: ignore[dict-item]
         module._modules = self._modules
@@ -102,7 +103,7 @@ class SharedExperts(BankReader):
 def shared_experts(
     bank: FactorBank, experts: Mapping[str, Slice], terms: Mapping[str, Iterable[Term]]
 ) -> dict[nn.Module, SharedExperts]:
-    """Module → what takes its place. Raises ``HprError`` where some experts of a parameter have no terms."""
+    """Module → what takes its place. Raises ``HprError`` if only some experts of a parameter have terms."""
     found: dict[nn.Module, dict[str, dict[int, tuple[Term, ...]]]] = {}
     paths: dict[nn.Module, str] = {}
     for path, one in experts.items():

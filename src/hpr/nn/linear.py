@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hpr.nn.bank import FactorBank
@@ -42,7 +43,7 @@ class SharedLinear(SharedSite):
         whole = [number for number, term in enumerate(self.terms) if not self.paddings[number] and term.row_scale is None]
         self.adds_bias = whole[0] if whole and not self.runs else None  # the term whose last product also adds the bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.runs:
             return self._by_runs(x)
         total: Tensor | None = None
@@ -72,14 +73,16 @@ class SharedLinear(SharedSite):
             total = y if total is None else total + y
         return total
 
-    def inner(self, x: Tensor, term: Term) -> Tensor:
-        """V diag(c) x: (…, in) → (…, rank), or (…, in) for a term without ``v``."""
+    def inner(self, x: Float[Tensor, "*batch in"], term: Term) -> Float[Tensor, "*batch rank"]:
+        """V diag(c) x; for a term without ``v`` diag(c) x, (…, in)."""
         y = x if term.column_scale is None else x * self.bank[term.column_scale].weight[0]
         return y if term.v is None else self.bank[term.v](y)
 
-    def outer(self, y: Tensor, term: Term, bias: Tensor | None = None) -> Tensor:
-        """diag(r) U y, plus a bias in the same pass if there is no r: (…, rank) → (…, rows of the term)."""
-        y = self.bank[term.u](y, bias)  # a pass of its own for the bias would cost as much as a small product
+    def outer(
+        self, y: Float[Tensor, "*batch rank"], term: Term, bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
+        """diag(r) U y, plus a bias in the same pass; give one only if the term has no r."""
+        y = self.bank[term.u](y, bias)  # adding the bias separately would cost as much as a small product
         return y if term.row_scale is None else y * self.bank[term.row_scale].weight[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +23,7 @@ class ZeroOutput(SharedSite):
         """(out, in) of the weight replaced; 0 and 0 for a module that lets its input pass."""
         return SharedSite.sizes(source) if isinstance(source, nn.Linear | Conv1D | nn.Embedding) else (0, 0)
 
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    def forward(self, x: Shaped[Tensor, "*batch in"], *others: Any, **named: Any) -> Float[Tensor, "*batch out"]:
         if isinstance(self.template, nn.Embedding):
             return self.weight.new_zeros(()).expand(*x.shape, self.in_features)
         return x.new_zeros(()).expand(*x.shape[:-1], self.out_features) if self.out_features else x

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from hpr.nn.linear import SharedLinear
@@ -25,7 +26,7 @@ class RoutedLinear(SharedLinear):
         whole = all(term == Term(term.u, route=term.route) for term in self.terms) and None not in self.experts
         self.mergeable = whole and same and routes[0].per == "sequence"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         alphas = {name: self.bank.routing(route, self.bank[name].weight, x, self.path) for name, route in self.routes.items()}
         if x.dim() == 3 and self.merges(x.shape[1]):
             return self._merged(x, *alphas.values())

@@ -1,8 +1,8 @@
-"""Routers: what makes a term's weight depend on the input, and what they may see of it.
+"""Routers, which make the weight of a term depend on the input. Experimental.
 
-α(x) = experts · softmax(R [x; 1]). Per token x is a position's own input, so nothing later is seen and nothing has to be
-cached. Per sequence it is the mean over the positions that count: the mask is the one that the nearest module around the
-site was called with.
+α(x) = experts · softmax(R [x; 1]). A router per token sees the input of one position, so later positions have no influence
+and nothing has to be cached. A router per sequence sees the mean over the positions that are not masked; the mask is that of
+the call of the nearest module around the site.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hpr.anatomy.lookup import module_at
@@ -26,17 +27,19 @@ Taken = dict[tuple[str, str], list[tuple[Tensor, Tensor | None]]]  # see ``Routi
 
 
 class Routing:
-    """The masks of the calls under way, the innermost last; and, while ``taken`` is a dict, what routers gave.
+    """The masks of the current calls, the innermost last; and the outputs of routers while ``taken`` is a dict.
 
-    ``taken``: (site's path, router) → per call α (…, experts) and which positions count (…), None where all do.
+    ``taken``: (site's path, router) → for each call α (…, experts) and which positions count (…), None if all do.
     """
 
     def __init__(self) -> None:
         self.masks: list[Tensor | None] = []
         self.taken: Taken | None = None
 
-    def __call__(self, route: Route, router: Tensor, x: Tensor, path: str) -> Tensor:
-        """α (…, experts) for an input x (…, in); with one for each sequence, (batch, 1, …, experts)."""
+    def __call__(
+        self, route: Route, router: Float[Tensor, "experts columns"], x: Float[Tensor, "*batch in"], path: str
+    ) -> Float[Tensor, "*batch_of_alpha experts"]:
+        """α for an input x. Its batch is that of x per token, (batch, 1, …) per sequence, and empty for a fixed route."""
         if route.per == "fixed":
             return fixed_weights(route, router)
         mask = self.masks[-1] if self.masks and x.dim() > 2 else None
@@ -49,14 +52,14 @@ class Routing:
         return weights
 
 
-def spread(shares: Tensor) -> Tensor:
-    """Entropy of shares of experts (…, experts) that add up to 1, as a share of that of even ones: (…)."""
+def spread(shares: Float[Tensor, "*batch experts"]) -> Float[Tensor, "*batch"]:
+    """Entropy of the experts' shares, which add up to 1, divided by the entropy of even shares."""
     return torch.special.entr(shares).sum(-1) / math.log(shares.shape[-1])
 
 
 @contextmanager
 def recorded(routing: Routing) -> Iterator[Taken]:
-    """What routers give in the passes made inside."""
+    """Collect what routers return in the passes inside the ``with`` block (see ``Routing.taken``)."""
     before, routing.taken = routing.taken, {}
     try:
         yield routing.taken
@@ -65,7 +68,7 @@ def recorded(routing: Routing) -> Iterator[Taken]:
 
 
 def note_masks(model: nn.Module, routing: Routing, paths: Iterable[str]) -> None:
-    """Let modules around some sites tell the routing which mask they were called with, in place."""
+    """Hook the modules around some sites, so that the routing knows the mask of their calls. In place."""
     sites = {module_at(model, path) for path in paths}
     for module in model.modules():
         if not sites.isdisjoint(module.modules()) and _MASK in (names := list(inspect.signature(module.forward).parameters)):
@@ -74,7 +77,7 @@ def note_masks(model: nn.Module, routing: Routing, paths: Iterable[str]) -> None
 
 
 def forget_masks(model: nn.Module) -> None:
-    """Take away what ``note_masks`` put there, in place."""
+    """Remove the hooks of ``note_masks``, in place."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number in [number for number, hook in hooks.items() if isinstance(hook, _Enter | _Leave)]:
@@ -84,7 +87,7 @@ def forget_masks(model: nn.Module) -> None:
 
 
 class _Enter:
-    """A hook as an object, so that a copy of the model has one of its own."""
+    """A hook as an object, so that a copy of the model gets a copy of it."""
 
     def __init__(self, routing: Routing, place: int):
         self.routing, self.place = routing, place

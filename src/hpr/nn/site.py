@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hpr.anatomy.lookup import weight_of
@@ -76,8 +77,8 @@ class SharedSite(BankReader):
         """The path of its site, and its terms."""
         return {self.path: self.terms}
 
-    def dense_weight(self) -> Tensor:
-        """The (out, in) matrix that the terms add up to."""
+    def dense_weight(self) -> Float[Tensor, "out in"]:
+        """The matrix that the terms add up to."""
         return dense(self.bank, self.terms, (self.out_features, self.in_features), self.weight)
 
     def extra_repr(self) -> str:
@@ -91,8 +92,8 @@ class SharedSite(BankReader):
         return 2 * sum(shape.rows * shape.columns for shape in (self.bank[name].shape for name in names))
 
 
-def dense(bank: FactorBank, terms: Sequence[Term], shape: Sequence[int], like: Tensor) -> Tensor:
-    """The (out, in) matrix that terms add up to, with dtype and device of another tensor."""
+def dense(bank: FactorBank, terms: Sequence[Term], shape: Sequence[int], like: Tensor) -> Float[Tensor, "out in"]:
+    """The matrix of this shape that terms add up to, with the dtype and device of ``like``."""
     values = {name: bank[name].dense() for name in factors_of(terms)}
     return product(terms, values, shape[0], shape[1]).to(like)
 

@@ -1,4 +1,4 @@
-"""Make a routed model static again: each router gives its average."""
+"""Make a routed model static: each router gives its average output."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hpr.sharing.specification import specification
 
 @torch.no_grad()
 def collapse(student: nn.Module, batches: Sequence[BatchLike]) -> nn.Module:
-    """A static copy: every router gives what it gives on average over the positions of some batches.
+    """A static copy, in which every router gives its mean output over the positions of some batches.
 
-    Exporters need it, and ``unshare`` can go on from it. What it costs is ``hpr.evaluate(static, student, …)``. Raises
-    ``HprError`` for a model whose weights do not depend on the input, and for no batches.
+    Exporters and ``unshare`` need it. ``hpr.evaluate(static, student, …)`` measures its cost. Raises ``HprError`` if the
+    model's weights do not depend on the input, and for no batches.
     """
     if not batches:
-        raise HprError("batches is empty: at least one is needed to average routes over")
+        raise HprError("batches is empty: give at least one, to average routes over")
     static = copy.deepcopy(student)
     bank = bank_of(static)
     sites = [module for module in static.modules() if isinstance(module, RoutedLinear)]

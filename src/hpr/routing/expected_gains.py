@@ -1,4 +1,4 @@
-"""How differently kinds of input want the factors of a plan: what a router could bring there, before one is trained."""
+"""The gains to expect from a router, measured on kinds of input before one is trained."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def expected_gains(
     single = {site: own[0] for site in anatomy.sites if len(own := terms.get(site.name, ())) == 1 and site.kind == "linear"}
     chosen = {site: term for site, term in single.items() if term.v is not None and (term.rank or 0) >= experts}
     moments = [_moments(teacher, list(chosen), batches, measured) for batches in kinds.values()]
-    found = {}
+    gains = {}
     for site, term in chosen.items():
         assert term.v is not None
         u, v = (bank[name].dense().detach().to(measured[site.name].weight) for name in (term.u, term.v))
         deal = F.one_hot(torch.arange(len(v)) % experts, experts).to(v)
-        found[site.name] = _gain(measured[site.name], u, v, [kind[site.name] for kind in moments], deal)
-    return found
+        gains[site.name] = _gain(measured[site.name], u, v, [kind[site.name] for kind in moments], deal)
+    return gains
 
 
 def _gain(one: Measured, u: Tensor, v: Tensor, moments: Sequence[Tensor], deal: Tensor) -> float:
@@ -78,7 +78,7 @@ def _least(square: Tensor, right: Tensor) -> Tensor:
 def _moments(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[BatchLike], measured: Mapping[str, Measured]
 ) -> dict[str, Tensor]:
-    """Site → E[x xᵀ] (in, in) of its inputs at positions that count, less the mean that its bias takes up; float64."""
+    """Site → E[x xᵀ] (in, in) of its inputs at positions that count, less the mean that its bias corrects; float64."""
     sums = {site.name: measured[site.name].weight.new_zeros(site.in_features, site.in_features) for site in sites}
     rows = dict.fromkeys(sums, 0)
     current: list[Batch] = []

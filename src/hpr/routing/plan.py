@@ -1,9 +1,9 @@
-"""Weights that follow the input: a static plan made dynamic, and a dynamic model made static again.
+"""Add routers to a plan, so that weights depend on the input.
 
-W_s(x) = Σ_k α_k(x) · B_k: the experts B_k are the rank components that the static plan has anyhow, dealt into K parts, so they
-cost nothing but the router; where a basis is shared by a group of layers, so are its parts. A router starts at 0, which gives
-the static model exactly, and learns in healing (``losses.Weights.routing``). Ouroboros (arXiv 2604.02051) routed whole
-matrices and found lower training loss and no gain on held-out data: compare at equal parameters before you use it.
+W_s(x) = Σ_k α_k(x) · B_k: the experts B_k are the rank components of the static plan, dealt into K parts, so only the router
+adds parameters. If a group of layers shares a basis, it shares the parts. A router starts at 0, which gives the static model
+exactly, and learns in healing (``healing.loss.Weights.routing``). Ouroboros (arXiv 2604.02051) routed whole matrices and
+found lower training loss and no gain on held-out data: compare at equal parameters before you use it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def best_routed(
         if excess <= 0:
             return replace(plan, budget=budget)
         room -= excess
-    raise HprError(f"routers with {experts} experts do not fit {budget.text}: take fewer experts, or raise the budget")
+    raise HprError(f"routers with {experts} experts do not fit {budget.text}: use fewer experts, or raise the budget")
 
 
 def worth_routing(proposal: Proposal, anatomy: Anatomy, gains: Mapping[str, float], experts: int) -> set[str]:
@@ -87,12 +87,12 @@ def _routes(
 ) -> dict[str, Route]:
     """Site → its route, for every Linear of a stack that is chosen."""
     whole = seeing_all(model, anatomy) if per == "auto" else set()
-    found = {}
+    routes = {}
     for site in anatomy.select(only):
         if site.kind == "linear" and site.expert is None and site.stack is not None:
-            own: View = "sequence" if site.stack in whole else "token"
-            found[site.name] = Route(f"{site.name}.router", experts, own if per == "auto" else per)
-    return found
+            seen: View = "sequence" if site.stack in whole else "token"
+            routes[site.name] = Route(f"{site.name}.router", experts, seen if per == "auto" else per)
+    return routes
 
 
 def _with_routes(plan: Plan, routes: Mapping[str, Route], experts: int) -> Plan:

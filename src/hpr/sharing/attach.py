@@ -1,8 +1,7 @@
-"""Share and unshare: the only code that operates on a model.
+"""Attach a bank to a model, and swap the module of each site for one that reads its factors from the bank.
 
-``attach`` puts a bank on the base model and swaps each site's module for one that reads its factors from there; ``share``
-does that to a copy of a model and fills in the fitted factors; ``unshare`` goes back to stock dense modules.
-A module that holds the very parameter of a site (a head tied to the embedding) reads the same factors; see ``hpr.ties``.
+``share`` does that to a copy of a model and loads the fitted factors; loading a checkpoint does it before weights are read.
+A module that holds the same parameter as a site (a head tied to the embedding) reads the same factors; see ``sharing.ties``.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ def attach(
 ) -> FactorBank:
     """Swap the modules at some sites, in place, for ones that read a new bank on the base model. Factors stay unset.
 
-    ``terms_by_path``: terms by site path, those of all experts of a parameter or of none (see ``experts.with_kept``);
-    ``shapes``: factor name → shape; ``aliases``: further modules that read a site's factors (those tied to it now are found
-    by themselves). ``dtype`` is that of the first site unless given. ``layers``: path of a block → its state (see
-    ``layer_reuse.install``); a module inside such a block that has lost its effect has a path with no terms. Works on the meta
-    device. Raises ``HprError``, before anything is changed, where a module cannot be replaced.
+    ``terms_by_path``: terms by site path, those of all experts of a parameter or of none (see ``share.with_kept``);
+    ``shapes``: factor name → shape; ``aliases``: further modules that read a site's factors (modules that are tied to it now
+    are found without them). ``dtype`` is that of the first site unless given. ``layers``: path of a block → its state (see
+    ``layer_reuse.install``); a module without effect inside such a block has a path with no terms. Works on the meta
+    device. Raises ``HprError``, before it changes anything, if a module cannot be replaced.
     """
     base, _ = base_of(model)
     if bank_of(model) is not None:
@@ -145,10 +144,10 @@ def _shared(bank: FactorBank, terms: Sequence[Term], source: nn.Module, path: st
 
 
 def _set_placeholders(swaps: Mapping[nn.Module, SharedSite], sources: Iterable[nn.Module], ties: Sequence[Tie]) -> None:
-    """Fit the placeholder weights to what transformers does with them.
+    """Give placeholder weights the form that transformers expects.
 
-    Those of aliases are not stored, just as tied weights are not. Where a bias is tied to another module's, ``tie_weights``
-    cuts it to the length of the weight beside it, which therefore is that of the bias.
+    Those of aliases are not stored, like tied weights. ``tie_weights`` cuts a tied bias to the length of its module's weight,
+    so the placeholder there is as long as the bias.
     """
     stored = set(sources)
     long = {module for one, other, name in ties for module in (one, other) if name == "bias"}
@@ -158,14 +157,14 @@ def _set_placeholders(swaps: Mapping[nn.Module, SharedSite], sources: Iterable[n
 
 
 class _DelegatedEmbedding(SharedEmbedding, nn.Embedding):
-    """Stands where a subclass of ``nn.Embedding`` expects ``super().forward``."""
+    """What a subclass of ``nn.Embedding`` reaches by ``super().forward``."""
 
 
 @functools.cache
 def _embedding_like(source: Any) -> type[SharedEmbedding]:
     """A class with the forward of ``source`` whose ``super().forward`` looks up factors: scales and offsets stay as they are.
 
-    The name keeps that of ``source``, by which transformers finds the non-persistent buffers it has to fill in.
+    Transformers goes by the name of ``source`` inside its own to find the non-persistent buffers that it has to fill.
     """
     return type(f"Shared{source.__name__}", (source, _DelegatedEmbedding), {})
 

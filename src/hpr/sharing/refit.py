@@ -1,9 +1,10 @@
-"""Refit: private factors and biases, fitted anew to what the compressed layers below really emit.
+"""Refit private factors and biases to the inputs that they receive from the compressed layers below.
 
-Layer by layer, teacher and student run side by side on cached hidden states. A site's new target is the regression of what
-it should give on what it now receives, ``C Â⁻¹`` with C = cov(target, x̂); where its output is added to the residual stream,
-the target also makes up for the error already there. Subspaces are chosen in the metric of the plan with Â for A. GPTQ and
-SVD-LLM correct for accumulated error in a like way; the residual term is that of QEP (Arai & Ichikawa 2025).
+Teacher and student run side by side on cached hidden states, layer by layer. The new target of a site is the regression of
+the output it should have on the input it now receives, ``C Â⁻¹`` with C = cov(target, x̂). If its output is added to the
+residual stream, the target also corrects the error that is there already. Subspaces are chosen in the metric of the plan
+with Â instead of A. GPTQ and SVD-LLM also correct for accumulated error; the residual term is that of QEP (Arai & Ichikawa
+2025).
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ def _refit_site(module: SharedLinear, bank: FactorBank, plan: Plan, target: Meas
 def _resolve_shared(bank: FactorBank, plan: Plan, targets: dict[str, Measured]) -> None:
     for operator, names in groups(plan):
         low_rank = all(term.v is not None for name in names for term in plan.entries[name].terms)
-        if len(names) > 1 and low_rank and all(name in targets for name in names):  # a full matrix follows its text too closely
+        if (
+            len(names) > 1 and low_rank and all(name in targets for name in names)
+        ):  # a full matrix would follow its data too closely
             terms = {name: plan.entries[name].terms for name in names}
             values = OPERATORS[operator].fit([targets[name] for name in names], terms)
             _put(bank, store(values, [term for name in names for term in terms[name]]))
@@ -151,10 +154,11 @@ def refit(
     *,
     fits: Fits | None = None,
 ) -> None:
-    """Fit private factors and biases anew to what the compressed layers below emit, in place (see the module).
+    """Fit private factors and biases again, in place, to what the compressed layers below emit.
 
 
-    It pays on data like that which the model will see, and can lose on other data: the regression follows its text closely.
+    It helps on data like those that the model will see, and can hurt on others: the regression follows its data closely.
+    Both models run in evaluation mode; the mode of each module is restored.
     ``fits``: the fits of the teacher, if it was measured before.
     """
     fits = Fits(teacher, profile) if fits is None else fits

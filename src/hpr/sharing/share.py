@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def with_kept(
     model: nn.Module, terms: Mapping[str, tuple[Term, ...]], shapes: Mapping[str, FactorShape]
 ) -> tuple[Terms, dict[str, FactorShape], dict[str, Tensor]]:
-    """The same terms, factor shapes, and values for the bank, with those of experts kept beside changed ones."""
+    """The same terms and shapes, completed by experts that are kept beside changed ones, and the values of these."""
     all_terms, all_shapes, values = dict(terms), dict(shapes), {}
     for path in terms:
         found = slice_at(model, path)
@@ -49,7 +49,7 @@ def with_kept(
 
 
 class Rule(Protocol):
-    """What says which layers share without measuring: a preset, or replication rules. Its factors are weights of the model."""
+    """Says which layers share without measuring: a preset, or replication rules. Its factors are weights of the model."""
 
     @property
     def name(self) -> str: ...
@@ -116,7 +116,7 @@ def share(
 
 
 def _placeholder(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, dict[str, FactorShape], dict[str, Tensor]]:
-    """A kept site for the bank to hold as it is: its placeholder makes loading without hpr fail where nothing else would."""
+    """A kept site that the bank holds unchanged: its placeholder makes loading without hpr fail if nothing else would."""
     fixed = not_swappable(model, anatomy)
     for site in anatomy.sites:
         kept = plan.entries[site.name].operator == KEEP and site.name not in fixed
@@ -124,7 +124,7 @@ def _placeholder(model: nn.Module, anatomy: Anatomy, plan: Plan) -> tuple[str, d
             factor = f"{site.name}.kept"
             shape = FactorShape(site.out_features, site.in_features)
             return site.name, {factor: shape}, {factor: weight_at(model, site).detach()}
-    raise HprError("no Linear weight is kept that could tell of the layers on loading: drop fewer layers")
+    raise HprError("no Linear weight is kept, so loading could not tell which layers are dropped: drop fewer layers")
 
 
 def _check_finite(changed: Mapping[str, Sequence[Term]], fitted: fitting.Fitted) -> None:

@@ -1,7 +1,7 @@
-"""The ties that transformers' models declare, and what becomes of them where a tied weight is shared.
+"""The ties that models of transformers declare, and how they change if a tied weight is shared.
 
-They are corrected on the instance alone: ``config.tie_word_embeddings`` keeps its value, since some models scale their
-output by it, and since a checkpoint moves between classes that declare different ties.
+Only the instance is changed: ``config.tie_word_embeddings`` keeps its value, because some models scale their output by it,
+and because a checkpoint moves between classes that declare different ties.
 """
 
 from __future__ import annotations
