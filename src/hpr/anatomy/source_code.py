@@ -43,7 +43,7 @@ def tree_of(function: Any) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError):
-        _log.info("%s has no source to read", getattr(function, "__qualname__", function))
+        _log.debug("%s has no source to read", getattr(function, "__qualname__", function))
         return None
 
 

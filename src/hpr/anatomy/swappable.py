@@ -110,7 +110,7 @@ def _read_past(kind: Any, parameter: str) -> frozenset[str]:
             continue
         tree = tree_of(function)
         if tree is None:
-            _log.info("%s.%s: children that it mentions beside %r are kept", kind.__qualname__, name, parameter)
+            _log.debug("%s.%s: children that it mentions beside %r are kept", kind.__qualname__, name, parameter)
             children |= names_in(function)
             continue
         harmless = _harmless(tree)

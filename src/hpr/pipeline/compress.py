@@ -77,7 +77,7 @@ class _Run:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        _log.info("%s: %.1f s", name, self.seconds[name])
+        _log.debug("%s: %.1f s", name, self.seconds[name])
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def plan_candidates(tracks: Sequence[Track], limit: int) -> list[Solution]:
         try:
             single = solve(restrict(tracks, {name}), limit)
         except BudgetError:
-            _log.info("%s cannot meet a limit of %d parameters by itself", name, limit)
+            _log.debug("%s cannot meet a limit of %d parameters by itself", name, limit)
             continue
         # the bound of the whole problem holds for every part of it
         solutions.append(replace(single, label=name, multiplier=whole.multiplier, bound=min(whole.bound, single.damage)))
