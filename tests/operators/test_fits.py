@@ -33,7 +33,9 @@ def test_students_are_the_same_bit_for_bit(case) -> None:
     fits = Fits(model, profile)
     found = draft(model, profile, fits=fits)
     plans = found.alternatives(found.budget("50%"), 4)
-    plans += [replace(plans[0], alignment=tuple(AlignTarget(one, "match") for one in profile.symmetries if one.kind == "order"))]
+    plans += [
+        replace(plans[0], alignment=tuple(AlignTarget(one, "match") for one in profile.symmetries if one.kind == "order"))
+    ]
     assert plans[-1].alignment
     for plan in plans:
         assert equal(hpr.share(model, plan, fits=fits), hpr.share(model, plan, profile))
