@@ -286,7 +286,7 @@ def test_healing_is_drawn():
     assert "block by block, 10 steps" in page
     assert "- Healed: 30 steps in 1 min 02 s changed the divergence" in render_card(PLAN, METRICS | {"healing": healing})
     lost = sections.healing({"healing": healing | {"best_step": 0, "stages": stages[:1]}})
-    assert "found no weights better" in lost["reading"]
+    assert "no check was better than the start" in lost["reading"]
     assert lost["stages"] == []
     assert sections.healing({"healing": {"best_step": 3}})["curves"] == []
     assert sections.healing({}) is None
