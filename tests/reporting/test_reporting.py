@@ -281,12 +281,12 @@ def test_healing_is_drawn():
     healing |= {"history": rows, "stages": stages}
     page = render_report(PLAN, METRICS | {"healing": healing})
     parse(page)
-    assert "30 steps in 1\u00a0min 02\u00a0s took the divergence" in page
+    assert "30 steps in 1\u00a0min 02\u00a0s changed the divergence" in page
     assert page.count("<title>step 30:") == 2
     assert "block by block, 10 steps" in page
-    assert "- Healed: 30 steps in 1 min 02 s took the divergence" in render_card(PLAN, METRICS | {"healing": healing})
+    assert "- Healed: 30 steps in 1 min 02 s changed the divergence" in render_card(PLAN, METRICS | {"healing": healing})
     lost = sections.healing({"healing": healing | {"best_step": 0, "stages": stages[:1]}})
-    assert "found no weights better" in lost["reading"]
+    assert "no check was better than the start" in lost["reading"]
     assert lost["stages"] == []
     assert sections.healing({"healing": {"best_step": 3}})["curves"] == []
     assert sections.healing({}) is None

@@ -10,7 +10,7 @@ from rich.columns import Columns
 from rich.table import Table
 
 from hpr.plans.table import read_plan, runs
-from hpr.reporting.formatting import byte_count, exact, figure, present, records, seconds, share, size_rows, table
+from hpr.reporting.formatting import byte_count, exact, figure, percent, present, records, seconds, size_rows, table
 
 
 def parts_table(anatomy: Mapping[str, Any]) -> Table:
@@ -26,7 +26,7 @@ def parts_table(anatomy: Mapping[str, Any]) -> Table:
     for part in anatomy["parts"]:
         shape = "×".join(map(str, part["shape"])) if part["shape"] else ""
         sites = str(part["sites"]) if part["sites"] else ""
-        grid.add_row(part["name"], sites, shape, exact(part["parameters"]), share(part["parameters"], anatomy["parameters"]))
+        grid.add_row(part["name"], sites, shape, exact(part["parameters"]), percent(part["parameters"], anatomy["parameters"]))
     return grid
 
 
@@ -109,8 +109,8 @@ def solver_line(plan: Mapping[str, Any], parameters: int) -> str:
     gap = table(plan, "diagnostics", "solver").get("gap")
     bound = "" if gap is None else f", at most {100 * gap:.2f} % above the least possible"
     return (
-        f"{exact(parameters)} parameters ({share(parameters, plan['model']['dense_parameters'])} of the original); "
-        f"budget {budget['text']} = {exact(budget['parameters'])}, {share(parameters, budget['parameters'])} of it used\n"
+        f"{exact(parameters)} parameters ({percent(parameters, plan['model']['dense_parameters'])} of the original); "
+        f"budget {budget['text']} = {exact(budget['parameters'])}, {percent(parameters, budget['parameters'])} of it used\n"
         f"predicted damage {figure(plan['predicted_damage'], 'nats')} per example{bound}"
     )
 

@@ -1,4 +1,4 @@
-"""One plain sentence on each figure: what a reader without the figure should take from it."""
+"""Captions: one sentence that says what a figure shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KINDS = (
     ("shared", "shares factors", "share factors"),
     ("private", "is compressed on its own", "are compressed on their own"),
     ("keep", "is kept as it was", "are kept as they were"),
-    ("gone", "holds no weights of its own", "hold no weights of their own"),
+    ("gone", "stores no weights", "store no weights"),
 )
 
 
@@ -31,10 +31,10 @@ def plan_reading(cells: Sequence[Any], place: str) -> str:
     kinds = [cell.kind for cell in cells]
     groups = {group for cell in cells for group in cell.groups}
     phrases = [] if groups else ["none share factors"]
-    for kind, one, many in _KINDS:
-        if number_of := kinds.count(kind):
+    for kind, singular, plural in _KINDS:
+        if sites := kinds.count(kind):
             inside = f" in {len(groups)} group{'s' if len(groups) != 1 else ''}" if kind == "shared" else ""
-            phrases.append(f"{number_of} {one if number_of == 1 else many}{inside}")
+            phrases.append(f"{sites} {singular if sites == 1 else plural}{inside}")
     return f"Of {len(kinds)} weight matrices {place}, {', '.join(phrases)}."
 
 
@@ -42,64 +42,66 @@ def similarity_reading(matrix: Sequence[Sequence[float | None]]) -> str:
     """Which layers are the most and the least alike."""
     pairs = [(value, i, j) for i, row in enumerate(matrix) for j, value in enumerate(row) if i < j and value is not None]
     if not pairs:
-        return "There is but one layer, so nothing to compare."
+        return "There is only one layer."
     (most, i, j), (least, k, m) = max(pairs), min(pairs)
     return (
-        f"Layers {i} and {j} are the most alike ({most:.2f}), {k} and {m} the least ({least:.2f}); "
-        f"1 means that two layers hold the same information up to a rotation."
+        f"Layers {i} and {j} are the most similar ({most:.2f}), {k} and {m} the least ({least:.2f}). "
+        f"1 means equal outputs up to a rotation and a scale."
     )
 
 
 def bar_reading(values: Sequence[float | None], meaning: str) -> str:
     """Which layer has the most and which the least of a feature."""
-    known = [(value, layer) for layer, value in enumerate(values) if value is not None]
-    if not known:
+    measured = [(value, layer) for layer, value in enumerate(values) if value is not None]
+    if not measured:
         return f"Not recorded ({meaning})."
-    (most, top), (least, bottom) = max(known), min(known)
-    return f"Layer {top} has the most ({figure(most)}), layer {bottom} the least ({figure(least)}): {meaning}."
+    (most, top), (least, bottom) = max(measured), min(measured)
+    return (
+        f"{meaning[0].upper()}{meaning[1:]}: most in layer {top} ({figure(most)}), least in layer {bottom} ({figure(least)})."
+    )
 
 
 def damage_reading(pairs: Sequence[tuple[float, float]], total: int) -> str:
-    """How far predictions can be trusted: the typical ratio and the rank correlation."""
+    """How well predictions fit: the median ratio and the rank correlation."""
     ratios = sorted(y / x for x, y in pairs)
     middle = ratios[len(ratios) // 2]
     rho = spearman(pairs)
     order = (
-        "too few distinct plans for a rank correlation" if rho is None else f"Spearman ρ = {rho:.2f} over {len(pairs)} plans"
+        "too few different plans for a rank correlation" if rho is None else f"Spearman ρ = {rho:.2f} over {len(pairs)} plans"
     )
-    left_out = f"; {total - len(pairs)} without both values above zero are left out" if total > len(pairs) else ""
-    return f"Measured damage is typically {middle:.2g} times the prediction; {order}{left_out}."
+    left_out = f"; {total - len(pairs)} plans without two positive values are left out" if total > len(pairs) else ""
+    return f"Measured damage is {middle:.2g} times the prediction in the median; {order}{left_out}."
 
 
 def healing_reading(healing: Mapping[str, Any]) -> str:
-    """What training has brought, in one sentence."""
+    """Steps, time, and divergence before and after healing."""
     steps = exact(dig(healing, "recipe", "steps"))
     took = f"{steps} steps in {seconds(number(healing.get('seconds')))}"
     if not number(healing.get("best_step")):
-        return f"{took} found no weights better than those at the start, which were kept."
+        return f"{took}: no check was better than the start, so the weights were not changed."
     before, after = figure(healing.get("before"), "nats"), figure(healing.get("after"), "nats")
     kept = f"the weights of step {exact(healing.get('best_step'))} were kept"
-    return f"{took} took the divergence from the original, on data that was not trained on, from {before} to {after}; {kept}."
+    return f"{took} changed the divergence from the original on the validation set from {before} to {after}; {kept}."
 
 
 def curve_reading(points: Sequence[tuple[float, float]]) -> str:
-    """From where to where a curve goes."""
+    """The first and the last value of a curve."""
     (_, first), (_, last) = points[0], points[-1]
-    return f"From {figure(first)} at the beginning to {figure(last)} at the end."
+    return f"From {figure(first)} to {figure(last)}."
 
 
 def routes_reading(single: float | None, mean: float | None) -> str:
-    """How decided single inputs are, and how evenly the experts are used."""
+    """The entropy of routes, for single examples and for their mean."""
     if single is None or mean is None:
-        return "How decided the routers are was not recorded."
+        return "The entropy of the routes was not recorded."
     return (
-        f"A single example spreads over the experts to {100 * single:.0f}\u00a0% of an even spread, all examples together to "
-        f"{100 * mean:.0f}\u00a0%: the larger the difference, the more the input decides."
+        f"The route of a single example has {100 * single:.0f}\u00a0% of the greatest possible entropy, the mean route "
+        f"{100 * mean:.0f}\u00a0%. The larger the difference, the more the route depends on the input."
     )
 
 
 def quality_axis(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> tuple[str, float | None]:
-    """Name the quality axis after the quality row that agrees with the chosen plan, and give the original's value."""
+    """The name of the quality row that has the value of the chosen plan, and the value of the original."""
     chosen = next((number(row["quality"]) for row in scored if row.get("chosen")), None)
     for row in records(metrics, "quality"):
         after = number(row.get("after"))
@@ -110,10 +112,10 @@ def quality_axis(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
 
 
 def quality_reading(scored: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Where the chosen plan stands among those tried."""
+    """Size and quality of the chosen plan, and how many plans are smaller."""
     chosen = next((row for row in scored if row.get("chosen")), None)
     if chosen is None:
-        return f"{len(scored)} plans were scored; none of them is marked as chosen."
+        return f"{len(scored)} plans were measured; none is marked as chosen."
     smaller = sum(row["parameters"] < chosen["parameters"] for row in scored)
     size, score = count(chosen["parameters"]), figure(chosen["quality"])
     return f"The chosen plan has {size} parameters and scores {score}; {smaller} of {len(scored)} plans are smaller."

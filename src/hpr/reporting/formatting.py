@@ -1,4 +1,4 @@
-"""Values into words: every number that a report or a card shows passes through here, and what is absent says so."""
+"""Formats the values of a report, a card or a table; a missing value becomes "not recorded"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NBSP = "\u00a0"
 
 
 def dig(data: Any, *keys: str) -> Any:
-    """A value deep in nested mappings, None where any step is missing or null."""
+    """A value deep in nested mappings; None if a step is missing or null."""
     for key in keys:
         if not isinstance(data, Mapping):
             return None
@@ -21,15 +21,15 @@ def dig(data: Any, *keys: str) -> Any:
 
 
 def table(data: Any, *keys: str) -> Mapping[str, Any]:
-    """The mapping at ``keys``, empty where there is none."""
-    found = dig(data, *keys)
-    return found if isinstance(found, Mapping) else {}
+    """The mapping at ``keys``, empty if there is none."""
+    value = dig(data, *keys)
+    return value if isinstance(value, Mapping) else {}
 
 
 def records(data: Any, *keys: str) -> list[Mapping[str, Any]]:
-    """The list of mappings at ``keys``, empty where there is none."""
-    found = dig(data, *keys)
-    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list | tuple) else []
+    """The list of mappings at ``keys``, empty if there is none."""
+    value = dig(data, *keys)
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
 
 
 def number(value: Any) -> float | None:
@@ -40,30 +40,30 @@ def number(value: Any) -> float | None:
 
 
 def numbers(values: Any) -> list[float | None]:
-    """Each item as ``number`` reads it; empty where ``values`` is no list."""
+    """Each item as ``number`` reads it; empty if ``values`` is no list."""
     return [number(value) for value in values] if isinstance(values, list | tuple) else []
 
 
 def present(value: Any) -> str:
-    """Text as it is, with what is missing named as such."""
+    """The text, or "not recorded" for a missing value."""
     return ABSENT if value is None or value == "" else str(value)
 
 
 def exact(value: Any) -> str:
     """All digits: ``22,713,216``."""
-    found = number(value)
-    return ABSENT if found is None else f"{found:,.0f}"
+    amount = number(value)
+    return ABSENT if amount is None else f"{amount:,.0f}"
 
 
 def count(value: Any, unit: str = "") -> str:
     """Three significant digits with a decimal prefix: ``22.7 M``, ``90.9 MB``."""
-    found = number(value)
-    if found is None:
+    amount = number(value)
+    if amount is None:
         return ABSENT
     for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(found) >= limit * 0.9995:
-            return f"{_digits(found / limit)}{_NBSP}{prefix}{unit}"
-    small = f"{found:.0f}" if found == round(found) else _digits(found)
+        if abs(amount) >= limit * 0.9995:
+            return f"{_digits(amount / limit)}{_NBSP}{prefix}{unit}"
+    small = f"{amount:.0f}" if amount == round(amount) else _digits(amount)
     return f"{small}{_NBSP}{unit}" if unit else small
 
 
@@ -79,18 +79,18 @@ def flop_count(value: Any) -> str:
 
 def milliseconds(value: Any) -> str:
     """``10.7 ms``."""
-    found = number(value)
-    return ABSENT if found is None else f"{_digits(found)}{_NBSP}ms"
+    amount = number(value)
+    return ABSENT if amount is None else f"{_digits(amount)}{_NBSP}ms"
 
 
 def seconds(value: Any) -> str:
     """``0.42 s``, ``38 s``, ``2 min 05 s``."""
-    found = number(value)
-    if found is None:
+    amount = number(value)
+    if amount is None:
         return ABSENT
-    if round(found) < 60:
-        return f"{_digits(found)}{_NBSP}s"
-    minutes, rest = divmod(round(found), 60)
+    if round(amount) < 60:
+        return f"{_digits(amount)}{_NBSP}s"
+    minutes, rest = divmod(round(amount), 60)
     if minutes < 60:
         return f"{minutes}{_NBSP}min {rest:02d}{_NBSP}s"
     return f"{minutes // 60}{_NBSP}h {minutes % 60:02d}{_NBSP}min"
@@ -98,13 +98,13 @@ def seconds(value: Any) -> str:
 
 def figure(value: Any, unit: str = "") -> str:
     """Three significant digits with a unit: ``0.0123 nats``, ``92.5 %``."""
-    found = number(value)
-    if found is None:
+    amount = number(value)
+    if amount is None:
         return ABSENT
-    return f"{_digits(found)}{_NBSP}{unit}" if unit else _digits(found)
+    return f"{_digits(amount)}{_NBSP}{unit}" if unit else _digits(amount)
 
 
-def share(part: Any, whole: Any) -> str:
+def percent(part: Any, whole: Any) -> str:
     """Part of a whole in per cent: ``50.2 %``."""
     above, below = number(part), number(whole)
     return ABSENT if above is None or not below else f"{100 * above / below:.1f}{_NBSP}%"
@@ -120,7 +120,7 @@ def moment(value: Any) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """One plain clause on a quality row: how far after lies from before, and whether that is good."""
+    """The change of a quality row in words, and whether it is better or worse."""
     before, after, higher = number(row.get("before")), number(row.get("after")), row.get("higher_is_better")
     direction = "" if higher is None else ("higher is better" if higher else "lower is better")
     if after is None:
@@ -131,9 +131,9 @@ def verdict(row: Mapping[str, Any]) -> str:
     if abs(change) < 1e-12:
         return "unchanged"
     unit = str(row.get("unit") or "")
-    amount = f"{abs(change):.2g}{_NBSP}points" if unit == "%" else figure(abs(change), unit)
+    change_text = f"{abs(change):.2g}{_NBSP}points" if unit == "%" else figure(abs(change), unit)
     relative = f" ({100 * abs(change) / abs(before):.1f}{_NBSP}%)" if before and unit != "%" else ""
-    moved = f"{'up' if change > 0 else 'down'} by {amount}{relative}"
+    moved = f"{'up' if change > 0 else 'down'} by {change_text}{relative}"
     return moved if higher is None else f"{moved}, {'better' if (change > 0) == bool(higher) else 'worse'} than the original"
 
 
@@ -147,21 +147,21 @@ SIZES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def size_rows(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Before, after and the share kept of everything that was counted, in the order of ``SIZES``."""
+    """Before, after, and per cent kept of each size, in the order of ``SIZES``."""
     rows = []
     for key, label, write in SIZES:
         before, after = number(dig(metrics, "sizes", "before", key)), number(dig(metrics, "sizes", "after", key))
         if key == "parameters" and before is None:
             before = number(dig(plan, "model", "dense_parameters"))
         times = f"{before / after:.2f}×" if before and after else ABSENT
-        words = {"before": write(before), "after": write(after), "kept": share(after, before), "times": times}
+        words = {"before": write(before), "after": write(after), "kept": percent(after, before), "times": times}
         known, smaller = before is not None or after is not None, bool(before and after and before > after)
         rows.append({"key": key, "label": label, "known": known, "smaller": smaller, **words})
     return rows
 
 
 def _digits(value: float) -> str:
-    """Three significant digits, without exponents for what is commonly met."""
+    """Three significant digits, without an exponent in the usual range."""
     size = abs(value)
     if size == 0:
         return "0"

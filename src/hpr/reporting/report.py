@@ -16,8 +16,8 @@ from hpr.reporting import captions, formatting, routes, sections
 def render_report(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """A self-contained HTML page on one compression run.
 
-    ``plan`` is what ``Plan.to_dict`` gives, ``metrics`` what ``metrics.json`` holds. Whatever either lacks is named as
-    absent; nothing is guessed.
+    ``plan`` is what ``Plan.to_dict`` gives, ``metrics`` what ``metrics.json`` holds. Missing values appear as
+    "not recorded".
     """
     plan_map = read_plan(plan)
     sizes = formatting.size_rows(plan, metrics)
@@ -77,7 +77,7 @@ def _environment() -> Environment:
     environment.globals.update(
         {
             name: getattr(formatting, name)
-            for name in ("count", "exact", "figure", "moment", "number", "present", "dig", "table", "share")
+            for name in ("count", "exact", "figure", "moment", "number", "present", "dig", "table", "percent")
         },
         plan_reading=captions.plan_reading,
         hover=captions.hover,

@@ -1,4 +1,4 @@
-"""What each section of the report says: rows, figures and one plain sentence of reading, from plan and metrics."""
+"""The sections of the report: rows, figures and a caption for each, from the plan and the metrics."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hpr.reporting.formatting import (
     figure,
     number,
     numbers,
+    percent,
     present,
     records,
     seconds,
-    share,
     table,
     verdict,
 )
@@ -32,7 +32,7 @@ _PLAN_KEYS = ("label", "budget", "parameters", "predicted", "measured", "chosen"
 
 
 def quality(metrics: Mapping[str, Any]) -> list[Section]:
-    """Every measurement with a verdict in words; ``good`` is None where better and worse cannot be told."""
+    """Every measurement with its change in words; ``good`` is None if better and worse are not defined for it."""
     rows = []
     for row in records(metrics, "quality"):
         unit, higher = str(row.get("unit") or ""), row.get("higher_is_better")
@@ -53,36 +53,36 @@ def quality(metrics: Mapping[str, Any]) -> list[Section]:
 
 def parts(metrics: Mapping[str, Any]) -> Section | None:
     """Parameters by part of the model, the largest first."""
-    found = [
+    counted = [
         (present(part.get("name")), number(part.get("before")), number(part.get("after"))) for part in records(metrics, "parts")
     ]
-    if not found:
+    if not counted:
         return None
-    found.sort(key=lambda part: -(part[1] or part[2] or 0.0))
+    counted.sort(key=lambda part: -(part[1] or part[2] or 0.0))
     rows = [
-        _bars(name, [("before", before, count(before)), ("after", after, count(after))], share(after, before))
-        for name, before, after in found
+        _bars(name, [("before", before, count(before)), ("after", after, count(after))], percent(after, before))
+        for name, before, after in counted
     ]
-    cuts = [(before - after, name) for name, before, after in found if before is not None and after is not None]
+    cuts = [(before - after, name) for name, before, after in counted if before is not None and after is not None]
     saved = sum(cut for cut, _ in cuts)
-    reading = "Nothing was saved in any part that was counted."
+    reading = "No part of the model became smaller."
     if saved > 0:
         most, name = max(cuts)
-        reading = f"Of {count(saved)} parameters saved, {share(most, saved)} come from {name}."
+        reading = f"{percent(most, saved)} of the {count(saved)} saved parameters come from {name}."
     return {"rows": _scaled(rows), "reading": reading}
 
 
 def layers(metrics: Mapping[str, Any]) -> list[Section]:
-    """Similarity, block influence and context dependence for every stack that has any of them."""
-    found = table(metrics, "layers")
+    """Similarity, block influence and context dependence of every stack that has one of them."""
+    features = table(metrics, "layers")
     names = dict.fromkeys(
-        name for key in ("names", "similarity", "block_influence", "context_dependence") for name in table(found, key)
+        name for key in ("names", "similarity", "block_influence", "context_dependence") for name in table(features, key)
     )
     sections = []
     for name in names:
-        matrix = [numbers(row) for row in dig(found, "similarity", name) or [] if isinstance(row, list | tuple)]
+        matrix = [numbers(row) for row in dig(features, "similarity", name) or [] if isinstance(row, list | tuple)]
         square = bool(matrix) and all(len(row) == len(matrix) for row in matrix)
-        influence, context = (numbers(dig(found, key, name)) for key in ("block_influence", "context_dependence"))
+        influence, context = (numbers(dig(features, key, name)) for key in ("block_influence", "context_dependence"))
         section: Section = {"name": name, "similarity": None, "bars": []}
         if square:
             reading = captions.similarity_reading(matrix)
@@ -91,12 +91,17 @@ def layers(metrics: Mapping[str, Any]) -> list[Section]:
                 "reading": reading,
             }
         for values, title, axis, meaning in (
-            (influence, "Block influence", "1 − cos(input, output)", "how far a layer turns what it is given"),
+            (
+                influence,
+                "Block influence",
+                "1 − cos(input, output)",
+                "how far the output of a layer points away from its input",
+            ),
             (
                 context,
                 "Context dependence",
                 "shift of the output",
-                "how far a token's output moves when the tokens around it are replaced",
+                "how far the output of a token moves if the other tokens are replaced",
             ),
         ):
             reading = captions.bar_reading(values, meaning)
@@ -111,15 +116,18 @@ def layers(metrics: Mapping[str, Any]) -> list[Section]:
 
 
 def boundaries(plan_map: PlanMap, metrics: Mapping[str, Any]) -> list[Section]:
-    """Group-boundary probabilities by stack and slot, with the boundaries that the plan took."""
+    """Probability of each group boundary by stack and slot, and the boundaries of the plan."""
     rows_of = {f"{stack.name} · {row.slot}": row for stack in plan_map.stacks for row in stack.rows}
     stacks: dict[str, list[Section]] = {}
     for key, value in table(metrics, "boundaries").items():
         names = str(key).split(" + ")  # counterparts in an encoder and its decoder are one track
         parts = zip(*(name.partition(" · ")[::2] for name in names), strict=True)
         stack, slot = (" + ".join(dict.fromkeys(part)) for part in parts)
-        found = [rows_of[name] for name in names if name in rows_of]
-        entropy, chosen = number(dig(value, "entropy")), plan_table.boundaries(found) if len(found) == len(names) else ()
+        rows_here = [rows_of[name] for name in names if name in rows_of]
+        entropy, chosen = (
+            number(dig(value, "entropy")),
+            plan_table.boundaries(rows_here) if len(rows_here) == len(names) else (),
+        )
         cells = []
         for gap, probability in enumerate(numbers(dig(value, "probabilities"))):
             strength = min(1.0, max(0.0, probability or 0.0))
@@ -140,19 +148,24 @@ def boundaries(plan_map: PlanMap, metrics: Mapping[str, Any]) -> list[Section]:
         stacks.setdefault(stack, []).append({"slot": slot or stack, "cells": cells, "entropy": figure(entropy), "equal": equal})
     sections = []
     for stack, rows in stacks.items():
-        known = [cell["strength"] for row in rows for cell in row["cells"] if cell["known"]]
-        sure = sum(value < 0.1 or value > 0.9 for value in known)
+        strengths = [cell["strength"] for row in rows for cell in row["cells"] if cell["known"]]
+        sure = sum(value < 0.1 or value > 0.9 for value in strengths)
         reading = (
-            f"{sure} of {len(known)} possible boundaries are settled (below 10 % or above 90 %); "
-            "the others could go either way."
+            f"{sure} of {len(strengths)} possible boundaries are certain (below 10 % or above 90 %). The temperature of the "
+            "probabilities was fitted to predicted against measured damage."
         )
-        gaps = _gaps(stack, max(len(row["cells"]) for row in rows), {one.name: one.layers for one in plan_map.stacks})
+        gaps = _gaps(
+            stack, max(len(row["cells"]) for row in rows), {stack_map.name: stack_map.layers for stack_map in plan_map.stacks}
+        )
         sections.append({"stack": stack, "rows": rows, "gaps": gaps, "reading": reading})
     return sections
 
 
 def plans(metrics: Mapping[str, Any]) -> Section:
-    """All plans tried, numbered from the smallest, with the two scatter plots as far as there are points for them."""
+    """All plans tried, numbered from the smallest, and two scatter plots.
+
+    Quality against size is left out (None) if all plans have the same budget.
+    """
     tried = sorted(records(metrics, "plans"), key=lambda plan: number(plan.get("parameters")) or 0.0)
     rows = [{**dict.fromkeys(_PLAN_KEYS), **plan, "number": index + 1} for index, plan in enumerate(tried)]
     result: Section = {"rows": rows, "damage": None, "quality": None}
@@ -163,7 +176,7 @@ def plans(metrics: Mapping[str, Any]) -> Section:
         svg = figures.damage_scatter(rows, f"Predicted against measured damage of {len(positive)} plans. {reading}")
         result["damage"] = {"svg": svg, "reading": reading}
     scored = [row for row in rows if number(row.get("quality")) is not None and number(row.get("parameters")) is not None]
-    if scored:
+    if len({row["budget"] for row in scored}) > 1:
         name, original = captions.quality_axis(scored, metrics)
         reading = captions.quality_reading(scored, name)
         svg = figures.quality_scatter(
@@ -178,37 +191,37 @@ def plans(metrics: Mapping[str, Any]) -> Section:
 
 
 def gains(metrics: Mapping[str, Any]) -> Section | None:
-    """What the plan would lose without each operator."""
-    found = [
+    """The predicted damage with and without each operator."""
+    gained = [
         (present(row.get("operator")), number(row.get("damage_without")), number(row.get("damage_with")))
         for row in records(metrics, "operator_gains")
     ]
-    if not found:
+    if not gained:
         return None
-    found.sort(key=lambda row: -((row[1] or 0.0) - (row[2] or 0.0)))
+    gained.sort(key=lambda row: -((row[1] or 0.0) - (row[2] or 0.0)))
     rows = []
-    for name, without, with_it in found:
-        saved = share(without - with_it, without) if without is not None and with_it is not None else ABSENT
+    for name, without, with_it in gained:
+        saved = percent(without - with_it, without) if without is not None and with_it is not None else ABSENT
         rows.append(
             _bars(name, [("before", without, figure(without, "nats")), ("after", with_it, figure(with_it, "nats"))], saved)
         )
     best = next((row for row in rows if row["note"] != ABSENT), None)
-    reading = "No gain could be computed."
+    reading = "The gain of no operator was recorded."
     if best is not None:
         without_text, with_text = (bar["text"] for bar in best["bars"])
-        reading = f"Most is owed to {best['name']}: without it the damage would be {without_text} instead of {with_text}."
+        reading = f"{best['name'].capitalize()} gains most: without it the damage is {without_text} instead of {with_text}."
     return {"rows": _scaled(rows), "reading": reading}
 
 
 def healing(metrics: Mapping[str, Any]) -> Section | None:
-    """What training has brought: the validation loss and the training loss by step, and each stage's part in it."""
-    found = table(metrics, "healing")
-    if not found:
+    """Validation divergence and training loss by step, and the change in each stage; None without healing."""
+    healed = table(metrics, "healing")
+    if not healed:
         return None
-    rows, best = records(found, "history"), number(found.get("best_step"))
-    before = number(found.get("before"))
+    rows, best = records(healed, "history"), number(healed.get("best_step"))
+    before = number(healed.get("before"))
     start = [(0.0, before)] if before is not None else []
-    section: Section = {"reading": captions.healing_reading(found), "curves": [], "stages": []}
+    section: Section = {"reading": captions.healing_reading(healed), "curves": [], "stages": []}
     for key, title, axis, first in (
         ("validation", "Divergence on the validation set", "nats per example", start),
         ("loss", "Loss", "mean between checks", []),
@@ -219,7 +232,7 @@ def healing(metrics: Mapping[str, Any]) -> Section | None:
             reading = captions.curve_reading(points)
             svg = figures.curve(points, axis, best if key == "validation" else None, f"{title} by step. {reading}")
             section["curves"].append({"title": title, "svg": svg, "reading": reading})
-    stages = records(found, "stages")
+    stages = records(healed, "stages")
     for row in stages if len(stages) > 1 else []:
         values = [("before", number(row.get("before"))), ("after", number(row.get("after")))]
         bars = [(kind, value, figure(value, "nats")) for kind, value in values]
@@ -229,36 +242,40 @@ def healing(metrics: Mapping[str, Any]) -> Section | None:
 
 
 def solver(metrics: Mapping[str, Any]) -> Section | None:
-    """How near the plan is to the best one by its own measure."""
-    found = table(metrics, "solver")
-    if not found:
+    """Predicted damage of the plan, and how far it may be from the least possible."""
+    account = table(metrics, "solver")
+    if not account:
         return None
-    gap = number(found.get("gap"))
+    gap = number(account.get("gap"))
     rows = [
-        ("Damage of the plan", figure(found.get("damage"), "nats"), "predicted, summed over all sites, per example"),
+        ("Damage of the plan", figure(account.get("damage"), "nats"), "predicted, summed over all sites, per example"),
         (
             "Lower bound",
-            figure(found.get("bound"), "nats"),
-            "no plan made of these candidates within this budget can do better",
+            figure(account.get("bound"), "nats"),
+            "no plan of these candidates within this budget has less",
         ),
-        ("Gap", ABSENT if gap is None else f"{100 * gap:.2f}\u00a0%", "how far the plan may be from the best one, at most"),
-        ("Multiplier λ", figure(found.get("multiplier"), "nats per parameter"), "what one more parameter would save"),
+        (
+            "Gap",
+            ABSENT if gap is None else f"{100 * gap:.2f}\u00a0%",
+            "the plan has at most so much more damage than the best plan",
+        ),
+        ("Multiplier λ", figure(account.get("multiplier"), "nats per parameter"), "damage that one more parameter would save"),
     ]
-    reading = "The gap was not recorded, so it is open how far from the best this plan is."
+    reading = "The gap to the best plan was not recorded."
     if gap is not None:
-        reading = f"By its own measure the plan is within {100 * gap:.2f}\u00a0% of the best that these candidates allow."
+        reading = f"The predicted damage is within {100 * gap:.2f}\u00a0% of the least that these candidates allow."
     return {"rows": rows, "reading": reading}
 
 
 def timing(metrics: Mapping[str, Any]) -> Section | None:
     """Wall-clock seconds by step, in the order they were recorded."""
-    found = [(str(step), number(spent)) for step, spent in table(metrics, "timing").items()]
-    spent = [(time, step) for step, time in found if time is not None]
+    steps = [(str(step), number(spent)) for step, spent in table(metrics, "timing").items()]
+    spent = [(time, step) for step, time in steps if time is not None]
     if not spent:
         return None
     total = sum(time for time, _ in spent)
-    rows = [_bars(step, [("after", time, seconds(time))], share(time, total)) for step, time in found]
-    reading = f"{seconds(total)} in all, most of it ({share(max(spent)[0], total)}) in the step “{max(spent)[1]}”."
+    rows = [_bars(step, [("after", time, seconds(time))], percent(time, total)) for step, time in steps]
+    reading = f"{seconds(total)} in total; {percent(max(spent)[0], total)} of it in the step “{max(spent)[1]}”."
     return {"rows": _scaled(rows), "reading": reading}
 
 
@@ -270,10 +287,10 @@ def stack_note(stack: StackMap) -> str:
 
 
 def _gaps(stacks: str, count: int, layers: Mapping[str, int]) -> list[str]:
-    """``0|1`` for every gap between neighbours, numbered anew in each of several stacks."""
+    """``0|1`` for every gap between neighbouring layers; each stack is numbered from 0."""
     numbers = [layer for stack in stacks.split(" + ") for layer in range(layers.get(stack, 0))]
     numbers += range(len(numbers), count + 1)
-    return [f"{one}|{other}" for one, other in pairwise(numbers[: count + 1])]
+    return [f"{left}|{right}" for left, right in pairwise(numbers[: count + 1])]
 
 
 def _bars(name: str, bars: Sequence[tuple[str, float | None, str]], note: str) -> Section:
