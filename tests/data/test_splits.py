@@ -13,7 +13,7 @@ from test_open import folder  # noqa: F401  a fixture
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import array_batches, in_input_order, input_batches
 from hpr.data.datasets import read_columns
-from hpr.data.files import read_labels
+from hpr.data.files import FORMATS, FileFormat, read_array, read_labels, read_texts
 from hpr.data.sources import Mixture, interleaved
 from hpr.data.splits import joined, open_data, open_splits, prepare, rows_of, split_sources
 from hpr.errors import HprError
@@ -137,6 +137,33 @@ def test_several_sources_share_the_limits(folder) -> None:  # noqa: F811
         split_sources(data, opened, shares={"few": 1})
     with pytest.raises(HprError, match="without a source"):
         open_data({}, opened)
+
+
+def test_a_file_format_is_one_reader_and_one_entry(tmp_path, folder, monkeypatch) -> None:  # noqa: F811
+    opened, path = open_model(folder), tmp_path / "rows.toy"
+    path.write_text(" / ".join(f"{text} = {number % 3}" for number, text in enumerate(TEXTS)), encoding="utf-8")
+    with pytest.raises(HprError, match="1 examples are too few"):  # one line of plain text
+        prepare(path, opened)
+
+    def cells(path, column) -> list[str]:
+        return [row.split(" = ")[column] for row in path.read_text(encoding="utf-8").split(" / ")]
+
+    toy = FileFormat(texts=lambda path, column: cells(path, 0), labels=lambda path: cells(path, 1))
+    monkeypatch.setitem(FORMATS, ".toy", toy)
+    made = prepare(path, opened, labels=True)
+    assert made.source == "rows.toy"
+    expected = {(tuple(opened.tokenizer(text)["input_ids"]), number % 3) for number, text in enumerate(TEXTS)}
+    parts = [labelled_rows(part) for part in (made.calibration, made.rescoring, made.heldout)]
+    assert {row for part in parts for row in part.items()} <= expected
+    assert sum(len(part.order) for part in (made.calibration, made.rescoring, made.heldout)) == len(TEXTS)
+    monkeypatch.setitem(FORMATS, ".toy", FileFormat(array=lambda path, key: np.full((16, 5), 3)))
+    assert torch.equal(prepare(path, opened).heldout[0]["input_ids"], torch.full((2, 5), 3))
+
+
+def test_a_format_says_what_it_does_not_hold(tmp_path) -> None:
+    for read, name, message in ((read_texts, "x.npy", "holds an array"), (read_array, "x.csv", "holds texts")):
+        with pytest.raises(HprError, match=message):
+            read(tmp_path / name)
 
 
 def ids_in(batches) -> set[int]:

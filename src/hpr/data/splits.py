@@ -16,7 +16,7 @@ import numpy as np
 from hpr.data.batches import Batches, array_batches, input_batches, text_batches
 from hpr.data.datasets import read_columns
 from hpr.data.docstrings import Split, docstrings
-from hpr.data.files import read_array, read_labels, read_texts
+from hpr.data.files import format_of, read_array, read_labels, read_texts
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.sources import Mixture, fractions, interleaved, sources_of
 from hpr.data.targets import _positions, own_answers
@@ -29,7 +29,6 @@ RESCORED = 256  # examples that plans are re-scored on
 EVALUATED = 1024  # held-out examples for the final figures
 _VALIDATION_EVERY = 8  # of the examples that the profile does not use, one is for validation
 _SMALLEST_VALIDATION = 32  # fewer say too little: the re-scoring examples validate instead
-_ARRAYS = (".npy", ".npz")
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,19 @@ class Rows:
 
 
 def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Rows:
-    """Examples of a text file, an ``.npy`` or ``.npz`` file, a list of texts, an array, ``datasets.Dataset``; or docstrings.
+    """Examples of a file, a list of texts, an array or a ``datasets.Dataset``; docstrings for None.
 
-    Raises ``HprError`` for what is none of these, for empty or damaged files, and where labels are wanted and there are none.
+    ``hpr.data.files.FORMATS`` lists the formats of files. Raises ``HprError`` for any other kind of data, for empty or damaged
+    files, and if labels are wanted and there are none.
     """
     if data is None:
         rows = Rows(docstrings(split), "docstrings of Python's standard library")
     elif hasattr(data, "column_names"):
         rows = Rows(*read_columns(data, labels))
-    elif isinstance(data, np.ndarray) or (isinstance(data, str | os.PathLike) and Path(data).suffix.lower() in _ARRAYS):
-        rows = Rows(read_array(data), "the array given" if isinstance(data, np.ndarray) else Path(data).name)
+    elif isinstance(data, np.ndarray):
+        rows = Rows(read_array(data), "the array given")
+    elif isinstance(data, str | os.PathLike) and format_of(data).texts is None:
+        rows = Rows(read_array(data), Path(data).name)
     elif isinstance(data, str | os.PathLike):
         rows = Rows(read_texts(data), Path(data).name, read_labels(data) if labels else None)
     else:
