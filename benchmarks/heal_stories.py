@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,7 @@ from common.paths import shared
 from common.tables import say
 from hpr.checkpoints.open import open_model
 from hpr.data.files import read_texts
-from hpr.data.splits import open_splits
+from hpr.data.splits import prepare
 from hpr.evaluation.divergence import compare
 from hpr.healing.loss import Weights
 from hpr.profiling.objectives import OBJECTIVES
@@ -41,7 +42,8 @@ def main() -> None:
     opened = open_model(shared() / "models" / options.model)
     goal = OBJECTIVES[opened.objective]
     documents = read_texts(shared() / "data" / "tinystories" / "evaluation.txt")[: options.stories]
-    data = open_splits(shared() / "data" / "tinystories" / "calibration.txt", opened, options.examples)
+    data = prepare(shared() / "data" / "tinystories" / "calibration.txt", opened, options.examples)
+    data = replace(data, more=None, parts={})  # heal on the windows that were profiled
     on = ground(opened.model, data, goal, ONLY)
     made = min(ours(on, options.budget), key=lambda one: compare(one.student, on.model, data.rescoring, goal).divergence.mean)
 

@@ -24,7 +24,7 @@ from common.tables import count, say
 from common.tasks import embedder, sts_correlation, sts_pairs
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import text_batches
-from hpr.data.splits import open_splits
+from hpr.data.splits import prepare
 from hpr.evaluation.divergence import compare
 from hpr.operators.registry import plannable
 from hpr.pipeline.rescore import rescore
@@ -59,7 +59,7 @@ class Run:
     def __init__(self) -> None:
         opened = open_model(None)
         self.model, self.tokenizer, self.folder = opened.model, opened.tokenizer, opened.folder
-        self.texts = open_splits(None, opened, EXAMPLES)
+        self.texts = prepare(None, opened, EXAMPLES)
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
         for batch in self.texts.calibration:

@@ -22,7 +22,7 @@ from common.tasks import embedder, sts_correlation, sts_pairs
 from common.texts import mixture
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import first_batches
-from hpr.data.splits import open_splits
+from hpr.data.splits import prepare
 from hpr.evaluation.cost import forward_flops
 from hpr.evaluation.divergence import compare
 from hpr.evaluation.latency import latency
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     teacher = open_model(None)
-    data = open_splits(mixture(), teacher, HEALED)
+    data = prepare(mixture(), teacher, HEALED)
     profile = hpr.profile(teacher.model, first_batches(data.calibration, options.examples), "embedding")
     sketch = draft(teacher.model, profile, PlanOptions(only="encoder.*"))
     limit = sketch.budget(options.budget)

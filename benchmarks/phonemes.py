@@ -24,7 +24,7 @@ from common.tables import markdown, say
 from hpr.data.batches import text_batches
 from hpr.data.files import read_texts
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.splits import open_splits
+from hpr.data.splits import prepare
 from hpr.data.targets import own_answers
 from hpr.evaluation.divergence import compare
 from hpr.profiling.objectives import OBJECTIVES
@@ -76,7 +76,7 @@ def main() -> None:
     torch.manual_seed(0)
     lexicon = shared() / "data" / "g2p-us"
     model = opened(shared() / "models" / "g2p-bart-us")
-    data = open_splits(read_texts(lexicon / "train.tsv", 0), model, options.examples)
+    data = prepare(read_texts(lexicon / "train.tsv", 0), model, options.examples)
     words, phonemes = (read_texts(lexicon / "test.tsv", column)[: options.words] for column in (0, 1))
     on = ground(model.model, data, GOAL, ONLY)
     about = {key: on.profile.about[key] for key in ("examples", "tokens", "seconds")}

@@ -25,7 +25,7 @@ from common.tables import markdown, say
 from hpr.checkpoints.open import open_model
 from hpr.data.files import read_texts
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.splits import open_splits
+from hpr.data.splits import prepare
 from hpr.profiling.objectives import OBJECTIVES
 
 MODELS = ("babyllama-tok105", "stories260k")
@@ -95,7 +95,7 @@ def measured(name: str, documents: Sequence[str], examples: int) -> list[dict[st
     """All rows of one model."""
     torch.manual_seed(0)
     opened = open_model(shared() / "models" / name)
-    data = open_splits(shared() / "data" / "tinystories" / "calibration.txt", opened, examples)
+    data = prepare(shared() / "data" / "tinystories" / "calibration.txt", opened, examples)
     start = time.perf_counter()
     on = ground(opened.model, data, OBJECTIVES[opened.objective], ONLY)
     about = {"examples": on.profile.about["examples"], "tokens": on.profile.about["tokens"]}

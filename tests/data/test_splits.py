@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from test_open import folder  # noqa: F401  a fixture
 
 from hpr.checkpoints.open import open_model
-from hpr.data.batches import array_batches, in_input_order, input_batches
+from hpr.data.batches import Batches, array_batches, in_input_order, input_batches, labelled
 from hpr.data.datasets import read_columns
-from hpr.data.files import read_labels
+from hpr.data.files import FORMATS, FileFormat, read_array, read_labels, read_texts
 from hpr.data.sources import Mixture, interleaved
-from hpr.data.splits import joined, open_data, open_splits, prepare, rows_of, split_sources
-from hpr.errors import HprError
+from hpr.data.splits import open_data, prepare, rows_of
+from hpr.errors import DataError, HprError
 
 TEXTS = ["the layer reads", "a factor", "its text", "a layer writes the text"] * 4
 
@@ -43,17 +43,17 @@ def test_labels_stay_with_their_texts(tmp_path, folder, kind) -> None:  # noqa: 
         mark = "\t" if kind == "tsv" else ","
         lines = [mark.join(("sentence", "label")), *(f"{a}{mark}{b}" for a, b in zip(TEXTS, labels, strict=True))]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    splits = open_splits(path, opened, labels=True)
+    splits = prepare(path, opened, labels=True)
     expected = {tuple(opened.tokenizer(text)["input_ids"]): label for text, label in zip(TEXTS, labels, strict=True)}
     for part in (splits.calibration, splits.rescoring, splits.heldout):
         assert labelled_rows(part).items() <= expected.items()
-    assert "labels" not in open_splits(path, opened).calibration[0]
+    assert "labels" not in prepare(path, opened).calibration[0]
 
 
 def test_labels_that_are_none(tmp_path, folder) -> None:  # noqa: F811
     opened = open_model(folder)
     with pytest.raises(HprError, match="the texts given has none: set their weight to 0, or bring a column 'label'"):
-        open_splits(TEXTS, opened, labels=True)
+        prepare(TEXTS, opened, labels=True)
     path = tmp_path / "rows.tsv"
     path.write_text("text\tlabel\nthe layer\tgood\n", encoding="utf-8")
     with pytest.raises(HprError, match="example 1: the label 'good' is no number"):
@@ -79,7 +79,7 @@ def test_data_sets_with_inputs_instead_of_text(folder) -> None:  # noqa: F811
     data = datasets.Dataset.from_dict({"input_ids": ids, "name": ["x"] * 16, "label": [0, 1] * 8})
     rows, _, labels = read_columns(data)
     assert (set(rows[0]), labels) == ({"input_ids"}, None)
-    splits = open_splits(data, open_model(folder), labels=True)
+    splits = prepare(data, open_model(folder), labels=True)
     assert set(splits.calibration[0]) == {"input_ids", "attention_mask", "labels"}
     with pytest.raises(HprError, match="has columns name: a column 'text' or columns of numbers"):
         read_columns(datasets.Dataset.from_dict({"name": ["x"]}))
@@ -106,7 +106,7 @@ def test_rows_of_inputs_with_other_columns() -> None:
 
 
 def test_arrays_as_they_are(folder) -> None:  # noqa: F811
-    splits = open_splits(np.full((16, 5), 3), open_model(folder))
+    splits = prepare(np.full((16, 5), 3), open_model(folder))
     assert splits.source == "the array given"
     assert torch.equal(splits.heldout[0]["input_ids"], torch.full((2, 5), 3))
 
@@ -126,17 +126,47 @@ def test_sources_are_interleaved_and_keep_their_order(sizes: list[int], batch_si
 def test_several_sources_share_the_limits(folder) -> None:  # noqa: F811
     opened = open_model(folder)
     data = {"few": ["a layer"] * 40, "many": ["the text"] * 80}
-    parts = split_sources(data, opened, 32, shares={"few": 1, "many": 3})
-    assert [len(part.calibration.order) for part in parts.values()] == [8, 24]
-    whole = joined(list(parts.values()))
+    mixed = Mixture(data, {"few": 1, "many": 3})
+    whole = prepare(mixed, opened, 32)
+    assert [len(part.calibration.order) for part in whole.parts.values()] == [8, 24]
     assert sorted(whole.calibration.order) == list(range(32))
+    assert [len(prepare(source, opened, 32, share=0.25).calibration.order) for source in data.values()] == [8, 8]
     batches, label = open_data(data, opened, examples=20)
     assert sorted(batches.order) == [*range(10), *range(10, 20)]
     assert label == "the texts given, the texts given"
+    assert sorted(len(batch["input_ids"]) for batch in open_data(mixed, opened, examples=20)[0]) == [5, 15]
     with pytest.raises(HprError, match=r"shares \{'few': 1\} must be above 0, one for each of few, many"):
-        split_sources(data, opened, shares={"few": 1})
-    with pytest.raises(HprError, match="without a source"):
-        open_data({}, opened)
+        Mixture(data, {"few": 1})
+    for read in (open_data, prepare):
+        with pytest.raises(HprError, match="without a source"):
+            read({}, opened)
+
+
+def test_a_file_format_is_one_reader_and_one_entry(tmp_path, folder, monkeypatch) -> None:  # noqa: F811
+    opened, path = open_model(folder), tmp_path / "rows.toy"
+    path.write_text(" / ".join(f"{text} = {number % 3}" for number, text in enumerate(TEXTS)), encoding="utf-8")
+    with pytest.raises(HprError, match="1 examples are too few"):  # one line of plain text
+        prepare(path, opened)
+
+    def cells(path, column) -> list[str]:
+        return [row.split(" = ")[column] for row in path.read_text(encoding="utf-8").split(" / ")]
+
+    toy = FileFormat(texts=lambda path, column: cells(path, 0), labels=lambda path: cells(path, 1))
+    monkeypatch.setitem(FORMATS, ".toy", toy)
+    made = prepare(path, opened, labels=True)
+    assert made.source == "rows.toy"
+    expected = {(tuple(opened.tokenizer(text)["input_ids"]), number % 3) for number, text in enumerate(TEXTS)}
+    parts = [labelled_rows(part) for part in (made.calibration, made.rescoring, made.heldout)]
+    assert {row for part in parts for row in part.items()} <= expected
+    assert sum(len(part.order) for part in (made.calibration, made.rescoring, made.heldout)) == len(TEXTS)
+    monkeypatch.setitem(FORMATS, ".toy", FileFormat(array=lambda path, key: np.full((16, 5), 3)))
+    assert torch.equal(prepare(path, opened).heldout[0]["input_ids"], torch.full((2, 5), 3))
+
+
+def test_a_format_says_what_it_does_not_hold(tmp_path) -> None:
+    for read, name, message in ((read_texts, "x.npy", "holds an array"), (read_array, "x.csv", "holds texts")):
+        with pytest.raises(HprError, match=message):
+            read(tmp_path / name)
 
 
 def ids_in(batches) -> set[int]:
@@ -145,10 +175,10 @@ def ids_in(batches) -> set[int]:
 
 def test_one_reading_serves_the_profile_and_healing(folder) -> None:  # noqa: F811
     opened, data = open_model(folder), np.arange(800)[:, None] * np.ones((1, 3), int)
-    made, before = prepare(data, opened, 64), open_splits(data, opened, 64)
-    for name in ("calibration", "rescoring", "heldout"):
-        pairs = zip(getattr(made, name), getattr(before, name), strict=True)
-        assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in pairs)
+    made = prepare(data, opened, 64)
+    assert ids_in(made.calibration) == set([place for place in range(800) if place % 8 not in (1, 3)][:64])
+    assert ids_in(made.rescoring) == set(range(1, 512, 8))
+    assert ids_in(made.heldout) == set(range(3, 512, 8))
     training, validation = ids_in(made.training), ids_in(made.validation)
     assert ids_in(made.calibration) < training
     assert (len(training), len(validation)) == (600 - 67, 67)  # an eighth of the 536 that the profile leaves
@@ -161,6 +191,14 @@ def test_small_data_has_no_validation_part_of_its_own(folder) -> None:  # noqa: 
     made = prepare(np.ones((80, 3), int), open_model(folder), 32)
     assert made.validation is made.rescoring
     assert len(made.training.order) == 60
+
+
+def test_labels_are_one_for_each_example() -> None:
+    batches = Batches([{"input": torch.arange(2)}, {"input": torch.arange(1)}], [2, 0, 1])
+    assert [batch["labels"].tolist() for batch in labelled(batches, [5, 6, 7])] == [[7, 5], [6]]
+    assert "labels" not in batches[0]
+    with pytest.raises(DataError, match="2 labels for 3 examples"):
+        labelled(batches, [5, 6])
 
 
 def test_a_mixture_is_data_like_any_other(folder) -> None:  # noqa: F811

@@ -20,7 +20,7 @@ from hpr.data.batches import Batches
 from hpr.errors import HprError
 from hpr.evaluation.cost import disk_bytes, file_bytes, flops_per_token, parts, resident_bytes, sizes
 from hpr.evaluation.divergence import accuracy, compare, cosine, divergence, embeddings, neighbour_agreement
-from hpr.evaluation.evaluate import evaluate
+from hpr.evaluation.evaluate import evaluate, measured_on
 from hpr.evaluation.latency import latency, peak_memory
 from hpr.nn.bank import parameters
 from hpr.plans.plan import Plan
@@ -288,7 +288,7 @@ def test_evaluate_is_json_and_what_the_report_reads(build: Build) -> None:
     assert student.training
     assert not teacher.training
     assert "Divergence from the original" in render_report(plan.to_dict(), found)
-    same = evaluate(teacher, teacher, batches, OBJECTIVES["embedding"], data="noise", repeats=0)
+    same = measured_on(evaluate(teacher, teacher, batches, OBJECTIVES["embedding"], repeats=0), "noise")
     assert [row["after"] for row in same["quality"]] == pytest.approx([0, 1, 1])
     assert same["quality"][0]["data"] == "noise"
     assert same["sizes"]["before"] == same["sizes"]["after"]

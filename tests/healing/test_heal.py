@@ -14,7 +14,7 @@ from test_splits import TEXTS
 import hpr
 from hpr.checkpoints.open import open_model
 from hpr.data.sources import Mixture
-from hpr.data.splits import open_splits
+from hpr.data.splits import prepare
 from hpr.healing.heal import batches_of, changes_for
 from hpr.healing.loss import Weights
 from hpr.healing.recipe import Recipe
@@ -48,8 +48,8 @@ def test_texts_and_a_tokenizer(opened) -> None:
 
 def test_splits_are_used_as_they_are(opened, monkeypatch) -> None:
     teacher, student = opened
-    splits = open_splits(TEXTS, teacher)
-    monkeypatch.setattr("hpr.healing.heal.open_splits", None)  # nothing is read again
+    splits = prepare(TEXTS, teacher)
+    monkeypatch.setattr("hpr.data.splits.rows_of", None)  # nothing is read again
     trained, validation = batches_of({"data": splits}, teacher)
     assert trained["data"] is splits.calibration
     assert validation == list(splits.rescoring)

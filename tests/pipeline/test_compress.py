@@ -12,7 +12,7 @@ import hpr
 from hpr.anatomy.describe import describe
 from hpr.data import splits
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.splits import EVALUATED, RESCORED, Splits, open_splits
+from hpr.data.splits import EVALUATED, RESCORED, Splits
 from hpr.pipeline.compress import Compression
 from hpr.pipeline.rescore import rescore
 from hpr.planning.planner import draft
@@ -42,7 +42,7 @@ def model():
 
 
 def prepare(data, tokenizer, examples: int) -> Splits:
-    return open_splits(data, LoadedModel(torch.nn.Identity(), tokenizer, "embedding", None, "a model"), examples)
+    return splits.prepare(data, LoadedModel(torch.nn.Identity(), tokenizer, "embedding", None, "a model"), examples)
 
 
 def rows(batches) -> list[tuple[int, ...]]:

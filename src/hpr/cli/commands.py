@@ -160,6 +160,7 @@ def evaluate(
     from hpr.cli import tables
     from hpr.data.splits import open_data
     from hpr.evaluation.evaluate import evaluate as evaluate_batches
+    from hpr.evaluation.evaluate import measured_on
     from hpr.pipeline.record import check_original, note_metrics
     from hpr.profiling.objectives import objective_for
 
@@ -168,7 +169,7 @@ def evaluate(
     batches, label = open_data(mixture(data), original, "heldout", examples)
     goal = objective_for(original.model, original.objective)
     with err.status("evaluating"):
-        metrics = evaluate_batches(student.model, original.model, batches, goal, data=label)
+        metrics = measured_on(evaluate_batches(student.model, original.model, batches, goal), label)
     note_metrics(folder, original, metrics)
     show(metrics, as_json, *tables.before_after({}, metrics))
 

@@ -51,7 +51,7 @@ def heal(
     splits = prepare(mixture(data), original)
     with bars():
         healing = healed(student.model, original, splits, recipe)
-    metrics = _written(folder, target, student, original, splits.parts, {"healing": healing.as_metrics()})
+    metrics = _written(folder, target, student, original, splits, {"healing": healing.as_metrics()})
     show(metrics, as_json, lines(tables.healing_line(metrics["healing"]), f"written: {target}"))
 
 
@@ -83,7 +83,7 @@ def online(
     The same command continues after a crash at any point.
     """
     quiet()
-    from hpr.data.splits import open_splits
+    from hpr.data.splits import prepare
     from hpr.healing.loss import Weights
     from hpr.healing.online.healer import OnlineHealer
     from hpr.healing.online.options import OnlineOptions
@@ -93,13 +93,13 @@ def online(
     weights = Weights(outputs=0.0, labels=1.0) if labels else None
     student, original = _opened(folder, teacher, output, device)
     options = OnlineOptions(learning_rate, replay, every, tolerance, seed, weights, original.objective)
-    splits = open_splits(validation, original, labels=labels)
+    splits = prepare({"validation": validation}, original, labels=labels)
     with err.status("reading the state"):
         healer = OnlineHealer.open(state, student.model, splits.rescoring, None if labels else original.model, options)
     counts = _learn(healer, original, state, data, batch)
     value = healer.settle()
     result = {"batches": healer.step, **counts, "validation": value, "validation_at_start": healer.start, "labels": labels}
-    metrics = _written(folder, output, student, original, {"validation": splits}, {"online": result})
+    metrics = _written(folder, output, student, original, splits, {"online": result})
     counted = f"{healer.step} batches, {counts['refused']} refused, {counts['undone']} times undone"
     text = f"{counted}: validation loss {healer.start:.4g} → {value:.4g}"
     show(metrics, as_json, lines(text, f"written: {output}"))
@@ -149,11 +149,10 @@ def _written(
     target: Path,
     student: LoadedModel,
     original: LoadedModel,
-    dealt: Mapping[str, Splits],
+    splits: Splits,
     done: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Measure a student on held-out data, write it with its plan and metrics, and return the metrics."""
-    from hpr.data.splits import joined
     from hpr.evaluation import evaluate
     from hpr.pipeline import record
     from hpr.pipeline.record import with_figures
@@ -161,10 +160,15 @@ def _written(
     from hpr.profiling.objectives import objective_for
     from hpr.routing.usage import routes_taken
 
-    goal, splits = objective_for(original.model, original.objective), joined(list(dealt.values()))
+    goal = objective_for(original.model, original.objective)
     with err.status("evaluating"):
-        figures = evaluate.evaluate(student.model, original.model, splits.heldout, goal, data=f"{splits.source}, held out")
-    metrics = {**with_figures(folder, original, figures), **done, **routes_taken(student.model, dealt, original.tokenizer)}
+        figures = evaluate.evaluate(student.model, original.model, splits.heldout, goal)
+    figures = evaluate.measured_on(figures, f"{splits.source}, held out")
+    metrics = {
+        **with_figures(folder, original, figures),
+        **done,
+        **routes_taken(student.model, splits.parts, original.tokenizer),
+    }
     record.write(student.model, target, Plan.load(folder / "plan.json"), metrics, original)
     return metrics | {"output": str(target)}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hpr.data.files import Source, read_array
-from hpr.errors import HprError
+from hpr.errors import DataError, HprError
 from hpr.runtime.batch import IGNORED, POSITIONAL, Batch, BatchLike, examples_in
 
 
@@ -54,13 +54,12 @@ def text_batches(
     batch_size: int = 64,
     max_length: int = 256,
     windows: int | None = None,
-    labels: Sequence[float] | None = None,
     ratio: float = 2.0,
 ) -> Batches:
     """Tokenised batches of ``input_ids``, ``attention_mask`` and what else the tokenizer gives, int64 (batch, positions).
 
     A text of more than ``max_length`` tokens loses its end; or, with ``windows``, it goes on in further examples of about
-    equal length, so many in all at most (``order`` then counts these). ``labels``: one for each text.
+    equal length, so many in all at most (``order`` then counts these).
 
     Texts of like length stand together, so little is padded (a batch is smaller where the next text is over ``ratio`` times
     as long as its first); the batches are shuffled, always in the same way, so that any few are a fair sample. Padding is
@@ -92,9 +91,19 @@ def text_batches(
     rows.setdefault("attention_mask", [[1] * length for length in lengths])
     rows = {key: row for key, row in rows.items() if [len(values) for values in row] == lengths}
     batches = [{key: _padded([row[i] for i in group], padding.get(key, 0)) for key, row in rows.items()} for group in groups]
-    for batch, group in zip(batches, groups if labels is not None and windows is None else [], strict=False):
-        batch["labels"] = torch.tensor([labels[i] for i in group])  # type: ignore[index]
     return Batches(batches, [index for group in groups for index in group])
+
+
+def labelled(batches: Batches, labels: Sequence[float]) -> Batches:
+    """The same batches with ``labels``, (batch,): one for each example, in the order of the user's data.
+
+    Raises ``DataError`` if there is not one label for each example.
+    """
+    if len(labels) != len(batches.order):
+        raise DataError(f"{len(labels)} labels for {len(batches.order)} examples: give one label for each example")
+    places = iter(batches.order)
+    rows = [torch.tensor([labels[next(places)] for _ in range(examples_in(batch))]) for batch in batches]
+    return Batches([{**batch, "labels": row} for batch, row in zip(batches, rows, strict=True)], batches.order)
 
 
 def array_batches(

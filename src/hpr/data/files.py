@@ -1,4 +1,4 @@
-"""From what a user has (text files, tables, arrays) to the batches that everything else reads."""
+"""Read texts, labels and arrays from files. ``FORMATS`` says by suffix how: a new format is one reader and one entry."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,41 @@ from hpr.errors import HprError
 TEXT_COLUMNS = ("text", "sentence")
 _BETWEEN_DOCUMENTS = re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$", re.MULTILINE)
 Source = str | os.PathLike[str]
+Column = str | int | None
 
 
-def read_texts(path: Source, column: str | int | None = None) -> list[str]:
+@dataclass(frozen=True)
+class FileFormat:
+    """The readers of one file format; None for what files of this format do not hold.
+
+    ``texts(path, column)`` returns the texts, ``labels(path)`` a value for each text (None without labels), and
+    ``array(path, key)`` an array whose first axis counts examples. A reader raises ``DataError`` for a damaged file; the
+    callers below check what it returns.
+    """
+
+    texts: Callable[[Source, Column], list[str]] | None = None
+    labels: Callable[[Source], list[Any] | None] | None = None
+    array: Callable[[Source, str | None], np.ndarray] | None = None
+
+
+def format_of(path: Source) -> FileFormat:
+    """The entry in ``FORMATS`` for a file's suffix, or plain text for any other suffix."""
+    return FORMATS.get(Path(path).suffix.lower(), PLAIN)
+
+
+def read_texts(path: Source, column: Column = None) -> list[str]:
     """Texts of a file: one a line (empty lines skipped), ``.jsonl`` with a ``text`` field, or a column of ``.csv`` or ``.tsv``.
 
-    Where lines of ``<|endoftext|>`` stand between documents, a document is a text, its line breaks kept.
+    If lines of ``<|endoftext|>`` separate documents, each document is one text with its line breaks.
 
     ``column`` is a name in the first row, the field of a ``.jsonl``, or a number from 0 for a table without a header; without
     it the column ``text`` or ``sentence`` is taken, or the only one. Raises ``HprError`` for a missing, empty or
     undecodable file and for lines that do not hold what they should, by number.
     """
-    text, kind = _decoded(path), Path(path).suffix.lower()
-    if kind == ".jsonl":
-        texts = _json_texts(path, text, "text" if column is None else str(column))
-    elif kind in (".csv", ".tsv"):
-        texts = _column(path, _table(path, text), column)
-    else:
-        documents = _BETWEEN_DOCUMENTS.split(text.replace("\r\n", "\n"))
-        texts = documents if len(documents) > 1 else text.splitlines()
-    texts = [line.strip() for line in texts if line.strip()]
+    reader = format_of(path).texts
+    if reader is None:
+        raise HprError(f"{path} holds an array, not texts: use hpr.data.files.read_array")
+    texts = [text.strip() for text in reader(path, column) if text.strip()]
     if not texts:
         raise HprError(f"{path} holds no text: at least one line is needed")
     return texts
@@ -48,17 +65,11 @@ def read_labels(path: Source) -> list[float] | None:
 
     Raises ``HprError`` for what is no number.
     """
-    text, kind = _decoded(path), Path(path).suffix.lower()
-    if kind == ".jsonl":
-        found = [row.get("label") for row in map(json.loads, filter(str.strip, text.split("\n")))]
-    elif kind in (".csv", ".tsv"):
-        header, *rows = _table(path, text)
-        found = [row[header.index("label")] for row in rows] if "label" in header else []
-    else:
+    reader = format_of(path).labels
+    values = None if reader is None else reader(path)
+    if values is None or all(value is None for value in values):
         return None
-    if not any(value is not None for value in found):
-        return None
-    return [as_label(value, number, path) for number, value in enumerate(found, 1)]
+    return [as_label(value, number, path) for number, value in enumerate(values, 1)]
 
 
 def as_label(value: Any, number: int, source: object) -> float:
@@ -77,8 +88,13 @@ def read_array(source: Source | np.ndarray, key: str | None = None) -> np.ndarra
 
     Raises ``HprError`` for a missing or damaged file, an empty array, one without numbers, and non-finite values, by row.
     """
-    array = source if isinstance(source, np.ndarray) else _load_array(source, key)
-    name = "the array" if isinstance(source, np.ndarray) else f"{source}"
+    if isinstance(source, np.ndarray):
+        array, name = source, "the array"
+    else:
+        reader, name = format_of(source).array, f"{source}"
+        if reader is None:
+            raise HprError(f"{name} holds texts, not an array: give an .npy or .npz file")
+        array = reader(source, key)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise HprError(f"{name} has dtype {array.dtype}: numbers of at most 64 bits are needed")
     if not array.ndim or not array.size:
@@ -103,7 +119,15 @@ def _decoded(path: Source) -> str:
     return text
 
 
-def _json_texts(path: Source, text: str, field: str) -> list[str]:
+def _read_lines(path: Source, column: Column) -> list[str]:
+    """The documents of a plain text file, or its lines if it is not divided into documents."""
+    text = _decoded(path)
+    documents = _BETWEEN_DOCUMENTS.split(text.replace("\r\n", "\n"))
+    return documents if len(documents) > 1 else text.splitlines()
+
+
+def _read_json_texts(path: Source, column: Column) -> list[str]:
+    text, field = _decoded(path), "text" if column is None else str(column)
     texts = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line separators
         if not line.strip():
@@ -118,10 +142,23 @@ def _json_texts(path: Source, text: str, field: str) -> list[str]:
     return texts
 
 
-def _table(path: Source, text: str) -> list[list[str]]:
+def _read_json_labels(path: Source) -> list[Any]:
+    return [row.get("label") for row in map(json.loads, filter(str.strip, _decoded(path).split("\n")))]
+
+
+def _read_column(path: Source, column: Column) -> list[str]:
+    return _column(path, _table(path), column)
+
+
+def _read_label_column(path: Source) -> list[str] | None:
+    header, *rows = _table(path)
+    return [row[header.index("label")] for row in rows] if "label" in header else None
+
+
+def _table(path: Source) -> list[list[str]]:
     """Rows that are not empty. In a ``.tsv`` quotes are text like any other."""
     tabs = Path(path).suffix.lower() == ".tsv"
-    lines = io.StringIO(text, newline="")
+    lines = io.StringIO(_decoded(path), newline="")
     try:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
         return [row for row in reader if any(cell.strip() for cell in row)]
@@ -129,7 +166,7 @@ def _table(path: Source, text: str) -> list[list[str]]:
         raise HprError(f"{path} is no table ({error}): check its quotes and line ends") from error
 
 
-def _column(path: Source, rows: list[list[str]], column: str | int | None) -> list[str]:
+def _column(path: Source, rows: list[list[str]], column: Column) -> list[str]:
     header = [cell.strip() for cell in rows[0]]
     if isinstance(column, int):
         index, body = column, rows
@@ -148,7 +185,7 @@ def _column(path: Source, rows: list[list[str]], column: str | int | None) -> li
     return [row[index] for row in body]
 
 
-def _load_array(path: Source, key: str | None) -> np.ndarray:
+def _read_numpy(path: Source, key: str | None) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -164,3 +201,15 @@ def _load_array(path: Source, key: str | None) -> np.ndarray:
         raise
     except Exception as error:  # numpy and zipfile raise many kinds for damaged files
         raise HprError(f"{path} is no array file or is damaged ({error}): write it with numpy.save or savez") from error
+
+
+PLAIN = FileFormat(texts=_read_lines, array=_read_numpy)  # any other suffix: text, or an array if one is asked for
+_TABLE = FileFormat(texts=_read_column, labels=_read_label_column)
+_NUMPY = FileFormat(array=_read_numpy)
+FORMATS: dict[str, FileFormat] = {
+    ".jsonl": FileFormat(texts=_read_json_texts, labels=_read_json_labels),
+    ".csv": _TABLE,
+    ".tsv": _TABLE,
+    ".npy": _NUMPY,
+    ".npz": _NUMPY,
+}

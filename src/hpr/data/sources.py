@@ -40,6 +40,13 @@ def sources_of(data: Any) -> tuple[dict[str, Any], Mapping[str, float] | None]:
     return (dict(data.files), data.shares) if isinstance(data, Mixture) else (named(data), None)
 
 
+def with_shares(data: Any) -> dict[str, tuple[Any, float]]:
+    """The sources of data by name, each with what it is of the whole."""
+    sources, shares = sources_of(data)
+    parts = fractions(sources, shares)
+    return {name: (source, parts[name]) for name, source in sources.items()}
+
+
 def named(data: Any) -> dict[str, Any]:
     """Sources by name: several as they come, one as ``data``."""
     if isinstance(data, Mapping) and not data:
@@ -60,6 +67,8 @@ def interleaved(parts: Sequence[Batches]) -> Batches:
 
     ``order`` counts through the sources one after the other.
     """
+    if len(parts) == 1:
+        return parts[0]
     before = accumulate((len(part.order) for part in parts[:-1]), initial=0)
     placed = []
     for number, (part, offset) in enumerate(zip(parts, before, strict=True)):

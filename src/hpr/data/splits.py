@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from hpr.data.batches import Batches, array_batches, input_batches, text_batches
+from hpr.data.batches import Batches, array_batches, input_batches, labelled, text_batches
 from hpr.data.datasets import read_columns
 from hpr.data.docstrings import Split, docstrings
-from hpr.data.files import read_array, read_labels, read_texts
+from hpr.data.files import format_of, read_array, read_labels, read_texts
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.sources import Mixture, fractions, interleaved, sources_of
+from hpr.data.sources import Mixture, interleaved, with_shares
 from hpr.data.targets import _positions, own_answers
 from hpr.errors import HprError
 
@@ -29,7 +29,6 @@ RESCORED = 256  # examples that plans are re-scored on
 EVALUATED = 1024  # held-out examples for the final figures
 _VALIDATION_EVERY = 8  # of the examples that the profile does not use, one is for validation
 _SMALLEST_VALIDATION = 32  # fewer say too little: the re-scoring examples validate instead
-_ARRAYS = (".npy", ".npz")
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,19 @@ class Rows:
 
 
 def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Rows:
-    """Examples of a text file, an ``.npy`` or ``.npz`` file, a list of texts, an array, ``datasets.Dataset``; or docstrings.
+    """Examples of a file, a list of texts, an array or a ``datasets.Dataset``; docstrings for None.
 
-    Raises ``HprError`` for what is none of these, for empty or damaged files, and where labels are wanted and there are none.
+    ``hpr.data.files.FORMATS`` lists the formats of files. Raises ``HprError`` for any other kind of data, for empty or damaged
+    files, and if labels are wanted and there are none.
     """
     if data is None:
         rows = Rows(docstrings(split), "docstrings of Python's standard library")
     elif hasattr(data, "column_names"):
         rows = Rows(*read_columns(data, labels))
-    elif isinstance(data, np.ndarray) or (isinstance(data, str | os.PathLike) and Path(data).suffix.lower() in _ARRAYS):
-        rows = Rows(read_array(data), "the array given" if isinstance(data, np.ndarray) else Path(data).name)
+    elif isinstance(data, np.ndarray):
+        rows = Rows(read_array(data), "the array given")
+    elif isinstance(data, str | os.PathLike) and format_of(data).texts is None:
+        rows = Rows(read_array(data), Path(data).name)
     elif isinstance(data, str | os.PathLike):
         rows = Rows(read_texts(data), Path(data).name, read_labels(data) if labels else None)
     else:
@@ -73,34 +75,29 @@ def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Ro
 
 def open_data(
     data: Any,
-    opened: LoadedModel,
+    model: LoadedModel,
     split: Split = "calibration",
-    examples: int = 4096,
+    examples: int = PROFILED,
     batch_size: int = 64,
     max_length: int = 256,
-    shares: Mapping[str, float] | None = None,
 ) -> tuple[Batches, str]:
-    """Batches for a model, and what to call them.
+    """Batches for a single use of data, and what to call the data. ``prepare`` divides data between all uses.
 
-    ``data`` is anything that ``rows_of`` reads, the standard library's docstrings if None; or several of these by name, with
-    ``shares`` of the examples. The first ``examples`` are taken; ``split`` matters for docstrings only. A causal language
-    model reads texts longer than ``max_length`` in several examples; a sequence-to-sequence model gets what it writes itself
-    as target (see ``own_answers``). Raises ``HprError`` for texts without a tokenizer, and for empty, damaged or non-finite
-    data.
+    ``data``: any kind that ``prepare`` takes. The first ``examples`` are read, divided by the shares of the sources. ``split``
+    matters for docstrings only. A causal language model reads a text longer than ``max_length`` tokens in several examples; a
+    sequence-to-sequence model gets its own answers as targets (see ``own_answers``). Raises ``HprError`` for texts without a
+    tokenizer, and for empty, damaged or non-finite data.
+
+    >>> batches, label = open_data(["some text", "another text"], loaded)  # doctest: +SKIP
     """
     if examples < 1:
         raise HprError(f"examples is {examples}: at least one is needed")
-    if isinstance(data, Mapping | Mixture):
-        sources, own_shares = sources_of(data)
-        parts = fractions(sources, own_shares or shares)
-        found = [
-            open_data(source, opened, split, math.ceil(examples * parts[name]), batch_size, max_length)
-            for name, source in sources.items()
-        ]
-        return interleaved([batches for batches, _ in found]), ", ".join(label for _, label in found)
-    rows = rows_of(data, split)
-    label = f"{rows.name} ({split} part)" if data is None else rows.name
-    return _batches(rows, opened, examples, batch_size, max_length), label
+    batches, labels = [], []
+    for source, share in with_shares(data).values():
+        rows = rows_of(source, split)
+        batches.append(_batches(rows, model, math.ceil(examples * share), batch_size, max_length))
+        labels.append(f"{rows.name} ({split} part)" if source is None else rows.name)
+    return interleaved(batches), ", ".join(labels)
 
 
 @dataclass(frozen=True)
@@ -140,36 +137,27 @@ class Splits:
         return self._healing[1]
 
 
-def prepare(data: Any, model: LoadedModel, examples: int = PROFILED, labels: bool = False) -> Splits:
-    """Data of any kind as batches for a model, dealt out to all uses of data (see ``Splits``).
+def prepare(data: Any, model: LoadedModel, examples: int = PROFILED, labels: bool = False, share: float = 1.0) -> Splits:
+    """Data of any kind as batches for a model, divided between all uses of data (see ``Splits``).
 
     ``data``: texts, a file, an array, a data set, None for the standard library's docstrings, several of these by name, or a
     ``Mixture`` of them. The limits on examples (``examples`` to profile, 256 to re-score on, 1,024 held out, 65,536 to train
-    on) are divided by the shares of the sources. ``labels`` keeps the labels of the data. ``Splits`` come back as they are.
-    Raises ``HprError`` for data that cannot be read, and for fewer than eight examples of a source.
+    on) are divided by the shares of the sources; ``share`` scales all of them. ``labels`` keeps the labels of the data.
+    ``Splits`` come back as they are.
+
+    Of every eight examples one is for re-scoring and one is held out, so that a sorted file is split fairly. Docstrings have a
+    held-out part of their own. Raises ``HprError`` for data that cannot be read, and for fewer than eight examples of a source.
 
     >>> splits = prepare("texts.txt", open_model("bert-base-uncased"))  # doctest: +SKIP
     >>> profile = hpr.profile(model, splits.calibration)  # doctest: +SKIP
     """
     if isinstance(data, Splits):
         return data
-    sources, shares = sources_of(data)
-    parts = fractions(sources, shares)
-    dealt = {name: _dealt(source, model, examples, labels, parts[name]) for name, source in sources.items()}
-    return replace(joined(list(dealt.values())), parts=dealt, shares=shares)
+    parts = {name: _dealt(source, model, examples, labels, share * part) for name, (source, part) in with_shares(data).items()}
+    return replace(_joined(list(parts.values())), parts=parts, shares=data.shares if isinstance(data, Mixture) else None)
 
 
-def open_splits(data: Any, opened: LoadedModel, examples: int = 4096, labels: bool = False, share: float = 1.0) -> Splits:
-    """Data for a whole compression: at most ``examples`` to profile, 256 to re-score on and 1,024 held out; or a ``share`` of
-    these.
-
-    The user's data is dealt out by turns of eight, so that a sorted file is split fairly; docstrings have a held-out part of
-    their own. Raises ``HprError`` for fewer than eight examples, and as ``open_data`` does.
-    """
-    return replace(_dealt(data, opened, examples, labels, share), more=None)
-
-
-def _dealt(data: Any, opened: LoadedModel, examples: int, labels: bool, share: float) -> Splits:
+def _dealt(data: Any, model: LoadedModel, examples: int, labels: bool, share: float) -> Splits:
     if examples < 2:
         raise HprError(f"examples is {examples}: at least 2 are needed")
     own, rows = data is not None, rows_of(data, labels=labels)
@@ -183,33 +171,22 @@ def _dealt(data: Any, opened: LoadedModel, examples: int, labels: bool, share: f
     if not own:
         dealt[2] = rows_of(None, "heldout")
     limits = [math.ceil(share * min(most, examples)) for most in (examples, RESCORED, EVALUATED)]
-    first, second, third = (_batches(part, opened, limit) for part, limit in zip(dealt, limits, strict=True))
+    first, second, third = (_batches(part, model, limit) for part, limit in zip(dealt, limits, strict=True))
     spare, most = range(limits[0], len(dealt[0])), math.ceil(share * TRAINED)
     chosen = set(spare[: max(0, most - limits[0]) : _VALIDATION_EVERY][:RESCORED])
-    if opened.goal.writes_targets or len(chosen) < _SMALLEST_VALIDATION:
+    if model.goal.writes_targets or len(chosen) < _SMALLEST_VALIDATION:
         _log.info("%s: healing would train on the calibration part and validate on the re-scoring part", rows.name)
         chosen = set()
 
     def more() -> tuple[Batches, Batches]:
         kept = [place for place in range(min(most, len(dealt[0]))) if place not in chosen]
-        training = (
-            first if opened.goal.writes_targets or len(kept) <= limits[0] else _batches(dealt[0].take(kept), opened, most)
-        )
-        return training, _batches(dealt[0].take(sorted(chosen)), opened, RESCORED) if chosen else second
+        training = first if model.goal.writes_targets or len(kept) <= limits[0] else _batches(dealt[0].take(kept), model, most)
+        return training, _batches(dealt[0].take(sorted(chosen)), model, RESCORED) if chosen else second
 
     return Splits(first, second, third, rows.name, own, more)
 
 
-def split_sources(
-    data: Any, opened: LoadedModel, examples: int = 4096, labels: bool = False, shares: Mapping[str, float] | None = None
-) -> dict[str, Splits]:
-    """The splits of every source by name (``data`` where there is only one); the limits are parted by ``shares``."""
-    sources, own_shares = sources_of(data)
-    parts = fractions(sources, own_shares or shares)
-    return {name: open_splits(source, opened, examples, labels, parts[name]) for name, source in sources.items()}
-
-
-def joined(parts: Sequence[Splits]) -> Splits:
+def _joined(parts: Sequence[Splits]) -> Splits:
     """The splits of several sources as one."""
     if len(parts) == 1:
         return parts[0]
@@ -223,20 +200,22 @@ def joined(parts: Sequence[Splits]) -> Splits:
     )
 
 
-def _batches(rows: Rows, opened: LoadedModel, examples: int, batch_size: int = 64, max_length: int = 256) -> Batches:
+def _batches(rows: Rows, model: LoadedModel, examples: int, batch_size: int = 64, max_length: int = 256) -> Batches:
     """The first examples, as the model takes them."""
     rows = rows.take(range(min(examples, len(rows))))
     if isinstance(rows.values, np.ndarray):
-        batches = array_batches(rows.values, batch_size=batch_size, argument=getattr(opened.model, "main_input_name", None))
+        batches = array_batches(rows.values, batch_size=batch_size, argument=getattr(model.model, "main_input_name", None))
     elif isinstance(rows.values[0], Mapping):
         batches = input_batches(rows.values, batch_size)
     else:
-        if opened.tokenizer is None:
-            raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
-        windows = examples if opened.goal.shifts_labels else None
-        length = min(max_length, _positions(opened.model))
-        batches = text_batches(rows.values, opened.tokenizer, batch_size, length, windows, rows.labels)
-    if not opened.goal.writes_targets:
+        if model.tokenizer is None:
+            raise HprError(f"{model.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
+        windows = examples if model.goal.shifts_labels else None
+        length = min(max_length, _positions(model.model))
+        batches = text_batches(rows.values, model.tokenizer, batch_size, length, windows)
+        if rows.labels is not None and windows is None:
+            batches = labelled(batches, rows.labels)
+    if not model.goal.writes_targets:
         return batches
-    answered = [batch if "labels" in batch else {**batch, "labels": own_answers(opened.model, batch)} for batch in batches]
+    answered = [batch if "labels" in batch else {**batch, "labels": own_answers(model.model, batch)} for batch in batches]
     return Batches(answered, batches.order)

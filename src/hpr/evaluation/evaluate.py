@@ -22,12 +22,11 @@ def evaluate(
     batches: Sequence[BatchLike],
     objective: Objective | None = None,
     labels: Sequence[int] | Tensor | None = None,
-    data: str | None = None,
     repeats: int = 9,
 ) -> dict[str, Any]:
     """Quality, sizes and parts of a student beside its teacher: JSON values, as the report reads them.
 
-    ``labels`` (a classifier's, in the order of the user's data) add its accuracy; ``data`` names the examples in the
+    ``labels`` (a classifier's, in the order of the user's data) add its accuracy. ``measured_on`` names the examples for the
     report. Latency and peak memory are those of one full batch, the middle one; ``repeats=0`` leaves them out.
     Raises ``HprError`` for no batches, outputs that are not finite or differ in shape, and labels that do not fit.
     """
@@ -51,12 +50,13 @@ def evaluate(
     for side, model in (("before", teacher), ("after", student)):
         cost[side]["latency_ms"] = None if timing is None else timing.teacher_ms if side == "before" else timing.student_ms
         cost[side]["peak_memory_bytes"] = peak_memory(model, middle) if repeats else None
-    about = data or f"{found.examples:,} examples"
-    return {
-        "quality": [row | {"data": about} for row in quality],
-        "sizes": cost,
-        "parts": parts(teacher, student, anatomy),
-    }
+    figures = {"quality": quality, "sizes": cost, "parts": parts(teacher, student, anatomy)}
+    return measured_on(figures, f"{found.examples:,} examples")
+
+
+def measured_on(figures: dict[str, Any], data: str | None) -> dict[str, Any]:
+    """The same figures with the name of the data that they were measured on; unchanged if the data has no name."""
+    return figures | {"quality": [row | {"data": data} for row in figures["quality"]]} if data else figures
 
 
 def _quality(found: Comparison) -> list[dict[str, Any]]:

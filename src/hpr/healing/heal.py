@@ -12,7 +12,7 @@ from torch import nn
 
 from hpr.data.loaded_model import LoadedModel, as_loaded
 from hpr.data.sources import fractions, sources_of
-from hpr.data.splits import Splits, open_splits
+from hpr.data.splits import Splits, prepare
 from hpr.errors import DataError
 from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.recipe import Recipe
@@ -78,7 +78,7 @@ def batches_of(
             validation += [as_batch(batch) for batch in source[::_VALIDATION_EVERY]]
             continue
         most = WRITTEN if teacher.goal.writes_targets else HEALED
-        splits = source if isinstance(source, Splits) else open_splits(source, teacher, most, labels, parts[name])
+        splits = prepare(source, teacher, most, labels, parts[name])
         batches[name] = splits.training
         validation += splits.validation
     return batches, validation

@@ -22,7 +22,7 @@ from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits, prepare
 from hpr.errors import BudgetError
 from hpr.evaluation.divergence import Comparison, divergence
-from hpr.evaluation.evaluate import evaluate
+from hpr.evaluation.evaluate import evaluate, measured_on
 from hpr.operators.fitting import Fits
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import students
@@ -154,7 +154,8 @@ def compress(
             with run.step("heal"):
                 healing = _healed(run, choice.student, texts, recipe)
         with run.step("evaluate"):
-            figures = evaluate(choice.student, run.loaded.model, texts.heldout, run.objective, data=f"{texts.source}, held out")
+            figures = evaluate(choice.student, run.loaded.model, texts.heldout, run.objective)
+            figures = measured_on(figures, f"{texts.source}, held out")
         metrics = record(run.loaded, choice.plan, measured, texts, figures) | {
             "seed": options.seed,
             "timing": run.seconds,

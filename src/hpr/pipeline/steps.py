@@ -19,6 +19,7 @@ from hpr.checkpoints.open import open_model
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Split, open_data
 from hpr.evaluation.evaluate import evaluate as evaluate_batches
+from hpr.evaluation.evaluate import measured_on
 from hpr.planning.options import DEFAULTS, PlanOptions
 from hpr.planning.planner import plan as plan_module
 from hpr.plans.plan import Plan
@@ -146,7 +147,7 @@ def evaluate(
     loaded = open_model(teacher, objective=objective)
     batches, label = _batches(data, loaded, "heldout", EVALUATED)
     goal = objective_for(loaded.model, loaded.objective)
-    return evaluate_batches(student, loaded.model, batches, goal, labels, label, repeats)
+    return measured_on(evaluate_batches(student, loaded.model, batches, goal, labels, repeats), label)
 
 
 def _batches(data: Any, loaded: LoadedModel, split: Split, examples: int) -> tuple[Sequence[Any], str | None]:

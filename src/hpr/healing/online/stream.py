@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpr.data.batches import text_batches
+from hpr.data.batches import labelled, text_batches
 from hpr.data.files import as_label
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.targets import own_answers
@@ -92,7 +92,8 @@ def _read(line: str, number: int, labels: bool) -> tuple[str, float]:
 def _batch(texts: list[str], labels: list[float] | None, opened: LoadedModel) -> Batch:
     if not texts:
         return {}
-    (batch,) = text_batches(texts, opened.tokenizer, len(texts), LONGEST, None, labels, ratio=math.inf)
+    batches = text_batches(texts, opened.tokenizer, len(texts), LONGEST, ratio=math.inf)
+    (batch,) = batches if labels is None else labelled(batches, labels)
     return {**batch, "labels": own_answers(opened.model, batch)} if opened.goal.writes_targets else batch
 
 
