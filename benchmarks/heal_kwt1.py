@@ -21,8 +21,8 @@ from hpr.evaluation.divergence import accuracy, compare, divergence
 from hpr.healing.augmentation import augmentation
 from hpr.healing.loss import Weights
 from hpr.healing.train import train
+from hpr.planning import planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from kwt1_closed_form import GOAL, ONLY, clips
 
 
@@ -54,10 +54,10 @@ def main() -> None:
 
     measure("dense", model, "100%")
     profile = hpr.profile(model, batches, "classification")
-    sketch = draft(model, profile, PlanOptions(only=ONLY, operators=options.operators and options.operators.split(",")))
+    draft = planner.draft(model, profile, PlanOptions(only=ONLY, operators=options.operators and options.operators.split(",")))
     for budget in options.budgets:
         students = []
-        for plan in sketch.alternatives(sketch.budget(budget), 4):
+        for plan in draft.alternatives(draft.budget(budget), 4):
             for refitted in (False, True):
                 student = hpr.share(model, plan, profile)
                 if refitted:

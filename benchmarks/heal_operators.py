@@ -28,8 +28,8 @@ from hpr.evaluation.divergence import compare, divergence
 from hpr.healing.heal import HEALED
 from hpr.healing.loss import Weights
 from hpr.pipeline.rescore import rescore
+from hpr.planning import planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.profiling.profile import Profile
 
@@ -59,8 +59,8 @@ def students(model: nn.Module, profile: Profile, data: Splits, budget: str) -> I
         gone.append(min(losses, key=losses.__getitem__))
     yield "layers dropped", peers.drop_layers(model, gone, stack.path), dense - dense * len(gone) // stack.layers
     for name, operators in METHODS.items():
-        sketch = draft(model, profile, PlanOptions(only=ONLY, operators=operators))
-        plans = sketch.alternatives(sketch.budget(budget), 3)
+        draft = planner.draft(model, profile, PlanOptions(only=ONLY, operators=operators))
+        plans = draft.alternatives(draft.budget(budget), 3)
         scores = rescore(model, profile, plans, data.rescoring, GOAL)
         plan = plans[min(range(len(plans)), key=lambda index: scores[index].divergence.mean)]
         kept = dense - (anatomy.total_parameters - plan.parameters(anatomy))

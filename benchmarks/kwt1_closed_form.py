@@ -18,8 +18,8 @@ from common import kwt1, peers
 from common.paths import shared
 from common.tables import count
 from hpr.evaluation.divergence import accuracy, compare, divergence
+from hpr.planning import planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 
 GOAL = OBJECTIVES["classification"]
@@ -63,22 +63,22 @@ def main() -> None:
     step = time.perf_counter() - start
     start = time.perf_counter()
     final = hpr.profile(model, whole, "classification")
-    final_sketch = draft(model, final, PlanOptions(only=ONLY))
-    hpr.share(model, final_sketch.best(final_sketch.budget("50%")), final)
+    final_draft = planner.draft(model, final, PlanOptions(only=ONLY))
+    hpr.share(model, final_draft.best(final_draft.budget("50%")), final)
     seconds = time.perf_counter() - start
     print(json.dumps({"forward and backward": step, "statistics, plan, fits": seconds, "ratio": seconds / step}), flush=True)
     profile = hpr.profile(model, profiled, "classification")
-    sketch = draft(model, profile, PlanOptions(only=ONLY))
-    sites = [site for site in sketch.anatomy.sites if site.stack == "encoder"]
+    draft = planner.draft(model, profile, PlanOptions(only=ONLY))
+    sites = [site for site in draft.anatomy.sites if site.stack == "encoder"]
     for budget in (0.5, 0.3):
-        limit = sketch.budget(f"{budget:.0%}")
+        limit = draft.budget(f"{budget:.0%}")
         for name in ("svd", "svd_llm", "basis_sharing"):
             student, parameters = getattr(peers, name)(model, sites, final, budget)
             report(f"peer: {name}", student, budget, parameters=parameters)
-        lone = draft(model, final, PlanOptions(only=ONLY, operators=["low rank"]))
+        lone = planner.draft(model, final, PlanOptions(only=ONLY, operators=["low rank"]))
         report("private low rank only", hpr.share(model, lone.best(limit), final), budget)
         scores = {}
-        for plan in sketch.alternatives(limit, 4):
+        for plan in draft.alternatives(limit, 4):
             label = plan.diagnostics["label"]
             student = hpr.share(model, plan, profile)
             scores[label, "plain"] = divergence(student, model, choosing, GOAL).mean
@@ -88,10 +88,10 @@ def main() -> None:
             json.dumps({"budget": budget, "on the 150 clips": {" / ".join(key): value for key, value in scores.items()}}),
             flush=True,
         )
-        finals = {one.diagnostics["label"]: one for one in final_sketch.alternatives(limit, 4)}
+        finals = {one.diagnostics["label"]: one for one in final_draft.alternatives(limit, 4)}
         label, _ = min((key for key in scores if key[1] == "plain"), key=scores.__getitem__)
         plan = finals[label]
-        used = plan.parameters(sketch.anatomy) / limit.parameters
+        used = plan.parameters(draft.anatomy) / limit.parameters
         report("hpr, no refit", hpr.share(model, plan, final), budget, used=used, predicted=plan.damage, plan=label)
         label, chosen = min(scores, key=scores.__getitem__)
         student = hpr.share(model, finals[label], final)

@@ -21,7 +21,7 @@ from hpr.layer_reuse.ablation import intervene, reuses
 from hpr.layer_reuse.reuse import with_layers
 from hpr.nn.bank import parameters
 from hpr.pipeline.layer_plans import REUSE_MARGIN, reusing_plans
-from hpr.planning.planner import draft
+from hpr.planning import planner
 from hpr.plans.plan import keep_all
 from hpr.profiling.objectives import OBJECTIVES
 from kwt1_closed_form import clips
@@ -60,12 +60,12 @@ def main() -> None:
     for reuse in reuses(model, profile.interventions, choosing, GOAL, price=PRICE):
         plan = with_layers(keep_all(anatomy), anatomy, reuse.states, reuse.dead_weights)
         report("reuse alone", hpr.share(model, plan), states=reuse.states, on_choosing=reuse.damage)
-    sketch = draft(model, profile)
+    draft = planner.draft(model, profile)
     for budget in BUDGETS:
-        limit = sketch.budget(budget)
-        best = sketch.best(limit)
+        limit = draft.budget(budget)
+        best = draft.best(limit)
         report("plan without reuse", hpr.share(model, best, profile), budget=budget, predicted=best.damage)
-        found = reusing_plans(model, profile, sketch, limit, choosing, GOAL)
+        found = reusing_plans(model, profile, draft, limit, choosing, GOAL)
         for plan in found:
             student = hpr.share(model, plan, profile)
             report("plan with reuse", student, budget=budget, predicted=plan.damage, layers=dict(plan.layers))

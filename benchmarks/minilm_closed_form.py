@@ -28,9 +28,9 @@ from hpr.data.splits import prepare
 from hpr.evaluation.divergence import compare
 from hpr.operators.registry import plannable
 from hpr.pipeline.rescore import rescore
+from hpr.planning import planner
 from hpr.planning.draft import Draft
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.runtime.environment import peak_memory
@@ -69,13 +69,13 @@ class Run:
         start = time.perf_counter()
         self.profile = hpr.profile(self.model, self.texts.calibration, "embedding")
         middle = time.perf_counter()
-        self.sketch = draft(self.model, self.profile)
+        self.draft = planner.draft(self.model, self.profile)
         self.statistics, self.curves = middle - start, time.perf_counter() - middle
 
-    def best(self, sketch: Draft, budget: str) -> tuple[Plan, float, float]:
+    def best(self, draft: Draft, budget: str) -> tuple[Plan, float, float]:
         """The plan that measures best on re-scoring text; seconds spent planning and re-scoring."""
         start = time.perf_counter()
-        plans = sketch.alternatives(sketch.budget(budget), 3)
+        plans = draft.alternatives(draft.budget(budget), 3)
         middle = time.perf_counter()
         scores = rescore(self.model, self.profile, plans, self.texts.rescoring, GOAL)
         chosen = plans[min(range(len(plans)), key=lambda index: scores[index].divergence.mean)]
@@ -88,10 +88,10 @@ def whole(run: Run) -> None:
     dense = {name: sts_correlation(embedder(run.model, run.tokenizer), pairs) for name, pairs in splits.items()}
     say(section="whole", method="dense", **dense)
     for budget in ("80%", "65%", "50%"):
-        plan, _, _ = run.best(run.sketch, budget)
+        plan, _, _ = run.best(run.draft, budget)
         student = hpr.share(run.model, plan, run.profile)
         found = compare(student, run.model, run.texts.heldout, GOAL)
-        used = plan.parameters(run.sketch.anatomy)
+        used = plan.parameters(run.draft.anatomy)
         scores = {name: sts_correlation(embedder(student, run.tokenizer), pairs) for name, pairs in splits.items()}
         say(
             section="whole",
@@ -110,7 +110,7 @@ def whole(run: Run) -> None:
 
 def cost(run: Run) -> None:
     """Statistics, plan and fits against one forward and backward pass over the same text, in the same run."""
-    plan, planning, rescoring = run.best(run.sketch, "50%")
+    plan, planning, rescoring = run.best(run.draft, "50%")
     start = time.perf_counter()
     hpr.share(run.model, plan, run.profile)
     fitting = time.perf_counter() - start
@@ -129,14 +129,14 @@ def cost(run: Run) -> None:
 
 def encoder(run: Run) -> None:
     """The encoder's linear weights alone: mean cosine on held-out docstrings, against published methods."""
-    sketch = run.sketch.narrowed("encoder.*")
-    sites = [site for site in sketch.anatomy.sites if site.stack == "encoder"]
+    draft = run.draft.narrowed("encoder.*")
+    sites = [site for site in draft.anatomy.sites if site.stack == "encoder"]
     for budget, share in (("80%", 0.8), ("50%", 0.5), ("30%", 0.3)):
         for name in ("svd", "svd_llm", "basis_sharing"):
             student, _ = getattr(peers, name)(run.model, sites, run.profile, share)
             found = compare(student, run.model, run.texts.heldout, GOAL)
             say(section="encoder", method=f"peer: {name}", budget=budget, cosine=found.cosine)
-        plan, _, _ = run.best(sketch, budget)
+        plan, _, _ = run.best(draft, budget)
         student = hpr.share(run.model, plan, run.profile)
         found = compare(student, run.model, run.texts.heldout, GOAL)
         say(section="encoder", method="hpr", budget=budget, cosine=found.cosine, operators=count(plan))
@@ -150,18 +150,18 @@ def encoder(run: Run) -> None:
 def damage(run: Run) -> None:
     """Predicted against measured damage, plans of every operator at five budgets; what leaving one out costs."""
     rows, inside = [], []
-    every = draft(run.model, run.profile, PlanOptions(operators=plannable(), align=False)).tracks
+    every = planner.draft(run.model, run.profile, PlanOptions(operators=plannable(), align=False)).tracks
     for budget in ("80%", "65%", "50%", "40%", "30%"):
-        limit = run.sketch.budget(budget)
-        found = [*lagrangian.plan_candidates(every, run.sketch.limit(limit))]
-        found += lagrangian.k_best(every, run.sketch.limit(limit), 3)
+        limit = run.draft.budget(budget)
+        found = [*lagrangian.plan_candidates(every, run.draft.limit(limit))]
+        found += lagrangian.k_best(every, run.draft.limit(limit), 3)
         for name in plannable():  # tables are always segmented: no operator alone could meet the smaller budgets
             for beside in (set(), {"low rank"}):
                 with suppress(hpr.HprError):
                     tracks = restrict(every, {name, "segments", *beside})
-                    found.append(lagrangian.solve(tracks, run.sketch.limit(limit)))
+                    found.append(lagrangian.solve(tracks, run.draft.limit(limit)))
         unique = {solution.structure: solution for solution in found}
-        plans = [run.sketch.plan(solution, limit) for solution in unique.values()]
+        plans = [run.draft.plan(solution, limit) for solution in unique.values()]
         scores = rescore(run.model, run.profile, plans, run.texts.rescoring, GOAL)
         pairs = [(plan.damage, score.divergence.mean) for plan, score in zip(plans, scores, strict=True)]
         rows += pairs
@@ -169,12 +169,12 @@ def damage(run: Run) -> None:
         say(section="damage", budget=budget, plans=len(pairs), spearman=inside[-1], pairs=pairs)
     overall = float(spearmanr(*zip(*rows, strict=True)).statistic)
     say(section="damage", plans=len(rows), spearman=overall, median_within=median(inside))
-    limit = run.sketch.budget("50%")
-    best = run.sketch.best(limit)
+    limit = run.draft.budget("50%")
+    best = run.draft.best(limit)
     gains: dict[str, float | None] = {}
     for name in count(best).keys() - {"keep"}:
         try:
-            gains[name] = run.sketch.without(name, limit).damage / best.damage - 1
+            gains[name] = run.draft.without(name, limit).damage / best.damage - 1
         except hpr.HprError:
             gains[name] = None  # without it this budget cannot be met
     say(section="damage", budget="50%", extra_damage_without=gains)
@@ -184,7 +184,7 @@ def reload(run: Run) -> None:
     """Save at 50 %, load in a fresh process through AutoModel and SentenceTransformer, compare bit by bit."""
     from sentence_transformers import SentenceTransformer
 
-    plan = run.sketch.best(run.sketch.budget("50%"))
+    plan = run.draft.best(run.draft.budget("50%"))
     student = hpr.share(run.model, plan, run.profile)
     with tempfile.TemporaryDirectory() as folder:
         out = hpr.save(student, Path(folder) / "out", run.tokenizer, source=run.folder)
@@ -202,7 +202,7 @@ def reload(run: Run) -> None:
     if answer.returncode:
         raise RuntimeError(answer.stderr)
     auto, sentence = (float(line) for line in answer.stdout.split())
-    used = plan.parameters(run.sketch.anatomy)
+    used = plan.parameters(run.draft.anatomy)
     say(section="reload", auto_model=auto, sentence_transformer=sentence, bytes=size, bytes_over_four_times=size - 4 * used)
 
 

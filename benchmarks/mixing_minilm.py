@@ -28,8 +28,8 @@ from hpr.evaluation.divergence import compare
 from hpr.evaluation.latency import latency
 from hpr.healing.heal import HEALED
 from hpr.nn.bank import parameters
+from hpr.planning import planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.routing.collapse import collapse
 from hpr.routing.plan import best_routed
@@ -51,9 +51,9 @@ def main() -> None:
     teacher = open_model(None)
     data = prepare(mixture(), teacher, HEALED)
     profile = hpr.profile(teacher.model, first_batches(data.calibration, options.examples), "embedding")
-    sketch = draft(teacher.model, profile, PlanOptions(only="encoder.*"))
-    limit = sketch.budget(options.budget)
-    plans = {"static": sketch.best(limit), "dynamic": best_routed(sketch, limit, teacher.model, options.experts)}
+    draft = planner.draft(teacher.model, profile, PlanOptions(only="encoder.*"))
+    limit = draft.budget(options.budget)
+    plans = {"static": draft.best(limit), "dynamic": best_routed(draft, limit, teacher.model, options.experts)}
     pairs = {name: sts_pairs(shared() / "data" / "sts-b" / f"stsb-en-{name}.csv") for name in ("dev", "test")}
 
     def measure(model: nn.Module) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from hpr.evaluation.divergence import accuracy
 from hpr.healing.online.moments import Moments
 from hpr.healing.online.options import OnlineOptions
 from hpr.pipeline.rescore import rescore
+from hpr.planning import planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.profiling.objectives import OBJECTIVES
 from kwt1_closed_form import ONLY, clips
 
@@ -63,8 +63,8 @@ def main() -> None:
     known = torch.from_numpy(known)
     learnt, labels = data[~guarded], known[~guarded]
     profile = hpr.profile(model, list(learnt.split(75)), "classification")
-    sketch = draft(model, profile, PlanOptions(only=ONLY))
-    plans = sketch.alternatives(sketch.budget(options.budget), 4)
+    draft = planner.draft(model, profile, PlanOptions(only=ONLY))
+    plans = draft.alternatives(draft.budget(options.budget), 4)
     scores = rescore(model, profile, plans, [data[guarded]], OBJECTIVES["classification"])
     plan = min(zip(scores, plans, strict=True), key=lambda pair: pair[0].divergence.mean)[1]
     student = hpr.share(model, plan, profile)

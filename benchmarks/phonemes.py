@@ -100,7 +100,7 @@ def main() -> None:
         for made in students(on, share):
             report(made, share)
             if made.plan is not None:
-                groups = spanning(made.plan, on.sketch.anatomy)
+                groups = spanning(made.plan, on.draft.anatomy)
                 chosen = {name: entry.operator for name, entry in made.plan.entries.items()}
                 say(
                     budget=f"{share:.0%}",

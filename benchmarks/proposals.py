@@ -22,9 +22,8 @@ from common import kwt1
 from common.paths import shared
 from common.tables import markdown, say
 from hpr.layer_reuse.ablation import intervene
-from hpr.planning import groupings
+from hpr.planning import groupings, planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.plans.layer_states import DROPPED, WEIGHTS
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.profiling.profile import Profile
@@ -70,11 +69,11 @@ def main() -> None:
     }
     found = []
     for name, variant in variants.items():
-        sketch = draft(model, variant, PlanOptions(only=ONLY))
-        found.append(say(measured=name, **{text: sketch.best(sketch.budget(text)).damage for text in BUDGETS}))
+        draft = planner.draft(model, variant, PlanOptions(only=ONLY))
+        found.append(say(measured=name, **{text: draft.best(draft.budget(text)).damage for text in BUDGETS}))
     with all_pairs():
-        sketch = draft(model, profile, PlanOptions(only=ONLY))
-        found.append(say(measured="all pairs", **{text: sketch.best(sketch.budget(text)).damage for text in BUDGETS}))
+        draft = planner.draft(model, profile, PlanOptions(only=ONLY))
+        found.append(say(measured="all pairs", **{text: draft.best(draft.budget(text)).damage for text in BUDGETS}))
     print(f"\n{markdown(found, {'measured': '', **dict.fromkeys(BUDGETS, '.4e')})}\n")
     interventions = intervene(model, list(calibration[450:].split(50)), OBJECTIVES["classification"])
     found = []

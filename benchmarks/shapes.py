@@ -29,8 +29,8 @@ from families import answer
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.nn.bank import parameters
+from hpr.planning import planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.plans.budget import parse_budget
 from hpr.runtime.environment import peak_memory
 
@@ -129,8 +129,8 @@ def run(name: str, examples: int, operators: Sequence[str] | None) -> None:
     with stage("profile"):
         profile = hpr.profile(model, batches)
     with stage("plan"):
-        sketch = draft(model, profile, PlanOptions(operators=operators))
-        plan = sketch.best(sketch.budget(shape.budget))
+        draft = planner.draft(model, profile, PlanOptions(operators=operators))
+        plan = draft.best(draft.budget(shape.budget))
     with stage("fit"):
         student = hpr.share(model, plan, profile)
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +147,7 @@ def run(name: str, examples: int, operators: Sequence[str] | None) -> None:
         threads=torch.get_num_threads(),
         dense_parameters=parameters(model),
         parameters=used,
-        budget_met=used == plan.parameters(sketch.anatomy) <= limit.parameters,
+        budget_met=used == plan.parameters(draft.anatomy) <= limit.parameters,
         megabytes=size / 1e6,
         seconds=round(sum(seconds.values()), 1),
         by_stage=seconds,

@@ -34,6 +34,7 @@ BELOW = {
 }
 BELOW["pipeline"] = " ".join(room for room in BELOW if room != "errors")
 BELOW["cli"] = BELOW["pipeline"] + " pipeline"
+BELOW["extras"] = BELOW["cli"]
 
 
 def room_of(path: Path, root: Path) -> str:

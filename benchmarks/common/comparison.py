@@ -23,9 +23,9 @@ from hpr.data.splits import Splits
 from hpr.evaluation.divergence import compare
 from hpr.pipeline.compress import REFITTED
 from hpr.pipeline.rescore import rescore
+from hpr.planning import planner
 from hpr.planning.draft import Draft
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import Profile
@@ -52,7 +52,7 @@ class Ground:
     data: Splits
     goal: Objective
     profile: Profile
-    sketch: Draft
+    draft: Draft
     sites: tuple[Site, ...]
 
     @property
@@ -64,7 +64,8 @@ class Ground:
 def ground(model: nn.Module, data: Splits, goal: Objective, only: str) -> Ground:
     """Profile a model and measure its candidates, once for all budgets."""
     profile = hpr.profile(model, data.calibration, goal.name)
-    return Ground(model, data, goal, profile, draft(model, profile, PlanOptions(only=only)), describe(model).select(only))
+    draft = planner.draft(model, profile, PlanOptions(only=only))
+    return Ground(model, data, goal, profile, draft, describe(model).select(only))
 
 
 def students(on: Ground, share: float) -> Iterator[Made]:
@@ -77,13 +78,13 @@ def students(on: Ground, share: float) -> Iterator[Made]:
 
 def ours(on: Ground, share: float) -> Iterator[Made]:
     """The plan that measures best on the re-scoring data, and the same refitted, unless it drops layers."""
-    limit = on.sketch.budget(f"{share:.0%}")
-    plans = on.sketch.alternatives(limit, PLANS)
+    limit = on.draft.budget(f"{share:.0%}")
+    plans = on.draft.alternatives(limit, PLANS)
     scores = rescore(on.model, on.profile, plans, on.data.rescoring, on.goal)
     best = min(range(len(plans)), key=lambda index: scores[index].divergence.mean)
     plan, before = plans[best], scores[best].divergence.mean
     facts = {"label": plan.diagnostics["label"], "operators": count(plan), "predicted": plan.damage, "measured": before}
-    kept = on.dense - (on.sketch.anatomy.total_parameters - plan.parameters(on.sketch.anatomy))
+    kept = on.dense - (on.draft.anatomy.total_parameters - plan.parameters(on.draft.anatomy))
     student = hpr.share(on.model, plan, on.profile)
     yield Made("hpr, no refit", student, kept, plan, facts)
     if plan.layers:
@@ -96,7 +97,7 @@ def ours(on: Ground, share: float) -> Iterator[Made]:
 
 def dropped(on: Ground, share: float) -> Iterator[Made]:
     """Layers left out one by one, each of least text loss by then: the last model above a budget, and the first within."""
-    (stack,) = on.sketch.anatomy.stacks
+    (stack,) = on.draft.anatomy.stacks
     each = {layer: sum(site.parameters for site in on.sites if site.layer == layer) for layer in range(stack.layers)}
     gone: list[int] = []
     limit = math.floor(share * on.dense)

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertModel
 
 import hpr
 from hpr.evaluation.latency import latency
+from hpr.planning import planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 
 
 def batches(count: int, device: str) -> list[dict[str, torch.Tensor]]:
@@ -53,10 +53,10 @@ def main() -> None:
         flush=True,
     )
     start = time.perf_counter()
-    sketch = draft(model, profile, PlanOptions(operators=["low rank", "segments"]))
-    plan = sketch.best(sketch.budget("50%"))
+    draft = planner.draft(model, profile, PlanOptions(operators=["low rank", "segments"]))
+    plan = draft.best(draft.budget("50%"))
     student = hpr.share(model, plan, profile)
-    print(json.dumps({"plan and fits": time.perf_counter() - start, "parameters": plan.parameters(sketch.anatomy)}), flush=True)
+    print(json.dumps({"plan and fits": time.perf_counter() - start, "parameters": plan.parameters(draft.anatomy)}), flush=True)
     for dtype in (torch.float32, torch.bfloat16):
         for size in (1, 8, 32):
             batch = {name: tensor[:size] for name, tensor in given[0].items()}

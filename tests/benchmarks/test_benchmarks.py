@@ -130,7 +130,7 @@ def test_students_stay_within_the_budget(llama):
     plan = made[0].plan
     assert plan is not None
     assert tables.count(plan) == made[0].facts["operators"]
-    assert sum(parameter.numel() for parameter in made[0].student.parameters()) <= plan.parameters(on.sketch.anatomy)
+    assert sum(parameter.numel() for parameter in made[0].student.parameters()) <= plan.parameters(on.draft.anatomy)
 
 
 def test_spanning_groups(build):

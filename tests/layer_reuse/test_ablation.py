@@ -17,8 +17,8 @@ from hpr.layer_reuse.ablation import intervene, reuses
 from hpr.layer_reuse.install import with_states
 from hpr.nn.bank import parameters
 from hpr.pipeline.layer_plans import reusing_plans
+from hpr.planning import planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
 from hpr.profiling.objectives import OBJECTIVES
 
@@ -69,17 +69,17 @@ def test_the_planner_takes_reuse_where_it_pays(model: tf.PreTrainedModel, batche
     profile = replace(profile, interventions=intervene(model, batches, GOAL))
     profile.save(tmp_path / "profile.safetensors")
     assert hpr.Profile.load(tmp_path / "profile.safetensors").interventions == profile.interventions
-    sketch = draft(model, profile)
-    budget = sketch.budget("70%")
-    best, *_ = reusing_plans(model, profile, sketch, budget, batches, GOAL)
+    draft = planner.draft(model, profile)
+    budget = draft.budget("70%")
+    best, *_ = reusing_plans(model, profile, draft, budget, batches, GOAL)
     assert best.layers["layers.3"] == DROPPED
-    assert best.damage < sketch.best(budget).damage
-    best.validate(sketch.anatomy)
+    assert best.damage < draft.best(budget).damage
+    best.validate(draft.anatomy)
     student = hpr.share(model, best, profile)
-    assert parameters(student) == best.parameters(sketch.anatomy) <= budget.parameters
-    assert best.parameters(sketch.anatomy) > 0.99 * budget.parameters
+    assert parameters(student) == best.parameters(draft.anatomy) <= budget.parameters
+    assert best.parameters(draft.anatomy) > 0.99 * budget.parameters
     assert "layers.3 dropped" in best.diagnostics["label"]
-    narrow = draft(model, profile, PlanOptions(only="layers.*.mlp.*"))
+    narrow = planner.draft(model, profile, PlanOptions(only="layers.*.mlp.*"))
     assert reusing_plans(model, profile, narrow, narrow.budget("70%"), batches, GOAL) == []
 
 

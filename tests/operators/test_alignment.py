@@ -16,8 +16,8 @@ from hpr.errors import HprError
 from hpr.operators.alignment import align, align_options, symmetry_groups
 from hpr.operators.metric import measure
 from hpr.operators.registry import OPERATORS
+from hpr.planning import planner
 from hpr.planning.options import PlanOptions
-from hpr.planning.planner import draft
 from hpr.plans.plan import Plan
 from hpr.profiling.profile import Profile
 from hpr.runtime.hooks import run
@@ -168,14 +168,14 @@ def test_planted_copies_are_found_and_tied(planted) -> None:
 
 def test_the_planner_takes_alignment_by_itself(planted) -> None:
     model, _, profile = planted
-    sketch = draft(model, profile, PlanOptions(only="encoder.*"))
-    budget = sketch.budget("40%")
-    best = sketch.best(budget)
+    draft = planner.draft(model, profile, PlanOptions(only="encoder.*"))
+    budget = draft.budget("40%")
+    best = draft.best(budget)
     assert best.alignment
-    assert best.damage < sketch.plain.best(budget).damage
-    assert sketch.alternatives(budget, 3)[0].damage == best.damage
-    assert not sketch.alternatives(budget, 3)[-1].alignment
-    assert sketch.narrowed("encoder.*").best(budget).to_dict() == best.to_dict()
+    assert best.damage < draft.plain.best(budget).damage
+    assert draft.alternatives(budget, 3)[0].damage == best.damage
+    assert not draft.alternatives(budget, 3)[-1].alignment
+    assert draft.narrowed("encoder.*").best(budget).to_dict() == best.to_dict()
 
 
 def test_files_alone_make_the_same_student(planted, tmp_path) -> None:

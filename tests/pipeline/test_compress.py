@@ -15,7 +15,7 @@ from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import EVALUATED, RESCORED, Splits
 from hpr.pipeline.compress import Compression
 from hpr.pipeline.rescore import rescore
-from hpr.planning.planner import draft
+from hpr.planning import planner
 from hpr.plans.plan import keep_all
 from hpr.plans.terms import routers_of
 from hpr.profiling.objectives import OBJECTIVES
@@ -115,8 +115,8 @@ def test_a_profile_says_what_it_was_made_of(model, tokenizer) -> None:
 def test_rescoring_measures_every_plan(model, tokenizer) -> None:
     texts = prepare(TEXTS, tokenizer, 100)
     found = profile(model, texts.calibration, "embedding")
-    sketch = draft(model, found)
-    plans = [keep_all(sketch.anatomy), *(sketch.best(sketch.budget(text)) for text in ("70%", "30%"))]
+    draft = planner.draft(model, found)
+    plans = [keep_all(draft.anatomy), *(draft.best(draft.budget(text)) for text in ("70%", "30%"))]
     scores = rescore(model, found, plans, texts.rescoring, OBJECTIVES["embedding"])
     assert scores[0].divergence.mean == pytest.approx(0, abs=1e-6)
     assert scores[0].divergence.mean < scores[1].divergence.mean < scores[2].divergence.mean

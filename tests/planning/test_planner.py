@@ -14,9 +14,10 @@ from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.operators.alignment import align
 from hpr.operators.registry import OPERATORS, plannable
+from hpr.planning import planner
 from hpr.planning.draft import Draft
 from hpr.planning.options import LONGEST_GROUP, PlanOptions
-from hpr.planning.planner import draft, known_operators
+from hpr.planning.planner import known_operators
 from hpr.planning.rows import counterparts
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP
@@ -50,12 +51,12 @@ def profile(model):
 
 
 @pytest.fixture(scope="module")
-def sketch(model, profile) -> Draft:
-    return draft(model, profile)
+def draft(model, profile) -> Draft:
+    return planner.draft(model, profile)
 
 
-def least(sketch: Draft) -> int:
-    return sketch.untouched + sum(lagrangian.smallest(track) for track in sketch.tracks)
+def least(draft: Draft) -> int:
+    return draft.untouched + sum(lagrangian.smallest(track) for track in draft.tracks)
 
 
 def as_json(plan: Plan) -> str:
@@ -63,24 +64,24 @@ def as_json(plan: Plan) -> str:
 
 
 @pytest.mark.parametrize("percent", [80, 65, 50])
-def test_plans_fit_the_budget_and_use_it(sketch: Draft, percent: int) -> None:
-    budget = sketch.budget(f"{percent}%")
-    plan = sketch.best(budget)
-    plan.validate(sketch.anatomy)
-    used = plan.parameters(sketch.anatomy)
+def test_plans_fit_the_budget_and_use_it(draft: Draft, percent: int) -> None:
+    budget = draft.budget(f"{percent}%")
+    plan = draft.best(budget)
+    plan.validate(draft.anatomy)
+    used = plan.parameters(draft.anatomy)
     assert 0.995 * budget.parameters <= used <= budget.parameters
-    assert budget.parameters == int(sketch.anatomy.total_parameters * percent / 100)
-    assert list(plan.entries) == [site.name for site in sketch.anatomy.sites]
+    assert budget.parameters == int(draft.anatomy.total_parameters * percent / 100)
+    assert list(plan.entries) == [site.name for site in draft.anatomy.sites]
     assert plan.damage == pytest.approx(plan.diagnostics["solver"]["damage"])
     assert plan.diagnostics["solver"]["bound"] <= plan.damage * (1 + 1e-9)
     assert plan.entries["pooler.dense"].operator == KEEP  # which an embedding never reads
 
 
-def test_damage_falls_with_the_budget_to_nothing(sketch: Draft) -> None:
-    damages = [sketch.best(sketch.budget(text)).damage for text in ("30%", "50%", "65%", "80%", "100%")]
+def test_damage_falls_with_the_budget_to_nothing(draft: Draft) -> None:
+    damages = [draft.best(draft.budget(text)).damage for text in ("30%", "50%", "65%", "80%", "100%")]
     assert damages == sorted(damages, reverse=True)
     assert damages[-1] == 0
-    assert all(entry.operator == KEEP for entry in sketch.best(sketch.budget("100%")).entries.values())
+    assert all(entry.operator == KEEP for entry in draft.best(draft.budget("100%")).entries.values())
 
 
 def test_two_runs_give_the_same_plan(model, profile) -> None:
@@ -99,13 +100,13 @@ def test_json_round_trip_shares_to_the_same_model(model, profile, tmp_path) -> N
     assert sum(p.numel() for p in hpr.share(model, plan, profile).parameters()) <= plan.budget.parameters
 
 
-def test_predicted_damage_bounds_that_of_the_fit(model, profile, sketch: Draft) -> None:
-    plan = sketch.best(sketch.budget("50%"))
+def test_predicted_damage_bounds_that_of_the_fit(model, profile, draft: Draft) -> None:
+    plan = draft.best(draft.budget("50%"))
     dense = hpr.unshare(hpr.share(model, plan, profile))
     aligned = align(model, profile, plan.alignment)
-    measured = hpr.operators.metric.measure(aligned.model, sketch.anatomy, aligned.profile)
+    measured = hpr.operators.metric.measure(aligned.model, draft.anatomy, aligned.profile)
     total = 0.0
-    for site in sketch.anatomy.sites:
+    for site in draft.anatomy.sites:
         one = measured[site.name]
         change = dense.get_submodule(site.name).weight.detach().double() - one.weight
         damage = one.damage(change)
@@ -114,51 +115,51 @@ def test_predicted_damage_bounds_that_of_the_fit(model, profile, sketch: Draft) 
     assert total <= plan.damage * (1 + 1e-3)
 
 
-def test_impossible_budgets_name_the_smallest(sketch: Draft) -> None:
-    smallest = least(sketch)
-    for parameters in (1, sketch.untouched, smallest - 1):
-        for ask in (sketch.best, lambda budget: sketch.alternatives(budget, 3)):
+def test_impossible_budgets_name_the_smallest(draft: Draft) -> None:
+    smallest = least(draft)
+    for parameters in (1, draft.untouched, smallest - 1):
+        for ask in (draft.best, lambda budget: draft.alternatives(budget, 3)):
             with pytest.raises(hpr.HprError, match=f"{smallest:,}"):
-                ask(sketch.budget(str(parameters)))
-    assert sketch.best(sketch.budget(str(smallest))).parameters(sketch.anatomy) == smallest
+                ask(draft.budget(str(parameters)))
+    assert draft.best(draft.budget(str(smallest))).parameters(draft.anatomy) == smallest
 
 
 @pytest.mark.parametrize("extra", [0, 20, 100, 500])
-def test_alternatives_at_the_smallest_budgets(sketch: Draft, extra: int) -> None:
-    budget = sketch.budget(str(least(sketch) + extra))
-    plans = sketch.alternatives(budget, 4)
+def test_alternatives_at_the_smallest_budgets(draft: Draft, extra: int) -> None:
+    budget = draft.budget(str(least(draft) + extra))
+    plans = draft.alternatives(budget, 4)
     assert plans
-    assert all(plan.parameters(sketch.anatomy) <= budget.parameters for plan in plans)
+    assert all(plan.parameters(draft.anatomy) <= budget.parameters for plan in plans)
 
 
-def test_only_leaves_all_others_alone(model, profile, sketch: Draft) -> None:
+def test_only_leaves_all_others_alone(model, profile, draft: Draft) -> None:
     pattern = "encoder.*.attention.*"
     plan = hpr.plan(model, profile, "50%", PlanOptions(only=pattern))
-    chosen = {site.name for site in sketch.anatomy.select(pattern)}
+    chosen = {site.name for site in draft.anatomy.select(pattern)}
     assert all(entry.operator == KEEP for name, entry in plan.entries.items() if name not in chosen)
     assert any(entry.operator != KEEP for entry in plan.entries.values())
-    weights = sum(site.parameters for site in sketch.anatomy.sites if site.name in chosen)
-    rest = sketch.anatomy.total_parameters - weights
-    used = plan.parameters(sketch.anatomy) - rest
+    weights = sum(site.parameters for site in draft.anatomy.sites if site.name in chosen)
+    rest = draft.anatomy.total_parameters - weights
+    used = plan.parameters(draft.anatomy) - rest
     assert 0.99 * weights / 2 <= used <= weights / 2
-    narrowed = sketch.narrowed(pattern)
+    narrowed = draft.narrowed(pattern)
     assert as_json(narrowed.best(narrowed.budget("50%"))) == as_json(plan)
     assert narrowed.untouched == rest
     with pytest.raises(hpr.HprError, match="matches no site"):
-        draft(model, profile, PlanOptions(only="decoder.*"))
+        planner.draft(model, profile, PlanOptions(only="decoder.*"))
     with pytest.raises(hpr.HprError, match="no site is left"):
-        draft(model, profile, PlanOptions(only="pooler.*"))
+        planner.draft(model, profile, PlanOptions(only="pooler.*"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_operators_can_be_restricted(model, profile, sketch: Draft, name: str) -> None:
-    alone = draft(model, profile, PlanOptions(operators=[name], align=False))
+def test_operators_can_be_restricted(model, profile, draft: Draft, name: str) -> None:
+    alone = planner.draft(model, profile, PlanOptions(operators=[name], align=False))
     if name == KEEP:
         with pytest.raises(hpr.HprError, match="smallest plan"):
             alone.best(alone.budget("80%"))
         return
     plan = alone.best(alone.budget("90%"))
-    plan.validate(sketch.anatomy)
+    plan.validate(draft.anatomy)
     assert {entry.operator for entry in plan.entries.values()} <= {name, KEEP}
     assert any(entry.operator == name for entry in plan.entries.values())
     for percent in ("90%", "60%"):
@@ -166,30 +167,30 @@ def test_operators_can_be_restricted(model, profile, sketch: Draft, name: str) -
             single = alone.best(alone.budget(percent))
         except hpr.HprError:
             continue
-        assert sketch.plain.best(sketch.budget(percent)).damage <= single.damage * (1 + 1e-9)
+        assert draft.plain.best(draft.budget(percent)).damage <= single.damage * (1 + 1e-9)
 
 
-def test_without_an_operator(sketch: Draft) -> None:
-    budget = sketch.budget("50%")
-    best = sketch.best(budget)
+def test_without_an_operator(draft: Draft) -> None:
+    budget = draft.budget("50%")
+    best = draft.best(budget)
     for name in sorted({entry.operator for entry in best.entries.values()} - {KEEP}):
-        plan = sketch.without(name, budget)
+        plan = draft.without(name, budget)
         assert name not in {entry.operator for entry in plan.entries.values()}
         assert plan.damage >= best.damage * (1 - 1e-9)
-        assert plan.parameters(sketch.anatomy) <= budget.parameters
+        assert plan.parameters(draft.anatomy) <= budget.parameters
         assert plan.diagnostics["label"] == f"without {name}"
 
 
-def test_alternatives_are_distinct_and_within_the_budget(sketch: Draft) -> None:
-    budget = sketch.budget("50%")
-    plans = sketch.alternatives(budget, 6)
+def test_alternatives_are_distinct_and_within_the_budget(draft: Draft) -> None:
+    budget = draft.budget("50%")
+    plans = draft.alternatives(budget, 6)
     assert 2 <= len(plans) <= 6
-    assert as_json(plans[0]) == as_json(sketch.best(budget))
+    assert as_json(plans[0]) == as_json(draft.best(budget))
     assert len({json.dumps(plan.to_dict()["sites"]) for plan in plans}) == len(plans)
     for plan in plans:
-        plan.validate(sketch.anatomy)
-        assert 0.99 * budget.parameters < plan.parameters(sketch.anatomy) <= budget.parameters
-    assert len(sketch.alternatives(budget, 1)) == 1
+        plan.validate(draft.anatomy)
+        assert 0.99 * budget.parameters < plan.parameters(draft.anatomy) <= budget.parameters
+    assert len(draft.alternatives(budget, 1)) == 1
 
 
 def test_unknown_operators() -> None:
@@ -198,22 +199,22 @@ def test_unknown_operators() -> None:
     assert known_operators(None) == set(NAMES)
 
 
-def test_tracks(sketch: Draft) -> None:
-    stack = [track for track in sketch.tracks if "·" in track.name]
+def test_tracks(draft: Draft) -> None:
+    stack = [track for track in draft.tracks if "·" in track.name]
     assert [track.length for track in stack] == [4] * 6
     for track in stack:
         assert all(stop - start <= LONGEST_GROUP or (start, stop) == (0, 4) for start, stop in track.candidates)
         whole = {one.operator for one in track.candidates[0, 4] if not one.parts}
         assert whole == {"shared input basis", "shared output basis"}  # random weights have nothing in common
-    assert {site.name for site in sketch.fixed} == {"pooler.dense"}
-    assert len(sketch.tracks) == 6 + 3
+    assert {site.name for site in draft.fixed} == {"pooler.dense"}
+    assert len(draft.tracks) == 6 + 3
 
 
 def test_one_matrix_for_several_is_tried_where_weights_are_alike_or_it_is_named(model) -> None:
     shared = {name for name, operator in OPERATORS.items() if operator.shared}
 
-    def offered(sketch: Draft) -> set[str]:
-        found = [track for track in sketch.tracks if "output.dense" in track.name and "attention" not in track.name]
+    def offered(draft: Draft) -> set[str]:
+        found = [track for track in draft.tracks if "output.dense" in track.name and "attention" not in track.name]
         return {one.operator for one in found[0].candidates[0, 4] if not one.parts}
 
     torch.manual_seed(0)
@@ -223,42 +224,42 @@ def test_one_matrix_for_several_is_tried_where_weights_are_alike_or_it_is_named(
         with torch.no_grad():
             layer.output.dense.weight.add_(0.1 * layer.output.dense.weight.std() * torch.randn_like(layer.output.dense.weight))
     found = hpr.profile(looped, [{"input_ids": torch.randint(3, looped.config.vocab_size, (8, 8))} for _ in range(2)])
-    assert offered(draft(looped, found, PlanOptions(align=False))) == shared
+    assert offered(planner.draft(looped, found, PlanOptions(align=False))) == shared
     for name, parameter in looped.named_parameters():
         if name.endswith("output.dense.weight"):
             torch.nn.init.normal_(parameter)
     found = hpr.profile(looped, [{"input_ids": torch.randint(3, looped.config.vocab_size, (8, 8))} for _ in range(2)])
-    assert offered(draft(looped, found, PlanOptions(align=False))) < shared
-    assert offered(draft(looped, found, PlanOptions(operators=NAMES, align=False))) == shared
+    assert offered(planner.draft(looped, found, PlanOptions(align=False))) < shared
+    assert offered(planner.draft(looped, found, PlanOptions(operators=NAMES, align=False))) == shared
 
 
-def test_a_budget_in_bytes_counts_the_models_own_dtype(model, sketch: Draft) -> None:
+def test_a_budget_in_bytes_counts_the_models_own_dtype(model, draft: Draft) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     profile = hpr.profile(half, [{"input_ids": torch.randint(3, 200, (8, 10))}], "embedding")
-    drafted = draft(half, profile, PlanOptions(operators=["low rank"]))
+    drafted = planner.draft(half, profile, PlanOptions(operators=["low rank"]))
     assert drafted.budget("113.536KB").parameters == 24_000
-    assert sketch.budget("113.536KB").parameters == 12_000
+    assert draft.budget("113.536KB").parameters == 12_000
     assert drafted.narrowed("encoder.*").budget("113.536KB").parameters == 24_000
 
 
-def test_boundaries_are_probabilities(sketch: Draft) -> None:
-    plan = sketch.best(sketch.budget("50%"))
-    found = boundary_probabilities(sketch.tracks, plan.diagnostics["solver"]["multiplier"], 0.05 * plan.damage)
-    assert set(found) == {track.name for track in sketch.tracks if " · " in track.name}  # not the rows of an embedding
+def test_boundaries_are_probabilities(draft: Draft) -> None:
+    plan = draft.best(draft.budget("50%"))
+    found = boundary_probabilities(draft.tracks, plan.diagnostics["solver"]["multiplier"], 0.05 * plan.damage)
+    assert set(found) == {track.name for track in draft.tracks if " · " in track.name}  # not the rows of an embedding
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     for one in found.values():
         assert all(0 <= p <= 1 + 1e-9 for p in one["probabilities"])
         assert one["entropy"] >= 0
 
 
-def test_groups_do_not_leap_over_sites_that_are_not_planned(model, profile, sketch: Draft) -> None:
-    some = draft(model, profile, PlanOptions(only="encoder.0.*,encoder.2.*,encoder.3.*"))
+def test_groups_do_not_leap_over_sites_that_are_not_planned(model, profile, draft: Draft) -> None:
+    some = planner.draft(model, profile, PlanOptions(only="encoder.0.*,encoder.2.*,encoder.3.*"))
     for track in some.tracks:
         assert set(track.candidates) == {(0, 1), (1, 2), (2, 3), (1, 3)}
     plan = some.best(some.budget("50%"))
-    plan.validate(sketch.anatomy)
+    plan.validate(draft.anatomy)
     groups = plan.groups()
-    assert all({2, 3} == {sketch.anatomy[name].layer for name in names} for names in groups)
+    assert all({2, 3} == {draft.anatomy[name].layer for name in names} for names in groups)
 
 
 def batches_for(model) -> list[dict[str, torch.Tensor]]:
@@ -296,14 +297,14 @@ def test_groups_span_encoder_and_decoder(encoder_decoder, tmp_path) -> None:
     model = encoder_decoder
     batches = batches_for(model)
     profile = hpr.profile(model, batches)
-    sketch = draft(model, profile)
-    kept = sum(site.parameters for site in sketch.anatomy.sites if site.stack == "encoder" and site.kind == "linear")
-    plan = sketch.best(sketch.budget(str(sketch.anatomy.total_parameters - kept)))  # just what sharing all of them saves
-    plan.validate(sketch.anatomy)
+    draft = planner.draft(model, profile)
+    kept = sum(site.parameters for site in draft.anatomy.sites if site.stack == "encoder" and site.kind == "linear")
+    plan = draft.best(draft.budget(str(draft.anatomy.total_parameters - kept)))  # just what sharing all of them saves
+    plan.validate(draft.anatomy)
     assert plan.damage == 0
-    spanning = [group for group in plan.groups() if len({sketch.anatomy[name].stack for name in group}) == 2]
+    spanning = [group for group in plan.groups() if len({draft.anatomy[name].stack for name in group}) == 2]
     assert len(spanning) == 6 * 2
-    assert all([sketch.anatomy[name].layer for name in group] in ([0, 0], [1, 1]) for group in spanning)
+    assert all([draft.anatomy[name].layer for name in group] in ([0, 0], [1, 1]) for group in spanning)
     assert not any("encoder_attn" in name or "EncDec" in name for group in spanning for name in group)
     student = hpr.share(model, plan, profile)
     with torch.no_grad():
@@ -317,19 +318,19 @@ def test_groups_span_encoder_and_decoder(encoder_decoder, tmp_path) -> None:
     generated = [one.generate(batches[0]["input_ids"], max_new_tokens=6, do_sample=False) for one in (student, loaded)]
     assert torch.equal(*generated)
     dense = hpr.unshare(loaded)
-    assert describe(dense).total_parameters == sketch.anatomy.total_parameters
+    assert describe(dense).total_parameters == draft.anatomy.total_parameters
 
 
 def test_an_encoder_decoders_identity_plan_and_refit(encoder_decoder) -> None:
     model, batches = encoder_decoder, batches_for(encoder_decoder)
     profile = hpr.profile(model, batches)
-    sketch = draft(model, profile, PlanOptions(operators=["shared input basis"]))
-    whole = sketch.best(sketch.budget("100%"))
+    draft = planner.draft(model, profile, PlanOptions(operators=["shared input basis"]))
+    whole = draft.best(draft.budget("100%"))
     assert all(entry.operator == KEEP for entry in whole.entries.values())
     with torch.no_grad():
         assert torch.equal(hpr.share(model, whole, profile)(**batches[0]).logits, model(**batches[0]).logits)
-        plan = sketch.best(sketch.budget(str(least(sketch) + 500)))
-        assert any(len({sketch.anatomy[name].stack for name in group}) == 2 for group in plan.groups())
+        plan = draft.best(draft.budget(str(least(draft) + 500)))
+        assert any(len({draft.anatomy[name].stack for name in group}) == 2 for group in plan.groups())
         student = hpr.share(model, plan, profile)
         before = (student(**batches[0]).logits - model(**batches[0]).logits).square().mean()
         hpr.refit(student, model, batches, plan, profile)
@@ -338,9 +339,9 @@ def test_an_encoder_decoders_identity_plan_and_refit(encoder_decoder) -> None:
 
 def test_narrowing_an_encoder_decoder_leaves_the_other_stack(encoder_decoder) -> None:
     profile = hpr.profile(encoder_decoder, batches_for(encoder_decoder))
-    sketch = draft(encoder_decoder, profile)
+    draft = planner.draft(encoder_decoder, profile)
     for pattern in ("encoder.*", "decoder.*"):
-        narrowed, anew = sketch.narrowed(pattern), draft(encoder_decoder, profile, PlanOptions(only=pattern))
+        narrowed, anew = draft.narrowed(pattern), planner.draft(encoder_decoder, profile, PlanOptions(only=pattern))
         assert {track.name: set(track.candidates) for track in narrowed.tracks} == {
             track.name: set(track.candidates) for track in anew.tracks
         }
@@ -357,23 +358,23 @@ def test_a_planted_grouping_is_found(model, groups) -> None:
     plant(copy, describe(copy), lambda site: None if site.layer is None else (site.slot, group_of[site.layer]))
     draw = torch.Generator().manual_seed(0)
     profile = hpr.profile(copy, [{"input_ids": torch.randint(3, 200, (8, 10), generator=draw)}], "embedding")
-    sketch = draft(copy, profile)
+    draft = planner.draft(copy, profile)
     firsts = {None, *(group[0] for group in groups)}
-    saved = sum(site.parameters for site in sketch.anatomy.sites if site.layer not in firsts)
-    plan = sketch.best(sketch.budget(str(sketch.anatomy.total_parameters - saved)))
+    saved = sum(site.parameters for site in draft.anatomy.sites if site.layer not in firsts)
+    plan = draft.best(draft.budget(str(draft.anatomy.total_parameters - saved)))
     assert plan.damage == pytest.approx(0, abs=1e-12)
-    found = {tuple(sketch.anatomy[name].layer for name in group) for group in plan.groups()}
+    found = {tuple(draft.anatomy[name].layer for name in group) for group in plan.groups()}
     assert found == {group for group in groups if len(group) > 1}
     json.dumps(plan.to_dict(), allow_nan=False)
-    report = render_report(plan.to_dict(), {"boundaries": boundary_probabilities(sketch.tracks, 0.0, 0.1)})
+    report = render_report(plan.to_dict(), {"boundaries": boundary_probabilities(draft.tracks, 0.0, 0.1)})
     assert "encoder" in report
 
 
-def test_composites_know_which_operators_they_need(sketch: Draft) -> None:
-    budget = sketch.budget("50%")
-    for name in sorted({entry.operator for entry in sketch.best(budget).entries.values()} - {KEEP}):
+def test_composites_know_which_operators_they_need(draft: Draft) -> None:
+    budget = draft.budget("50%")
+    for name in sorted({entry.operator for entry in draft.best(budget).entries.values()} - {KEEP}):
         assert name in NAMES
-    alone = restrict(sketch.tracks, {"shared output basis"})
+    alone = restrict(draft.tracks, {"shared output basis"})
     composites = [one for track in alone for one in track.candidates.get((0, 4), ()) if one.parts]
     assert composites
     assert set(operators(alone)) == {KEEP, "shared output basis"}
@@ -385,4 +386,4 @@ def test_another_models_profile_is_refused(profile) -> None:
         tf.BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, vocab_size=200)
     )
     with pytest.raises(hpr.HprError, match="fingerprint"):
-        draft(other, profile)
+        planner.draft(other, profile)

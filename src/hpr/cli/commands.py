@@ -100,14 +100,14 @@ def plan(
     bytes_each = bytes_per_parameter(opened.model)
     limit = parse_budget(budget, describe(opened.model), bytes_each, only)  # before minutes are spent on curves
     with bars():
-        sketch = planner.draft(opened.model, found, PlanOptions(only=only, operators=operator_names(operators), align=align))
-    best = sketch.best(limit)
+        draft = planner.draft(opened.model, found, PlanOptions(only=only, operators=operator_names(operators), align=align))
+    best = draft.best(limit)
     best.save(output)
-    as_dict, used = best.to_dict(), best.parameters(sketch.anatomy)
+    as_dict, used = best.to_dict(), best.parameters(draft.anatomy)
     result = {"output": str(output), "parameters": used} | {
         key: as_dict[key] for key in ("model", "budget", "predicted_damage", "diagnostics")
     }
-    gain = [tables.alignment_line(best.damage, sketch.plain.best(limit).damage)] if best.alignment else []
+    gain = [tables.alignment_line(best.damage, draft.plain.best(limit).damage)] if best.alignment else []
     notes = lines(tables.solver_line(as_dict, used), *gain, f"written: {output}")
     show(result, as_json, tables.plan_table(as_dict), tables.operators_table(as_dict), notes)
 

@@ -9,7 +9,8 @@ from rich import box
 from rich.columns import Columns
 from rich.table import Table
 
-from hpr.plans.table import read_plan, runs
+from hpr.plans.table import read_plan
+from hpr.plans.text_table import runs
 from hpr.reporting.formatting import byte_count, exact, figure, percent, present, records, seconds, size_rows, table
 
 

@@ -1,24 +1,36 @@
-"""Features beside the main way, by one import: the online learner, many tasks on one model, routers, layers that reuse."""
+"""Optional features by one import: the online learner, many tasks on one model, layers that reuse, routers.
+
+Each name is imported when it is first used, so a program that asks for one feature loads no other.
+
+>>> from hpr.extras import OnlineHealer, draft
+"""
 
 from __future__ import annotations
 
-from hpr.healing.loss import Weights
-from hpr.healing.online.healer import OnlineHealer
-from hpr.healing.online.moments import Moments
-from hpr.layer_reuse.dead_weights import dead_weights
-from hpr.layer_reuse.install import with_states
-from hpr.layer_reuse.reuse import with_layers
-from hpr.nn.multitask import ManyHeads
-from hpr.pipeline.hierarchical import HierarchicalBert
-from hpr.planning.planner import draft
-from hpr.plans.plan import keep_all
-from hpr.routing.collapse import collapse
-from hpr.routing.expected_gains import expected_gains
-from hpr.routing.plan import best_routed, routed
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpr.data.sources import Mixture
+    from hpr.healing.loss import Weights
+    from hpr.healing.online.healer import OnlineHealer
+    from hpr.healing.online.moments import Moments
+    from hpr.layer_reuse.dead_weights import dead_weights
+    from hpr.layer_reuse.install import with_states
+    from hpr.layer_reuse.reuse import with_layers
+    from hpr.nn.multitask import ManyHeads
+    from hpr.pipeline.hierarchical import HierarchicalBert
+    from hpr.planning.planner import draft
+    from hpr.plans.plan import keep_all
+    from hpr.routing.collapse import collapse
+    from hpr.routing.expected_gains import expected_gains
+    from hpr.routing.plan import best_routed, routed
+    from hpr.runtime.progress import reporting_to
 
 __all__ = [
     "HierarchicalBert",
     "ManyHeads",
+    "Mixture",
     "Moments",
     "OnlineHealer",
     "Weights",
@@ -28,7 +40,40 @@ __all__ = [
     "draft",
     "expected_gains",
     "keep_all",
+    "reporting_to",
     "routed",
     "with_layers",
     "with_states",
 ]
+
+_HOMES = {
+    "HierarchicalBert": "hpr.pipeline.hierarchical",
+    "ManyHeads": "hpr.nn.multitask",
+    "Mixture": "hpr.data.sources",
+    "Moments": "hpr.healing.online.moments",
+    "OnlineHealer": "hpr.healing.online.healer",
+    "Weights": "hpr.healing.loss",
+    "best_routed": "hpr.routing.plan",
+    "collapse": "hpr.routing.collapse",
+    "dead_weights": "hpr.layer_reuse.dead_weights",
+    "draft": "hpr.planning.planner",
+    "expected_gains": "hpr.routing.expected_gains",
+    "keep_all": "hpr.plans.plan",
+    "reporting_to": "hpr.runtime.progress",
+    "routed": "hpr.routing.plan",
+    "with_layers": "hpr.layer_reuse.reuse",
+    "with_states": "hpr.layer_reuse.install",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the table when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hpr.extras' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -96,19 +96,19 @@ def plan_rows(plans: Sequence[Plan], scores: Sequence[Comparison], best: int, an
     ]
 
 
-def operator_gains(sketch: Draft, plan: Plan) -> list[dict[str, Any]]:
+def operator_gains(draft: Draft, plan: Plan) -> list[dict[str, Any]]:
     """What the best plan without each operator, and without alignment, would cost, for those that the plan uses."""
     used = {entry.operator for entry in plan.entries.values()} & set(plannable()) - {KEEP}
-    best = sketch.best(plan.budget).damage
+    best = draft.best(plan.budget).damage
     gains = []
     for operator in sorted(used):
         try:
-            without = sketch.without(operator, plan.budget).damage
+            without = draft.without(operator, plan.budget).damage
         except BudgetError:
             continue  # without it the budget cannot be met at all
         gains.append({"operator": operator, "damage_without": without, "damage_with": best})
     if plan.alignment:
-        gains.append({"operator": "alignment", "damage_without": sketch.plain.best(plan.budget).damage, "damage_with": best})
+        gains.append({"operator": "alignment", "damage_without": draft.plain.best(plan.budget).damage, "damage_with": best})
     return gains
 
 

@@ -16,8 +16,8 @@ from hpr.errors import HprError, PlanError
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import check_entries, check_states
 from hpr.plans.owners import owners
-from hpr.plans.table import plan_text
 from hpr.plans.terms import KEEP, Entry, FactorShape, entry_from_dict, entry_to_dict, spelled, validate_entry
+from hpr.plans.text_table import plan_text
 from hpr.runtime.files import write_text
 
 FORMAT = 2

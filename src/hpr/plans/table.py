@@ -1,4 +1,4 @@
-"""A plan as a table: layers by slots, which sites share a factor, and at which rank.
+"""Read the table of a plan: layers by slots, which sites share a factor, and at which rank.
 
 Everything is read from the JSON form of the plan, which is what ``Plan.to_dict`` returns. Two sites that name the same factor
 share it; the set of sites that use a factor is a *group*. A site may be in several groups, one inside the other (``base +
@@ -7,18 +7,16 @@ block + private``): the smallest group comes first.
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
+from hpr.plans.json_values import dig, number
 from hpr.plans.terms import KEEP
 
 HUES = 7
-WIDTH = 100  # characters of a line of text
 _FACTORS = ("u", "v", "row_scale", "column_scale")
 
 
@@ -162,61 +160,10 @@ def boundaries(rows: Iterable[Row]) -> tuple[bool, ...]:
     return tuple(not _joined(left, right) for left, right in pairwise(cell for row in rows for cell in row.cells))
 
 
-def runs(cells: Iterable[Cell | None]) -> list[str]:
-    """``0–1: sib 93`` for each group of neighbouring layers, and for neighbouring layers that are all kept."""
-    joined: list[list[tuple[int, Cell]]] = []
-    for layer, cell in enumerate(cells):
-        if cell is None:
-            continue
-        before = joined[-1][-1] if joined else None
-        if before and before[0] == layer - 1 and (cell.joins_left or cell.kind == before[1].kind == KEEP):
-            joined[-1].append((layer, cell))
-        else:
-            joined.append([(layer, cell)])
-    texts = []
-    for run in joined:
-        first, last = run[0][0], run[-1][0]
-        words = [word for word, _ in groupby(cell.word for _, cell in run)]
-        texts.append(f"{first if first == last else f'{first}–{last}'}: {' | '.join(words)}")
-    return texts
-
-
-def plan_text(plan: Mapping[str, Any]) -> str:
-    """The table as plain text: a line for each slot (``layers: operator rank``), the operators, and what the plan predicts."""
-    plan_map = read_plan(plan)
-    rows = [(f"{stack.name} · {row.slot}", runs(row.cells)) for stack in plan_map.stacks for row in stack.rows]
-    rows += [(cell.site, [cell.word.replace("/", " / ")]) for cell in plan_map.outside]
-    left = max((len(name) for name, _ in rows), default=0) + 2
-    lines = []
-    for name, groups in rows:
-        # a no-break space keeps a group on one line; long lists of ranks may still be broken
-        text = "   ".join(group if len(group) > WIDTH - left else group.replace(" ", "\u00a0") for group in groups)
-        lines += textwrap.wrap(
-            text, max(WIDTH, left + 24), initial_indent=name.ljust(left), subsequent_indent=" " * left, break_on_hyphens=False
-        )
-    codes = [f"{use.name if use.name == use.code else f'{use.code} = {use.name}'} ({use.sites})" for use in plan_map.operators]
-    lines += ["", *textwrap.wrap(", ".join(codes), WIDTH), _prediction(plan)]
-    return "\n".join(lines).replace("\u00a0", " ")
-
-
-def _prediction(plan: Mapping[str, Any]) -> str:
-    """Budget, predicted damage, and the gap to the best plan."""
-    allowed, dense = (_number(_dig(plan, *keys)) for keys in (("budget", "parameters"), ("model", "dense_parameters")))
-    damage, gap = _number(_dig(plan, "predicted_damage")), _number(_dig(plan, "diagnostics", "solver", "gap"))
-    parts = [f"budget {_dig(plan, 'budget', 'text')}"]
-    if allowed is not None and dense is not None:
-        parts[0] += f": at most {allowed:,.0f} of {dense:,.0f} parameters"
-    if damage is not None:
-        parts.append(f"predicted damage {damage:.3g} nats per example")
-    if gap is not None:
-        parts[-1] += f", at most {100 * gap:.2f} % above the least possible"
-    return "\n".join(parts)
-
-
 def _place(name: str, stacks: Mapping[str, Any]) -> tuple[str, int, str]:
     """(stack, layer, slot) of a site by its path; layer −1 outside the stacks."""
     for stack, shape in stacks.items():
-        path, layers = _dig(shape, "path"), _number(_dig(shape, "layers")) or 0
+        path, layers = dig(shape, "path"), number(dig(shape, "layers")) or 0
         start = f"{path}." if path else ""
         if isinstance(path, str) and name.startswith(start):
             layer, _, slot = name.removeprefix(start).partition(".")
@@ -270,7 +217,7 @@ def _cell(name: str, entry: Mapping[str, Any], codes: Mapping[str, str], groups:
         kind, rank = "gone", "–"
     else:
         kind, rank = "shared" if own_groups else "private", "+".join(whole + pieces)
-    return Cell(name, operator, codes[operator], rank, kind, _number(entry.get("damage")), "+".join(whole), own_groups, lanes)
+    return Cell(name, operator, codes[operator], rank, kind, number(entry.get("damage")), "+".join(whole), own_groups, lanes)
 
 
 def _rank(term: Mapping[str, Any]) -> str:
@@ -332,24 +279,11 @@ def _operators(cells: Iterable[Cell]) -> tuple[OperatorUse, ...]:
     return tuple(sorted(legend, key=lambda operator: -operator.sites))
 
 
-def _dig(data: Any, *keys: str) -> Any:
-    """A value deep in nested mappings; None if a step is missing or null."""
-    for key in keys:
-        data = data.get(key) if isinstance(data, Mapping) else None
-    return data
-
-
 def _mapping(data: Any, key: str) -> Mapping[str, Any]:
-    value = _dig(data, key)
+    value = dig(data, key)
     return value if isinstance(value, Mapping) else {}
 
 
 def _terms(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     terms = entry.get("terms")
     return [term for term in terms if isinstance(term, Mapping)] if isinstance(terms, list | tuple) else []
-
-
-def _number(value: Any) -> float | None:
-    """The value as a finite float; None for anything else."""
-    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if finite else None

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hpr.plans.json_values import dig, number
 from hpr.plans.table import Cell
-from hpr.reporting.formatting import count, dig, exact, figure, number, present, records, seconds
+from hpr.reporting.formatting import count, exact, figure, present, records, seconds
 from hpr.reporting.svg import spearman
 
 _KINDS = (

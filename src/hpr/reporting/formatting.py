@@ -7,17 +7,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hpr.plans.json_values import dig, number
+
 ABSENT = "not recorded"
 _NBSP = "\u00a0"
-
-
-def dig(data: Any, *keys: str) -> Any:
-    """A value deep in nested mappings; None if a step is missing or null."""
-    for key in keys:
-        if not isinstance(data, Mapping):
-            return None
-        data = data.get(key)
-    return data
 
 
 def table(data: Any, *keys: str) -> Mapping[str, Any]:
@@ -30,13 +23,6 @@ def records(data: Any, *keys: str) -> list[Mapping[str, Any]]:
     """The list of mappings at ``keys``, empty if there is none."""
     value = dig(data, *keys)
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
-
-
-def number(value: Any) -> float | None:
-    """The value as a finite float; None for null, text, booleans, NaN and infinities."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def numbers(values: Any) -> list[float | None]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hpr.plans.json_values import dig, number
 from hpr.reporting import captions
 from hpr.reporting import svg as figures
-from hpr.reporting.formatting import dig, number, numbers, present, records, table
+from hpr.reporting.formatting import numbers, present, records, table
 
 Section = dict[str, Any]
 

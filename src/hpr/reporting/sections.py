@@ -8,16 +8,15 @@ from itertools import pairwise
 from typing import Any
 
 from hpr.plans import table as plan_table
+from hpr.plans.json_values import dig, number
 from hpr.plans.table import PlanMap, StackMap
 from hpr.reporting import captions
 from hpr.reporting import svg as figures
 from hpr.reporting.formatting import (
     ABSENT,
     count,
-    dig,
     exact,
     figure,
-    number,
     numbers,
     percent,
     present,

@@ -14,7 +14,8 @@ import numpy as np
 from markupsafe import Markup
 from scipy.stats import rankdata
 
-from hpr.reporting.formatting import count, exact, figure, number
+from hpr.plans.json_values import number
+from hpr.reporting.formatting import count, exact, figure
 
 WIDTH = 350  # what a 390 px telephone shows without scrolling
 GROWTH = 1.45
