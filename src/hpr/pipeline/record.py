@@ -52,7 +52,6 @@ def heading(loaded: LoadedModel, plan: Plan) -> dict[str, Any]:
         "model": {"name": loaded.label, "class": plan.model_class, "fingerprint": plan.fingerprint},
         "versions": versions(),
         "budget": {"text": plan.budget.text, "parameters": plan.budget.parameters},
-        "boundaries": plan.diagnostics.get("boundaries", {}),
         "solver": plan.diagnostics.get("solver"),
     }
 
