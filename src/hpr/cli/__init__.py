@@ -1,4 +1,4 @@
-"""The command line: thin, every verb reads and writes the artifacts and leaves the work to the library."""
+"""The command line: each command reads options, calls the library, and prints the result."""
 
 from hpr.cli.program import app, main
 

@@ -36,14 +36,14 @@ def inspect(model: Model = None, as_json: Json = False) -> None:
     from hpr.cli.describing import anatomy_of
     from hpr.reporting import formatting
 
-    opened = open_model(model)
-    found = anatomy_of(opened)
-    notes = [line for stack in found["stacks"] for line in tables.stack_lines(stack)]
-    notes += [f"tied: {' = '.join([tie['site'], *tie['aliases']])}" for tie in found["ties"]]
-    notes += [f"cannot be shared: {reason}" for reason in found["not_swappable"].values()]
-    notes += [f"no site: {tables.uncovered_line(row)}" for row in found["uncovered"]]
-    notes += [f"objective: {found['objective']}", f"a profile needs {formatting.byte_count(found['profile_bytes'])} of memory"]
-    show(found, as_json, tables.parts_table(found), lines(*notes))
+    anatomy = anatomy_of(open_model(model))
+    notes = [line for stack in anatomy["stacks"] for line in tables.stack_lines(stack)]
+    notes += [f"tied: {' = '.join([tie['site'], *tie['aliases']])}" for tie in anatomy["ties"]]
+    notes += [f"cannot be shared: {reason}" for reason in anatomy["not_swappable"].values()]
+    notes += [f"no site: {tables.uncovered_line(row)}" for row in anatomy["uncovered"]]
+    memory = formatting.byte_count(anatomy["profile_bytes"])
+    notes += [f"objective: {anatomy['objective']}", f"a profile needs {memory} of memory"]
+    show(anatomy, as_json, tables.parts_table(anatomy), lines(*notes))
 
 
 def profile(
@@ -95,12 +95,13 @@ def plan(
     from hpr.plans.budget import parse_budget
     from hpr.profiling.profile import Profile
 
-    found = Profile.load(profile)
-    opened = open_model(model, device)
-    bytes_each = bytes_per_parameter(opened.model)
-    limit = parse_budget(budget, describe(opened.model), bytes_each, only)  # before minutes are spent on curves
+    measured = Profile.load(profile)
+    loaded = open_model(model, device)
+    bytes_each = bytes_per_parameter(loaded.model)
+    limit = parse_budget(budget, describe(loaded.model), bytes_each, only)  # a wrong budget is refused before the curves
+    options = PlanOptions(only=only, operators=operator_names(operators), align=align)
     with bars():
-        draft = planner.draft(opened.model, found, PlanOptions(only=only, operators=operator_names(operators), align=align))
+        draft = planner.draft(loaded.model, measured, options)
     best = draft.best(limit)
     best.save(output)
     as_dict, used = best.to_dict(), best.parameters(draft.anatomy)
@@ -122,7 +123,7 @@ def share(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Carry out a plan: write the smaller model, which transformers loads after `import hpr`."""
+    """Carry out a plan: write the compressed model, which transformers loads after `import hpr`."""
     quiet()
     from hpr.checkpoints import save
     from hpr.checkpoints.open import open_model
@@ -136,10 +137,10 @@ def share(
     save.check_folder(output)
     wanted = Plan.load(plan)
     known = Profile.load(profile) if profile else None
-    opened = open_model(model, device)
-    student = sharing.share(opened.model, wanted, known)
+    loaded = open_model(model, device)
+    student = sharing.share(loaded.model, wanted, known)
     files = {"plan.json": plan.read_text(encoding="utf-8")}
-    folder = save.save(student, output, opened.tokenizer, files, opened.folder)
+    folder = save.save(student, output, loaded.tokenizer, files, loaded.folder)
     counted = {"parameters": bank.parameters(student), "bytes": cost.file_bytes(folder)}
     text = f"{formatting.exact(counted['parameters'])} parameters, {formatting.byte_count(counted['bytes'])} on disk"
     show({"output": str(folder), **counted}, as_json, lines(text, f"written: {output}"))
@@ -175,7 +176,7 @@ def evaluate(
 
 
 def report(folder: Folder, as_json: Json = False) -> None:
-    """Write report.html anew from plan.json and metrics.json."""
+    """Write report.html again from plan.json and metrics.json."""
     from hpr.pipeline.record import write_report
 
     path = write_report(folder)

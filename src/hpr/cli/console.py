@@ -1,4 +1,4 @@
-"""What all verbs have in common: where output goes, progress bars, exit codes."""
+"""Console output of all commands: results on stdout, progress bars and notes on stderr, exit codes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
-class Verbs(TyperGroup):
-    """Turns errors into exit codes, for every verb at once. What nobody foresaw keeps its traceback and exits with 1."""
+class Commands(TyperGroup):
+    """Turns errors into exit codes, for all commands. An unexpected error keeps its traceback and exits with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -34,7 +34,7 @@ class Verbs(TyperGroup):
             raise typer.Exit(BAD_INPUT) from error
         except OSError as error:
             if error.filename is None:
-                raise  # a closed pipe, say
+                raise  # for example a closed pipe
             _say(f"{error.filename}: {error.strerror}; give another path")
             raise typer.Exit(BAD_INPUT) from error
         except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""What the verbs say about models and folders, as JSON values."""
+"""A model's anatomy as JSON values, for `hpr inspect`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hpr.profiling.curvature import memory_needed
 OTHER = "biases, norms and other"
 
 
-def anatomy_of(opened: LoadedModel) -> dict[str, Any]:
+def anatomy_of(loaded: LoadedModel) -> dict[str, Any]:
     """Stacks, parts with their parameters, ties, what cannot be shared, and the memory that a profile needs.
 
-    ``attention_reuse`` and ``drop`` of a stack: layer → why it cannot reuse attention or be dropped, None where it can.
+    ``attention_reuse`` and ``drop`` of a stack: layer → why it cannot reuse attention or be dropped, None if it can.
     """
-    anatomy = describe(opened.model)
-    reuse, drop = reusable(opened.model, anatomy), droppable(opened.model, anatomy)
+    anatomy = describe(loaded.model)
+    reuse, drop = reusable(loaded.model, anatomy), droppable(loaded.model, anatomy)
     parts: list[dict[str, Any]] = []
     for (stack, slot), sites in anatomy.slots().items():
         parts.append(
@@ -34,9 +34,9 @@ def anatomy_of(opened: LoadedModel) -> dict[str, Any]:
         )
     parts.append({"name": OTHER, "sites": 0, "shape": None, "parameters": anatomy.other_parameters})
     return {
-        "model": opened.label,
+        "model": loaded.label,
         "class": anatomy.model_class,
-        "objective": opened.objective,
+        "objective": loaded.objective,
         "fingerprint": anatomy.fingerprint,
         "parameters": anatomy.total_parameters,
         "stacks": [
@@ -51,7 +51,7 @@ def anatomy_of(opened: LoadedModel) -> dict[str, Any]:
         ],
         "parts": parts,
         "ties": [{"site": site.name, "aliases": list(site.aliases)} for site in anatomy.sites if site.aliases],
-        "not_swappable": not_swappable(opened.model, anatomy),
-        "uncovered": [asdict(row) for row in uncovered(opened.model, anatomy)],
+        "not_swappable": not_swappable(loaded.model, anatomy),
+        "uncovered": [asdict(row) for row in uncovered(loaded.model, anatomy)],
         "profile_bytes": memory_needed(anatomy),
     }

@@ -10,31 +10,36 @@ import typer
 
 from hpr.errors import DataError
 
-Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="Folder or hub id. The packaged all-MiniLM-L6-v2 if left out.")
-]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or hub id. Default: the packaged all-MiniLM-L6-v2.")]
 Data = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE[=SHARE]",
-        help="Text: one a line, .jsonl, .csv or .tsv; may be said again, with shares. Python's docstrings if left out.",
+        help="Text file (a text per line, .jsonl, .csv, .tsv); repeat for several, with shares. Default: Python's docstrings.",
     ),
 ]
 Budget = Annotated[str, typer.Option(metavar="SIZE", help="Of all unique parameters: 50%, 11M parameters, or 45MB on disk.")]
 Only = Annotated[str | None, typer.Option(metavar="PATTERN", help="Change only sites that match: 'encoder.*,pooler*'.")]
-Operators = Annotated[str | None, typer.Option(metavar="A,B", help="Use only these operators, beside keep.")]
+Operators = Annotated[str | None, typer.Option(metavar="A,B", help="Consider only these operators, and keep.")]
 Align = Annotated[
     bool | None,
-    typer.Option("--align/--no-align", help="Also plan with aligned layers; by default where a look at a few says it pays."),
+    typer.Option(
+        "--align/--no-align", help="Also plan with aligned layers; by default if a look at a few layers promises a gain."
+    ),
 ]
-Goal = Annotated[str | None, typer.Option("--objective", metavar="NAME", help="What the model is for; else by its class.")]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; a CUDA GPU if there is one.")]
+Goal = Annotated[
+    str | None,
+    typer.Option("--objective", metavar="NAME", help="What the outputs mean; by default what the model's class says."),
+]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1. Default: a CUDA GPU if there is one.")]
 Examples = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many texts are read.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of all random numbers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
-Folder = Annotated[Path, typer.Argument(help="A folder that hpr wrote.")]
+Folder = Annotated[Path, typer.Argument(help="A folder that HPR wrote.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Where to write.")]
-Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="The original; the packaged one if left out.")]
+Teacher = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The original model. Default: the packaged all-MiniLM-L6-v2.")
+]
 
 
 def mixture(given: Sequence[str] | None) -> Any:

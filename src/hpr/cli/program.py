@@ -1,4 +1,4 @@
-"""The program: its verbs with an example of each, in the order of the help, and its entry point."""
+"""The program: its commands with an example of each, in the order of the help, and its entry point."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from hpr.cli import commands, learning_commands
-from hpr.cli.console import TERMINATED, Verbs
+from hpr.cli.console import TERMINATED, Commands
 
 app = typer.Typer(
-    cls=Verbs,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 
 def print_version(wanted: bool) -> None:
-    """The version and nothing else."""
+    """Print the version and exit."""
     if wanted:
         typer.echo(f"hpr {version('hpr')}")
         raise typer.Exit
@@ -39,13 +39,13 @@ def common(
 ) -> None:
     """Make a pretrained Transformer smaller by letting its layers share parameters.
 
-    Start with `hpr compress`; the other verbs are its steps, one by one.
+    Start with `hpr compress`; the other commands are its steps, one by one.
     """
 
 
-def add(verb: Callable[..., None], *examples: str, name: str | None = None) -> None:
-    """Give the program a verb, with what its help shows below the options."""
-    app.command(name, epilog="\n".join(["[bold]Example[/bold]", *(f"  hpr {one}" for one in examples)]))(verb)
+def add(command: Callable[..., None], *examples: str, name: str | None = None) -> None:
+    """Register a command, with the examples that its help shows below the options."""
+    app.command(name, epilog="\n".join(["[bold]Example[/bold]", *(f"  hpr {example}" for example in examples)]))(command)
 
 
 add(commands.inspect, "inspect", "inspect path/to/model --json")

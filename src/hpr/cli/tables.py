@@ -1,4 +1,4 @@
-"""Results as tables that fit 80 columns. Numbers are written as in the report."""
+"""Results as tables that fit 80 columns, with numbers formatted as in the report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parts_table(anatomy: Mapping[str, Any]) -> Table:
 
 
 def stack_lines(stack: Mapping[str, Any]) -> list[str]:
-    """How many layers a stack has, in which of them attention can be reused and which can be dropped, or why none."""
+    """The layers of a stack, and which of them can reuse attention or be dropped, or why none can."""
     said = [f"{stack['name']}: {stack['layers']} layers"]
     for key, what in (("attention_reuse", "attention weights can be reused"), ("drop", "layers can be dropped")):
         able = [layer for layer, reason in stack[key].items() if reason is None]
@@ -60,7 +60,7 @@ def layers_table(layers: Mapping[str, Any]) -> Table:
 
 
 def operators_table(plan: Mapping[str, Any]) -> Table:
-    """What becomes of how many sites, and what it is predicted to cost."""
+    """For each operator: how many sites use it, and their predicted damage."""
     grid = _grid("Operators", "operator", "short", ">sites", ">predicted damage")
     for operator in read_plan(plan).operators:
         grid.add_row(operator.name, operator.code, str(operator.sites), figure(operator.damage, "nats"))
@@ -96,7 +96,7 @@ def before_after(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Ta
 
 
 def profile_lines(about: Mapping[str, Any]) -> list[str]:
-    """One line on what a profile was made of."""
+    """One line that says what a profile was measured on."""
     soft = f" at temperature {about['temperature']:g}" if about["temperature"] != 1 else ""
     return [
         f"{exact(about['examples'])} examples, {exact(about['tokens'])} tokens, objective {about['objective']}{soft}; "
@@ -117,7 +117,7 @@ def solver_line(plan: Mapping[str, Any], parameters: int) -> str:
 
 
 def alignment_line(aligned: float, plain: float) -> str:
-    """What turning layers before they share gains in predicted damage."""
+    """How much predicted damage alignment saves."""
     saved = 100 * (1 - aligned / plain)
     return f"layers are aligned first: that saves {saved:.1f} % of {figure(plain, 'nats')} predicted without"
 
@@ -132,7 +132,7 @@ def _grid(title: str, *columns: str) -> Table:
 
 
 def healing_line(healing: Mapping[str, Any]) -> str:
-    """What healing has brought."""
+    """One line with the result of healing."""
     took = f"{healing['recipe']['steps']} steps in {seconds(healing['seconds'])}"
     if not healing["best_step"]:
         return f"{took}: no check was better than the start, whose weights are kept; use a lower --learning-rate, or more data"

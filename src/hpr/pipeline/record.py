@@ -1,4 +1,4 @@
-"""What is written down of a run: metrics.json as JSON values, and the folder that holds everything."""
+"""The record of a run: the values of metrics.json, and the output folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpr.anatomy.model import Anatomy
 from hpr.checkpoints import save
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits
-from hpr.errors import BudgetError, HprError
+from hpr.errors import BudgetError
 from hpr.evaluation.divergence import Comparison
 from hpr.operators.registry import plannable
 from hpr.planning.draft import Draft
@@ -46,7 +46,7 @@ def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str,
 
 
 def heading(loaded: LoadedModel, plan: Plan) -> dict[str, Any]:
-    """What metrics.json says of a model and its plan, however it came about."""
+    """The part of metrics.json that names the model, its plan and the versions of libraries."""
     return {
         "format": 1,
         "model": {"name": loaded.label, "class": plan.model_class, "fingerprint": plan.fingerprint},
@@ -57,7 +57,7 @@ def heading(loaded: LoadedModel, plan: Plan) -> dict[str, Any]:
 
 
 def record(loaded: LoadedModel, plan: Plan, profile: Profile, texts: Splits, figures: dict[str, Any]) -> dict[str, Any]:
-    """What metrics.json keeps of a compression, the plans tried and what came after apart."""
+    """The part of metrics.json that says how a compression was measured: figures, layers and calibration data."""
     return {
         **heading(loaded, plan),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,7 +96,7 @@ def plan_rows(plans: Sequence[Plan], scores: Sequence[Comparison], best: int, an
 
 
 def operator_gains(draft: Draft, plan: Plan) -> list[dict[str, Any]]:
-    """What the best plan without each operator, and without alignment, would cost, for those that the plan uses."""
+    """For each operator that the plan uses, and for alignment: the predicted damage of the best plan without it."""
     used = {entry.operator for entry in plan.entries.values()} & set(plannable()) - {KEEP}
     best = draft.best(plan.budget).damage
     gains = []
@@ -112,25 +112,25 @@ def operator_gains(draft: Draft, plan: Plan) -> list[dict[str, Any]]:
 
 
 def check_original(folder: Path, original: LoadedModel) -> None:
-    """Raise where the plan in a folder was made for another model than this one."""
+    """Raise ``CheckpointError`` if the plan in a folder was made for another model than this one."""
     if not (folder / "plan.json").is_file():
         return
     plan, found = Plan.load(folder / "plan.json"), describe(original.model)
     if plan.fingerprint != found.fingerprint:
-        raise HprError(
+        raise CheckpointError(
             f"{folder} was made from a {plan.model_class} with fingerprint {plan.fingerprint}, {original.label} has "
             f"{found.fingerprint}: name the original with --teacher"
         )
 
 
 def note_metrics(folder: Path, original: LoadedModel, figures: Mapping[str, Any]) -> None:
-    """Put new figures into the metrics.json beside a plan.json (see ``with_figures``)."""
+    """Add figures to the metrics.json beside a plan.json (see ``with_figures``)."""
     if (folder / "plan.json").is_file():
         write_text(folder / "metrics.json", json.dumps(with_figures(folder, original, figures), indent=1) + "\n")
 
 
 def with_figures(folder: Path, original: LoadedModel, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a folder with new figures: a measure on other data is added, on the same replaced."""
+    """The metrics of a folder with new figures. A measurement on the same data replaces the older one."""
     plan = Plan.load(folder / "plan.json")
     metrics = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else heading(original, plan)
     measured = {(row["name"], row["data"]) for row in figures["quality"]}
@@ -150,9 +150,9 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         mend = "`hpr compress` writes one" if path.name == "plan.json" else "`hpr eval` writes one"
-        raise HprError(f"no {path.name} in {path.parent}: {mend}") from error
+        raise CheckpointError(f"no {path.name} in {path.parent}: {mend}") from error
     except ValueError as error:
-        raise HprError(f"{path} is not JSON ({error}): undo the edit") from error
+        raise CheckpointError(f"{path} is not JSON ({error}): undo the edit") from error
     if not isinstance(found, dict):
-        raise HprError(f"{path} holds a {type(found).__name__}, not an object: undo the edit")
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, not an object: undo the edit")
     return found

@@ -43,7 +43,7 @@ def product(
 def fixed_weights(route: Route, router: Float[Tensor, "experts 1"]) -> Float[Tensor, " experts"]:
     """α of a router that no input changes. Raises ``HprError`` for any other."""
     if route.per != "fixed":
-        raise HprError(f"the router {route.router} depends on the input: use hpr.collapse on the model first")
+        raise HprError(f"the router {route.router} depends on the input: use hpr.extras.collapse on the model first")
     return route.experts * router[:, 0].softmax(-1)
 
 

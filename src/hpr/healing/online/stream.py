@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
     line: int
 
 
-def chunks(lines: Iterable[str], opened: LoadedModel, size: int = 16, labels: bool = False, after: int = 0) -> Iterator[Chunk]:
+def chunks(lines: Iterable[str], loaded: LoadedModel, size: int = 16, labels: bool = False, after: int = 0) -> Iterator[Chunk]:
     """Yield a batch for every ``size`` lines, and skip the first ``after`` lines.
 
     A line is an object with a ``text``, and a ``label`` if labels count. If no line of a batch can be read, the batch is empty,
@@ -39,8 +39,10 @@ def chunks(lines: Iterable[str], opened: LoadedModel, size: int = 16, labels: bo
     >>> for chunk in chunks(open("stream.jsonl"), open_model("path/to/model")):
     ...     healer.update(chunk.batch)
     """
-    if opened.tokenizer is None:
-        raise HprError(f"{opened.label} has no tokenizer, so it cannot read text: use hpr.OnlineHealer with batches of inputs")
+    if loaded.tokenizer is None:
+        raise HprError(
+            f"{loaded.label} has no tokenizer, so it cannot read text: use hpr.extras.OnlineHealer with batches of inputs"
+        )
     incoming = islice(lines, after, None)
     while chunk := list(islice(incoming, size)):
         texts, marks, faults = [], [], []
@@ -53,7 +55,7 @@ def chunks(lines: Iterable[str], opened: LoadedModel, size: int = 16, labels: bo
                 texts.append(text)
                 marks.append(mark)
         after += len(chunk)
-        yield Chunk(_batch(texts, marks if labels else None, opened), faults, after)
+        yield Chunk(_batch(texts, marks if labels else None, loaded), faults, after)
 
 
 class Log:
@@ -89,12 +91,12 @@ def _read(line: str, number: int, labels: bool) -> tuple[str, float]:
     return text, as_label(row.get("label"), number, "the stream") if labels else 0
 
 
-def _batch(texts: list[str], labels: list[float] | None, opened: LoadedModel) -> Batch:
+def _batch(texts: list[str], labels: list[float] | None, loaded: LoadedModel) -> Batch:
     if not texts:
         return {}
-    batches = text_batches(texts, opened.tokenizer, len(texts), LONGEST, ratio=math.inf)
+    batches = text_batches(texts, loaded.tokenizer, len(texts), LONGEST, ratio=math.inf)
     (batch,) = batches if labels is None else labelled(batches, labels)
-    return {**batch, "labels": own_answers(opened.model, batch)} if opened.goal.writes_targets else batch
+    return {**batch, "labels": own_answers(loaded.model, batch)} if loaded.goal.writes_targets else batch
 
 
 def _row(line: str) -> dict[str, Any] | None:
