@@ -15,7 +15,7 @@ from hpr.anatomy.model import Anatomy
 from hpr.checkpoints import save
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits
-from hpr.errors import BudgetError
+from hpr.errors import BudgetError, CheckpointError
 from hpr.evaluation.divergence import Comparison
 from hpr.operators.registry import plannable
 from hpr.planning.draft import Draft
