@@ -132,13 +132,13 @@ def test_principal_axes_of_heads_are_sorted_by_what_all_users_weigh() -> None:
     value, output = site(normal(6, 5)), site(normal(4, 12))
     transform = principal_rotation([(slices[0], value), (slices[1], output)], 3)
     torch.testing.assert_close(transform @ transform.transpose(1, 2), torch.eye(2).double().expand(3, 2, 2))
-    energy = torch.zeros(3, 2, 2).double()
+    gram = torch.zeros(3, 2, 2).double()
     for start, one in ((2, value), (4, output.transposed)):
         for index, block in enumerate(one.weight.split(2)):
             moment = one.left.moment[2 * index : 2 * index + 2, 2 * index : 2 * index + 2]
             values, vectors = torch.linalg.eigh(moment)
             root = vectors @ values.sqrt().diag() @ vectors.T
-            energy[index * 2 // start] += one.rows * root @ block @ one.right.moment @ block.T @ root
-    turned_energy = transform @ energy @ transform.transpose(1, 2)
-    torch.testing.assert_close(turned_energy[:, 0, 1], torch.zeros(3).double(), rtol=0, atol=1e-8 * float(energy.norm()))
-    assert (turned_energy[:, 0, 0] > turned_energy[:, 1, 1]).all()
+            gram[index * 2 // start] += one.rows * root @ block @ one.right.moment @ block.T @ root
+    transformed_gram = transform @ gram @ transform.transpose(1, 2)
+    torch.testing.assert_close(transformed_gram[:, 0, 1], torch.zeros(3).double(), rtol=0, atol=1e-8 * float(gram.norm()))
+    assert (transformed_gram[:, 0, 0] > transformed_gram[:, 1, 1]).all()

@@ -110,7 +110,7 @@ def test_predicted_damage_bounds_that_of_the_fit(model, profile, draft: Draft) -
         one = measured[site.name]
         change = dense.get_submodule(site.name).weight.detach().double() - one.weight
         damage = one.damage(change)
-        assert (damage == 0) == (plan.entries[site.name].operator == KEEP) or not one.live
+        assert (damage == 0) == (plan.entries[site.name].operator == KEEP) or not one.has_gradient
         total += damage
     assert total <= plan.damage * (1 + 1e-3)
 

@@ -49,8 +49,8 @@ def fixed(name: str = "fixed") -> Objective:
 
 def direction_for(outputs: Tensor, batch: Tensor) -> Tensor:
     key = batch.sum(-1, keepdim=True)
-    live = (batch.abs().amax(-1, keepdim=True) > 0).float()
-    return live * torch.cos(100 * key + torch.arange(outputs.shape[-1]))
+    reached = (batch.abs().amax(-1, keepdim=True) > 0).float()
+    return reached * torch.cos(100 * key + torch.arange(outputs.shape[-1]))
 
 
 def batches_with_padding(bare: bool = False) -> list[Tensor]:
@@ -83,8 +83,8 @@ def brute_force(model: Net, batches: Sequence[Tensor]) -> dict[str, dict[str, Te
                 for name in ("first", "second"):
                     g, x = gradients[name].reshape(-1, gradients[name].shape[-1]), inputs[name].detach()
                     x = x.reshape(-1, x.shape[-1])
-                    live = g.square().sum(1) > 0
-                    g, x = g[live], x[live]
+                    reached = g.square().sum(1) > 0
+                    g, x = g[reached], x[reached]
                     sums = found.setdefault(name, {"rows": 0.0, "mean": 0.0, "g": 0.0, "x": 0.0, "outer": 0.0, "inner": 0.0})
                     sums["rows"] += len(g)
                     sums["mean"] = sums["mean"] + x.sum(0)
@@ -136,10 +136,10 @@ def test_sums_are_those_of_autograd_example_by_example(
 def test_sites_without_gradient_have_no_rows() -> None:
     found, _ = measure_curvature(Net(), describe(Net()), batches_with_padding(), fixed())
     dead = found["unused"]
-    assert not dead.live
+    assert not dead.has_gradient
     assert dead.rows == 0
     assert float(dead.left.abs().sum() + dead.right.abs().sum()) == 0
-    assert found["first"].live
+    assert found["first"].has_gradient
 
 
 def test_results_do_not_depend_on_the_batches() -> None:
@@ -276,18 +276,18 @@ def test_a_tied_table_and_head_are_one_site_with_both_uses(monkeypatch: pytest.M
     with torch.no_grad():
         model.head.weight = nn.Parameter(model.table.weight.clone())  # the same numbers, untied: the uses apart
     apart, _ = measure_curvature(model, describe(model), [ids], OBJECTIVES["causal-lm"])
-    masses = [part.rows * mass(part.left) * mass(part.right) for part in (apart["table"], apart["head"])]
-    assert one.rows == pytest.approx(sum(masses), rel=1e-4)
+    traces = [part.rows * trace(part.left) * trace(part.right) for part in (apart["table"], apart["head"])]
+    assert one.rows == pytest.approx(sum(traces), rel=1e-4)
 
 
-def mass(moment: Tensor) -> float:
+def trace(moment: Tensor) -> float:
     return float(moment.sum() if moment.dim() == 1 else moment.trace())
 
 
 def test_a_small_tied_masked_language_model(build: Build, ids: Tensor) -> None:
     model = build("bert", tf.AutoModelForMaskedLM)
     found, _ = measure_curvature(model, describe(model), [{"input_ids": ids}], OBJECTIVES["masked-lm"])
-    assert all(one.live for name, one in found.items() if "pooler" not in name)
+    assert all(one.has_gradient for name, one in found.items() if "pooler" not in name)
 
 
 # --- failures, and what is left behind
@@ -376,7 +376,7 @@ def test_predicted_damage_has_the_unit_of_the_true_divergence(build: Build, obje
     expected = [goal.read(model(**batch), batch)[0] for batch in batches]
     for site in anatomy.sites:
         one = found[site.name]
-        if not one.live or site.name.endswith(("position_embeddings", "token_type_embeddings")):
+        if not one.has_gradient or site.name.endswith(("position_embeddings", "token_type_embeddings")):
             continue
         module = module_at(model, site.name)
         weight, bias = module.weight.clone(), getattr(module, "bias", None)

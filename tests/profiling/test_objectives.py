@@ -204,7 +204,7 @@ def test_a_new_objective_is_one_entry(monkeypatch) -> None:
     batches = [{"input_ids": torch.randint(3, 40, (4, 6))} for _ in range(2)]
     profile = hpr.profile(model, batches)
     assert profile.about["objective"] == "regression"
-    assert sum(site.live for site in profile.sites.values()) > 6
+    assert sum(site.has_gradient for site in profile.sites.values()) > 6
     student = copy.deepcopy(model)
     student.classifier.weight.data += 0.1
     found = hpr.evaluate(student, model, batches, repeats=0)["quality"]

@@ -49,7 +49,7 @@ def test_what_is_loaded_is_bit_for_bit_what_was_saved(profile: Profile, tmp_path
     for name, site in profile.sites.items():
         other = found.sites[name]
         assert other.rows == site.rows
-        assert other.live == site.live
+        assert other.has_gradient == site.has_gradient
         for part in ("left", "right", "mean"):
             one, two = getattr(site, part), getattr(other, part)
             assert (one is None) == (two is None)

@@ -127,13 +127,13 @@ def _transform(
     """The best transform of one layer; None where the objective does not depend on it."""
     symmetry, layers = target.symmetry, layers_of(anatomy, target.symmetry)
     moved = {axis_slice: measured[layers[layer][axis_slice.slot].name] for axis_slice in symmetry.slices}
-    if not all(one.live for one in moved.values()):
+    if not all(one.has_gradient for one in moved.values()):
         return None
     if below is None:
         return principal_rotation(list(moved.items()), symmetry.blocks)
     fixed = {axis_slice: measured[layers[below][axis_slice.slot].name] for axis_slice in symmetry.slices}
     pairs = {axis_slice: Pair(axis_slice, fixed[axis_slice], moved[axis_slice]) for axis_slice in symmetry.slices}
-    if not all(one.live for one in fixed.values()):
+    if not all(one.has_gradient for one in fixed.values()):
         return None
     if symmetry.kind == "rotation":
         return best_rotation(list(pairs.values()), symmetry.blocks)

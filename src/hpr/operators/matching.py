@@ -69,15 +69,15 @@ def principal_rotation(sites: Sequence[tuple[AxisSlice, Measured]], blocks: int)
     Bases of the transformed layers then have their axes in common: sharing one loses little against a basis for each.
     """
     size = min(axis_slice.stop - axis_slice.start for axis_slice, _ in sites) // blocks
-    energy_BKK = sites[0][1].weight.new_zeros(blocks, size, size)
+    gram_BKK = sites[0][1].weight.new_zeros(blocks, size, size)
     for axis_slice, site in sites:
         one = _side(site, axis_slice)
         rows_BUKM = one.weight[axis_slice.start : axis_slice.stop].reshape(blocks, -1, size, one.weight.shape[1])
         weighted_BUKM = one.right.times(rows_BUKM.flatten(0, 2).T).T.reshape(rows_BUKM.shape)
         roots_BUKK = _root(_parts(one, axis_slice, size)).reshape(blocks, -1, size, size)
         whitened_BUKM = roots_BUKK @ rows_BUKM
-        energy_BKK += one.rows * (whitened_BUKM @ (roots_BUKK @ weighted_BUKM).transpose(2, 3)).sum(1)
-    return torch.linalg.eigh(energy_BKK)[1].flip(2).transpose(1, 2)
+        gram_BKK += one.rows * (whitened_BUKM @ (roots_BUKK @ weighted_BUKM).transpose(2, 3)).sum(1)
+    return torch.linalg.eigh(gram_BKK)[1].flip(2).transpose(1, 2)
 
 
 def _parts(one: Measured, axis_slice: AxisSlice, size: int) -> Tensor:

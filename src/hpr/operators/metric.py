@@ -81,7 +81,7 @@ class Measured:
     mean: Tensor | None = None
 
     @property
-    def live(self) -> bool:
+    def has_gradient(self) -> bool:
         return self.rows > 0
 
     @cached_property
@@ -90,7 +90,7 @@ class Measured:
         return self.left.whiten(self.weight)
 
     @cached_property
-    def pull(self) -> Tensor:
+    def normal_rhs(self) -> Tensor:
         """left · W · right, (out, in): what the equations for a shared matrix are made of."""
         return self.right.times(self.left.times(self.weight).T).T
 
@@ -99,7 +99,7 @@ class Measured:
         return self.right.whiten((self.left_whitened if matrix is None else self.left.whiten(matrix)).T).T
 
     @cached_property
-    def energy(self) -> Tensor:
+    def squared_norm(self) -> Tensor:
         """Squared norm of the whitened weight: what is lost, but for ½ · rows, where nothing is left of it."""
         return self.whitened().square().sum()
 
@@ -149,7 +149,7 @@ def weight64(model: nn.Module, site: Site) -> Tensor:
 def metric_of(site: Site, profile: Profile | None, weight: Tensor) -> Metric:
     """The metric of a site by its profile, on the device of ``weight``; plain Frobenius without a profile."""
     known = profile.sites[site.name] if profile else plain_statistics(site)
-    if profile and site.kind == "embedding" and known.live:
+    if profile and site.kind == "embedding" and known.has_gradient:
         known = replace(known, left=smooth_frequencies(known.left))
     return _metric(site, weight, known)
 

@@ -132,7 +132,7 @@ def _damages(one: Measured, basis: Tensor) -> np.ndarray:
     lower = torch.linalg.cholesky((gram + gram.T) / 2 + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram))
     projected = torch.linalg.solve_triangular(lower, (one.left_whitened @ weighted).T, upper=False)
     gains = projected.square().sum(1)
-    left = one.energy - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+    left = one.squared_norm - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
     return (0.5 * one.rows * left.clamp(min=0)).cpu().numpy()
 
 

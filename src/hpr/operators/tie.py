@@ -112,7 +112,7 @@ def tie(
     lefts = [one.left for one in group]
     if targets is None:
         start = torch.stack([one.weight for one in group]).mean(0) if start is None else start
-        return _solve(group, lefts, [one.pull for one in group], start, steps)
+        return _solve(group, lefts, [one.normal_rhs for one in group], start, steps)
     right_sides = [one.left.times(target) for one, target in zip(group, targets, strict=True)]
     return solve_shared(group, lefts, right_sides, torch.stack(list(targets)).mean(0) if start is None else start, steps)
 
@@ -134,7 +134,7 @@ def tie_and_scale(group: Sequence[Measured], shared: Tensor, rounds: int = 3) ->
             Measured(one.site, one.weight, _scaled(one.left, r), _scaled(one.right, c), one.rows)
             for one, r, c in zip(group, rows, columns, strict=True)
         ]
-        right_sides = [r[:, None] * one.pull * c for one, r, c in zip(group, rows, columns, strict=True)]
+        right_sides = [r[:, None] * one.normal_rhs * c for one, r, c in zip(group, rows, columns, strict=True)]
         shared = _solve(scaled, [one.left for one in scaled], right_sides, shared)
     return shared, rows, columns
 
@@ -148,7 +148,7 @@ def _scaled(side: Side, diagonal: Tensor) -> Side:
 def _best_row_scale(one: Measured, matrix: Tensor) -> Tensor:
     """r minimising the damage of diag(r)·matrix − W: one linear system of size out."""
     products = matrix @ one.right.times(matrix.T)
-    cross = (one.pull * matrix).sum(1)
+    cross = (one.normal_rhs * matrix).sum(1)
     if one.left.diagonal:
         return cross / (one.left.moment * products.diagonal()).clamp(min=torch.finfo(torch.float64).tiny)
     system = one.left.moment * products

@@ -52,7 +52,7 @@ def draft(model: nn.Module, profile: Profile, options: PlanOptions = DEFAULTS, *
     fits.check(model, profile)
     anatomy, measured = fits.anatomy, fits.measured()
     bound = not_swappable(model, anatomy)
-    chosen = {site.name for site in anatomy.select(options.only) if measured[site.name].live and site.name not in bound}
+    chosen = {site.name for site in anatomy.select(options.only) if measured[site.name].has_gradient and site.name not in bound}
     fixed = tuple(site for site in anatomy.sites if site.name not in chosen)
     every = tuple(rows(model, anatomy, chosen))
     if not every:

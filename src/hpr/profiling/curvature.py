@@ -1,7 +1,7 @@
 """Curvature per site from calibration batches: second moments of inputs and output gradients, accumulated in a stream.
 
-All parameters are frozen while this runs, so a backward pass computes activation gradients only. A row is *live* where its
-gradient is not zero; padding, and positions the objective never reads, drop out by themselves, without knowing the mask.
+All parameters are frozen while this runs, so a backward pass computes activation gradients only. A row counts if its
+gradient is not zero, so padding and positions that the objective never reads drop out without a mask.
 """
 
 from __future__ import annotations
@@ -169,14 +169,14 @@ class _Moments:
 
 
 def _combined(table: SiteStatistics, head: SiteStatistics) -> SiteStatistics:
-    """One Kronecker product for a matrix used both as embedding and as output head, weighted by each use's mass."""
+    """One Kronecker product for a matrix used both as embedding and as output head, weighted by each use's Fisher trace."""
     if head.left.dim() == 2:  # a small vocabulary: frequencies are a diagonal, so the head keeps its own
         head = replace(head, left=head.left.diagonal().clone())
-    if not (table.live and head.live):
-        return head if head.live else table
-    masses = [part.mass for part in (table, head)]
-    left, right = pooled((table, head), masses)
-    return SiteStatistics(left, right, sum(masses))
+    if not (table.has_gradient and head.has_gradient):
+        return head if head.has_gradient else table
+    traces = [part.fisher_trace for part in (table, head)]
+    left, right = pooled((table, head), traces)
+    return SiteStatistics(left, right, sum(traces))
 
 
 @contextmanager
@@ -237,10 +237,10 @@ def _add_linear(target: _Moments, x: Tensor, gradient: Tensor) -> None:
     x = _by_example(x.float())
     flat_g, flat_x = g.flatten(0, 1), x.flatten(0, 1)
     weight = flat_g.square().sum(1)
-    live = _live(weight)
-    if not (rows := int(live.sum())):
+    reached = _has_gradient(weight)
+    if not (rows := int(reached.sum())):
         return
-    mean = flat_x[live].sum(0)
+    mean = flat_x[reached].sum(0)
     if target.centre is not None:
         x = x - target.centre
         flat_x = x.flatten(0, 1)
@@ -269,7 +269,7 @@ def _add_linear(target: _Moments, x: Tensor, gradient: Tensor) -> None:
     )
 
 
-def _live(squares: Tensor) -> Tensor:
+def _has_gradient(squares: Tensor) -> Tensor:
     """Rows that reach the loss, by norm² of their gradients: masked ones have none, up to rounding of the largest."""
     return squares > torch.finfo(torch.float32).eps ** 2 * (squares.max() if len(squares) else 0)
 
@@ -293,16 +293,16 @@ def _merged(
 def _add_embedding(target: _Moments, ids: Tensor, gradient: Tensor) -> None:
     gradient = gradient.detach().reshape(-1, gradient.shape[-1]).float()
     ids = ids.reshape(-1)
-    live = _live(gradient.square().sum(1))
-    if target.sizes is not None and (rows := int(live.sum())):
-        counts = torch.bincount(ids[live], minlength=target.site.out_features)
+    reached = _has_gradient(gradient.square().sum(1))
+    if target.sizes is not None and (rows := int(reached.sum())):
+        counts = torch.bincount(ids[reached], minlength=target.site.out_features)
         target.add(rows, counts=[counts], left=[(gradient, gradient)])
 
 
 def _add_expert(target: _Moments, x: Tensor, gradient: Tensor) -> None:
     g, x = gradient.detach().reshape(-1, gradient.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
     weight = g.square().sum(1)
-    if target.sizes is not None and (rows := int(_live(weight).sum())):
+    if target.sizes is not None and (rows := int(_has_gradient(weight).sum())):
         weighted = weight[:, None] * x
         target.add(rows, changes=[(weighted * x).sum()], left=[(g, g)], right=[(weighted, x)])
 

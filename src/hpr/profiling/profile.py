@@ -41,13 +41,13 @@ class SiteStatistics:
     mean: Tensor | None = None
 
     @property
-    def live(self) -> bool:
-        """Whether the objective depends on this site at all; a dead one (an unused pooler) is kept."""
+    def has_gradient(self) -> bool:
+        """Whether the objective depends on this site. The planner keeps a site without gradient, such as an unused pooler."""
         return self.rows > 0
 
     @property
-    def mass(self) -> float:
-        """What changes of the weight cost here, all in all: rows · tr left · tr right."""
+    def fisher_trace(self) -> float:
+        """The trace of the Fisher matrix of the whole weight, left ⊗ right: rows · tr left · tr right."""
         return self.rows * trace(self.left) * trace(self.right)
 
 
@@ -61,9 +61,9 @@ def unit(moment: Tensor) -> Tensor:
     return moment / trace(moment)
 
 
-def pooled(sites: Sequence[SiteStatistics], masses: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Mean left and right moment of several statistics of one matrix, weighed by masses; both at trace 1."""
-    shares = [mass / sum(masses) for mass in masses]
+def pooled(sites: Sequence[SiteStatistics], traces: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean left and right moment of several statistics of one matrix, weighted by their Fisher traces; both at trace 1."""
+    shares = [own / sum(traces) for own in traces]
     left, right = (
         torch.stack([share * unit(getattr(site, side)) for share, site in zip(shares, sites, strict=True)]).sum(0)
         for side in ("left", "right")

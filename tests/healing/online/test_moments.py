@@ -33,8 +33,8 @@ def made() -> Made:
     return teacher, plan, profile, hpr.share(teacher, plan, profile)
 
 
-def mass(site: SiteStatistics) -> float:
-    """What a site is worth: rows · tr left · tr right."""
+def fisher_trace(site: SiteStatistics) -> float:
+    """rows · tr left · tr right."""
     traces = [float(side.sum() if side.dim() == 1 else side.trace()) for side in (site.left, site.right)]
     return site.rows * traces[0] * traces[1]
 
@@ -43,14 +43,14 @@ def test_each_batch_takes_its_share() -> None:
     one, two = (SiteStatistics(torch.full((2, 2), value), torch.full((3,), value), value, None) for value in (1.0, 5.0))
     found = blended(one, two, 0.25)
     assert (found.rows, found.mean) == (2.0, None)
-    assert mass(found) == pytest.approx(0.75 * mass(one) + 0.25 * mass(two))
+    assert fisher_trace(found) == pytest.approx(0.75 * fisher_trace(one) + 0.25 * fisher_trace(two))
     apart = (
         SiteStatistics(torch.diag(torch.tensor([1.0, 0.0])), torch.ones(2), 10.0),
         SiteStatistics(torch.diag(torch.tensor([0.0, 0.1])), torch.ones(2), 100.0),
     )
-    assert mass(apart[0]) == pytest.approx(mass(apart[1]))
+    assert fisher_trace(apart[0]) == pytest.approx(fisher_trace(apart[1]))
     even = blended(*apart, 0.5)
-    assert mass(even) == pytest.approx(mass(apart[0]))
+    assert fisher_trace(even) == pytest.approx(fisher_trace(apart[0]))
     assert even.left[0, 0] == pytest.approx(float(even.left[1, 1]))
     dead = SiteStatistics(torch.zeros(2), torch.zeros(3), 0.0)
     assert blended(one, dead, 0.5) is one
@@ -66,7 +66,7 @@ def test_moments_forget(made: Made) -> None:
     there = hpr.profile(teacher, stream)
     for name, site in there.sites.items():
         found = moments.profile.sites[name]
-        if site.live:
+        if site.has_gradient:
             torch.testing.assert_close(found.left, site.left, rtol=1e-6, atol=1e-9)
             torch.testing.assert_close(found.right, site.right, rtol=1e-6, atol=1e-9)
     copied = Moments(teacher, plan, profile, forget=0.5)

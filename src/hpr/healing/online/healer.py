@@ -29,7 +29,7 @@ from hpr.runtime.hooks import eval_mode, to_device_of
 _CLIP = 1.0
 _WARM = 20  # steps until the learning rate is reached: AdamW's first steps know only the signs of gradients
 _LESS, _MORE = 0.5, 1.1  # what a lost check, or a won one, multiplies the scale of steps by
-_NUMBERS = ("step", "seen", "taken", "trust", "best", "start")  # stored in the journal as they are
+_NUMBERS = ("step", "seen", "taken", "step_scale", "best", "start")  # stored in the journal as they are
 _log = logging.getLogger(__name__)
 
 
@@ -89,7 +89,7 @@ class OnlineHealer:
         self.memory: list[Batch] = []
         self.recent: list[Batch] = []  # learnt from since the last check
         self.step = self.seen = self.taken = 0  # batches; batches offered to the memory; steps of the optimiser
-        self.trust = 1.0  # the scale of steps
+        self.step_scale = 1.0  # of the learning rate: smaller after a lost check, larger after a won one
         self.drift = Drift()
         self.journal: Journal | None = None
         self.best = self.start = self.measure()
@@ -210,7 +210,7 @@ class OnlineHealer:
 
     def _walk(self) -> None:
         self.taken += 1
-        share = self.trust * min(1.0, self.taken / _WARM)
+        share = self.step_scale * min(1.0, self.taken / _WARM)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = share * rate
         self.optimiser.step()
@@ -224,10 +224,10 @@ class OnlineHealer:
         rolled_back = value is None or not value <= self.best * (1 + self.options.tolerance)
         if value is None or rolled_back:
             self._go_back()
-            self.trust *= _LESS
+            self.step_scale *= _LESS
         else:
             self.best = min(self.best, value)
-            self.trust = min(1.0, self.trust * _MORE)
+            self.step_scale = min(1.0, self.step_scale * _MORE)
             for batch in self.recent:
                 self._remember(batch)
             if self.moments is not None and self.recent:

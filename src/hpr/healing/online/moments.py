@@ -74,17 +74,18 @@ class Moments:
 def blended(known: SiteStatistics, new: SiteStatistics, part: float) -> SiteStatistics:
     """Return statistics of which the fraction ``part`` is new. A site that the new batches did not reach keeps its own.
 
-    Each side is the mean of both, weighted by their masses (rows · tr left · tr right). The masses are mixed too, so sites keep
-    their weights relative to each other. The distance between the two means of inputs is left out of centred moments.
+    Each side is the mean of both, weighted by their Fisher traces (rows · tr left · tr right). The traces are mixed
+    too, so sites keep their weights relative to each other. Centred moments leave out the distance between the two means of
+    inputs.
     """
-    if not new.live or not known.live:
-        return new if new.live else known
+    if not new.has_gradient or not known.has_gradient:
+        return new if new.has_gradient else known
     weights, both = (1 - part, part), (known, new)
     rows = sum(weight * one.rows for weight, one in zip(weights, both, strict=True))
-    masses = [weight * one.mass for weight, one in zip(weights, both, strict=True)]
-    left, right = pooled(both, masses)
+    traces = [weight * one.fisher_trace for weight, one in zip(weights, both, strict=True)]
+    left, right = pooled(both, traces)
     right_trace = sum(weight * one.rows * trace(one.right) for weight, one in zip(weights, both, strict=True)) / rows
     mean = None
     if known.mean is not None and new.mean is not None:
         mean = (weights[0] * known.rows * known.mean + weights[1] * new.rows * new.mean) / rows
-    return SiteStatistics(left * (sum(masses) / (rows * right_trace)), right * right_trace, rows, mean)
+    return SiteStatistics(left * (sum(traces) / (rows * right_trace)), right * right_trace, rows, mean)
