@@ -108,3 +108,35 @@ def test_one_position_proves_nothing() -> None:
     single = {"input_ids": batch["input_ids"][:, :1]}
     assert find_symmetries(model, describe(model), [single]) == ()
     assert {spelled(one) for one in find_symmetries(model, describe(model), [single, batch])} == EXPECTED["bert"]
+
+
+class _FailsInFloat64(nn.Module):
+    """A model that runs as it is; its copy in float64 raises an error."""
+
+    def __init__(self, fail) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.fail = fail
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            self.fail(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _raise_out_of_memory(x: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("fail", [_raise_out_of_memory, lambda x: torch.empty(1 << 50)])
+def test_lack_of_memory_is_no_lack_of_symmetries(fail) -> None:
+    model = _FailsInFloat64(fail)
+    with pytest.raises(RuntimeError, match="memory"):
+        find_symmetries(model, describe(model), [torch.randn(4, 8)])
+
+
+def test_a_model_that_needs_float32_has_no_symmetries() -> None:
+    model = _FailsInFloat64(lambda x: x @ torch.eye(8))
+    assert find_symmetries(model, describe(model), [torch.randn(4, 8)]) == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -15,6 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from hpr.data.files import Source, read_array
 from hpr.errors import DataError, HprError
 from hpr.runtime.batch import IGNORED, POSITIONAL, Batch, BatchLike, examples_in
+
+_log = logging.getLogger(__name__)
 
 
 class Batches(list[Batch]):
@@ -63,28 +66,31 @@ def text_batches(
 
     Texts of like length stand together, so little is padded (a batch is smaller where the next text is over ``ratio`` times
     as long as its first); the batches are shuffled, always in the same way, so that any few are a fair sample. Padding is
-    on the right and masked; a tokenizer without a padding token is left as it is. Raises ``HprError`` for no texts, for what
+    on the right and masked; a tokenizer without a padding token is left as it is. Raises ``DataError`` for no texts, for what
     is no string, and for a text without tokens.
     """
     if isinstance(texts, str):
-        raise HprError("texts is one string: give a list of strings")
+        raise DataError("texts is one string: give a list of strings")
     if batch_size < 1 or max_length < 1:
         raise HprError(f"batch_size {batch_size} and max_length {max_length} must both be at least 1")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise HprError(f"text {index} is a {type(text).__name__}, not a string: convert or remove it")
+            raise DataError(f"text {index} is a {type(text).__name__}, not a string: convert or remove it")
     if not len(texts):
-        raise HprError("there are no texts: at least one is needed")
+        raise DataError("there are no texts: at least one is needed")
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
     if windows is None:
         rows = dict(tokenizer(list(texts), truncation=True, max_length=limit))
+        if full := sum(len(ids) >= limit for ids in rows["input_ids"]):
+            _log.info("%d of %d texts have %d tokens or more: what goes beyond that is cut off", full, len(texts), limit)
     else:
         rows = _windows(dict(tokenizer(list(texts), truncation=False, verbose=False)), limit, windows)
+        _log.info("%d texts are read as %d examples of at most %d tokens", len(texts), len(rows["input_ids"]), limit)
     lengths = [len(ids) for ids in rows["input_ids"]]
     if 0 in lengths:
         empty = lengths.index(0)
         shown = f" ({texts[empty]!r:.60})" if windows is None else ""
-        raise HprError(f"text {empty}{shown} has no tokens: remove it")
+        raise DataError(f"text {empty}{shown} has no tokens: remove it")
     groups = _groups(lengths, batch_size, ratio)
     random.Random(0).shuffle(groups)
     padding = _padding(tokenizer)
@@ -120,7 +126,7 @@ def array_batches(
     with np.errstate(over="ignore"):  # what overflows is found below
         tensor = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
     if not torch.isfinite(tensor).all():
-        raise HprError("the array has values beyond the range of float32 (3.4e38): scale it")
+        raise DataError("the array has values beyond the range of float32 (3.4e38): scale it")
     parts = tensor.split(batch_size)
     return Batches([{argument or POSITIONAL: part} for part in parts], range(len(tensor)))
 
@@ -152,6 +158,8 @@ def _padding(tokenizer: Any) -> dict[str, int]:
     """What fills up each kind of row. Without a padding token any id does, as it is masked; the end token is always valid."""
     candidates = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id", "unk_token_id"))
     token = next((candidate for candidate in candidates if candidate is not None), 0)
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        _log.info("the tokenizer has no padding token: masked positions are filled with token %d", token)
     return {"input_ids": token, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
 
 
@@ -163,11 +171,13 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
 def input_batches(rows: Sequence[Mapping[str, Any]], batch_size: int = 64) -> Batches:
     """Rows of model inputs in their own order; what differs in length is filled up on the right: with 0, labels with −100.
 
-    A row of ids without an ``attention_mask`` gets one. Raises ``HprError`` for rows with different columns.
+    A row of ids without an ``attention_mask`` gets one. Raises ``DataError`` for rows with different columns.
     """
     for index, row in enumerate(rows):
         if row.keys() != rows[0].keys():
-            raise HprError(f"row {index} has columns {sorted(row)}, row 0 {sorted(rows[0])}: give all rows the same")
+            raise DataError(f"row {index} has columns {sorted(row)}, row 0 {sorted(rows[0])}: give all rows the same")
+    if rows and "input_ids" in rows[0] and "attention_mask" not in rows[0]:
+        _log.info("rows have no attention_mask: every given token counts as real")
     batches = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]

@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from hpr.errors import DataError
+
 Split = Literal["calibration", "heldout"]
 _HELD_OUT_SHARE = 0.25
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
@@ -25,11 +27,11 @@ def docstrings(split: Split, limit: int | None = None) -> list[str]:
     """Sentences of 5 to 60 words from the standard library's docstrings, each once, in a fixed shuffled order.
 
     ``split`` is ``"calibration"`` (three quarters) or ``"heldout"`` (one quarter); the two never share a sentence.
-    Raises ``ValueError`` where ``limit`` asks for more sentences than there are.
+    Raises ``DataError`` if ``limit`` asks for more sentences than there are.
     """
     chosen = [text for key, text in _hashed_sentences() if (key < _HELD_OUT_SHARE) == (split == "heldout")]
     if limit is not None and limit > len(chosen):
-        raise ValueError(
+        raise DataError(
             f"{limit} sentences asked for, but this Python's standard library has {len(chosen)} for the {split} split: "
             f"ask for at most {len(chosen)}, or bring a text file"
         )

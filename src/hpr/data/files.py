@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import os
 import re
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +19,24 @@ from typing import Any
 
 import numpy as np
 
-from hpr.errors import HprError
+from hpr.errors import DataError
 
+_log = logging.getLogger(__name__)
 TEXT_COLUMNS = ("text", "sentence")
 _BETWEEN_DOCUMENTS = re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$", re.MULTILINE)
+# what numpy and zipfile raise for damaged files (found by changing random bytes)
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 Source = str | os.PathLike[str]
 Column = str | int | None
 
@@ -48,22 +66,22 @@ def read_texts(path: Source, column: Column = None) -> list[str]:
     If lines of ``<|endoftext|>`` separate documents, each document is one text with its line breaks.
 
     ``column`` is a name in the first row, the field of a ``.jsonl``, or a number from 0 for a table without a header; without
-    it the column ``text`` or ``sentence`` is taken, or the only one. Raises ``HprError`` for a missing, empty or
+    it the column ``text`` or ``sentence`` is taken, or the only one. Raises ``DataError`` for a missing, empty or
     undecodable file and for lines that do not hold what they should, by number.
     """
     reader = format_of(path).texts
     if reader is None:
-        raise HprError(f"{path} holds an array, not texts: use hpr.data.files.read_array")
+        raise DataError(f"{path} holds an array, not texts: use hpr.data.files.read_array")
     texts = [text.strip() for text in reader(path, column) if text.strip()]
     if not texts:
-        raise HprError(f"{path} holds no text: at least one line is needed")
+        raise DataError(f"{path} holds no text: at least one line is needed")
     return texts
 
 
 def read_labels(path: Source) -> list[float] | None:
     """The numbers in a column ``label`` of a table, or in that field of a ``.jsonl``; None for a file without them.
 
-    Raises ``HprError`` for what is no number.
+    Raises ``DataError`` for what is no number.
     """
     reader = format_of(path).labels
     values = None if reader is None else reader(path)
@@ -73,35 +91,35 @@ def read_labels(path: Source) -> list[float] | None:
 
 
 def as_label(value: Any, number: int, source: object) -> float:
-    """A class number, or a score. Raises ``HprError`` for anything else."""
+    """A class number, or a score. Raises ``DataError`` for anything else."""
     try:
         score = float(value)
     except (TypeError, ValueError) as error:
-        raise HprError(f"{source}, example {number}: the label {value!r:.40} is no number") from error
+        raise DataError(f"{source}, example {number}: the label {value!r:.40} is no number") from error
     if not math.isfinite(score):
-        raise HprError(f"{source}, example {number}: the label {value!r} is not finite")
+        raise DataError(f"{source}, example {number}: the label {value!r} is not finite")
     return int(score) if score.is_integer() and "." not in str(value) else score
 
 
 def read_array(source: Source | np.ndarray, key: str | None = None) -> np.ndarray:
     """An array as it is, or from an ``.npy`` file, or the one named ``key`` in an ``.npz`` (its only one needs no name).
 
-    Raises ``HprError`` for a missing or damaged file, an empty array, one without numbers, and non-finite values, by row.
+    Raises ``DataError`` for a missing or damaged file, an empty array, one without numbers, and non-finite values, by row.
     """
     if isinstance(source, np.ndarray):
         array, name = source, "the array"
     else:
         reader, name = format_of(source).array, f"{source}"
         if reader is None:
-            raise HprError(f"{name} holds texts, not an array: give an .npy or .npz file")
+            raise DataError(f"{name} holds texts, not an array: give an .npy or .npz file")
         array = reader(source, key)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-        raise HprError(f"{name} has dtype {array.dtype}: numbers of at most 64 bits are needed")
+        raise DataError(f"{name} has dtype {array.dtype}: numbers of at most 64 bits are needed")
     if not array.ndim or not array.size:
-        raise HprError(f"{name} has shape {array.shape}: at least one example is needed, and examples along the first axis")
+        raise DataError(f"{name} has shape {array.shape}: at least one example is needed, and examples along the first axis")
     finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
     if not finite.all():
-        raise HprError(f"{name}: row {int(np.argmin(finite))} is not finite ({int((~finite).sum())} such rows): remove it")
+        raise DataError(f"{name}: row {int(np.argmin(finite))} is not finite ({int((~finite).sum())} such rows): remove it")
     return array
 
 
@@ -109,13 +127,13 @@ def _decoded(path: Source) -> str:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise HprError(f"no file at {path}: check the path") from error
+        raise DataError(f"no file at {path}: check the path") from error
     except OSError as error:
-        raise HprError(f"{path} cannot be read ({error.strerror}): give a readable file") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): give a readable file") from error
     except UnicodeDecodeError as error:
-        raise HprError(f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
     if not text.strip():
-        raise HprError(f"{path} is empty: at least one example is needed")
+        raise DataError(f"{path} is empty: at least one example is needed")
     return text
 
 
@@ -135,9 +153,9 @@ def _read_json_texts(path: Source, column: Column) -> list[str]:
         try:
             value = json.loads(line)[field]
         except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-            raise HprError(f"{path}, line {number}: no JSON object with a field {field!r}") from error
+            raise DataError(f"{path}, line {number}: no JSON object with a field {field!r}") from error
         if not isinstance(value, str):
-            raise HprError(f"{path}, line {number}: {field!r} is a {type(value).__name__}, not a string")
+            raise DataError(f"{path}, line {number}: {field!r} is a {type(value).__name__}, not a string")
         texts.append(value)
     return texts
 
@@ -163,7 +181,7 @@ def _table(path: Source) -> list[list[str]]:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
         return [row for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise HprError(f"{path} is no table ({error}): check its quotes and line ends") from error
+        raise DataError(f"{path} is no table ({error}): check its quotes and line ends") from error
 
 
 def _column(path: Source, rows: list[list[str]], column: Column) -> list[str]:
@@ -173,15 +191,16 @@ def _column(path: Source, rows: list[list[str]], column: Column) -> list[str]:
     else:
         wanted = [column] if column is not None else [name for name in TEXT_COLUMNS if name in header]
         if not wanted and len(header) == 1:
+            _log.info("%s has a single column without a known name: its first row is a text, too", path)
             index, body = 0, rows
         elif not wanted or wanted[0] not in header:
             what = "" if column is None else f" {column!r}"
-            raise HprError(f"{path} has no column{what}, it has {', '.join(header)}: name one, or give its number from 0")
+            raise DataError(f"{path} has no column{what}, it has {', '.join(header)}: name one, or give its number from 0")
         else:
             index, body = header.index(wanted[0]), rows[1:]
     short = next((number for number, row in enumerate(body) if not 0 <= index < len(row)), None)
     if short is not None:
-        raise HprError(f"{path}: row {short + 1 + len(rows) - len(body)} has no column number {index}: check its separators")
+        raise DataError(f"{path}: row {short + 1 + len(rows) - len(body)} has no column number {index}: check its separators")
     return [row[index] for row in body]
 
 
@@ -193,14 +212,14 @@ def _read_numpy(path: Source, key: str | None) -> np.ndarray:
                 return loaded
             name = loaded.files[0] if key is None and len(loaded.files) == 1 else key
             if name not in loaded.files:
-                raise HprError(f"{path} has no array {name!r}, it has {', '.join(loaded.files)}: name one of these")
+                raise DataError(f"{path} has no array {name!r}, it has {', '.join(loaded.files)}: name one of these")
             return loaded[name]
     except FileNotFoundError as error:
-        raise HprError(f"no file at {path}: check the path") from error
-    except HprError:
+        raise DataError(f"no file at {path}: check the path") from error
+    except DataError:
         raise
-    except Exception as error:  # numpy and zipfile raise many kinds for damaged files
-        raise HprError(f"{path} is no array file or is damaged ({error}): write it with numpy.save or savez") from error
+    except _DAMAGED as error:
+        raise DataError(f"{path} is no array file or is damaged ({error}): write it with numpy.save or savez") from error
 
 
 PLAIN = FileFormat(texts=_read_lines, array=_read_numpy)  # any other suffix: text, or an array if one is asked for

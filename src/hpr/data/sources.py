@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from hpr.data.batches import Batches
-from hpr.errors import HprError
+from hpr.errors import DataError
 from hpr.runtime.batch import examples_in
 
 
@@ -17,7 +17,7 @@ from hpr.runtime.batch import examples_in
 class Mixture:
     """Several sources of data by name, each with its share: a kind of data like any other.
 
-    Shares are in proportion to each other; limits on examples and steps of training are divided by them. Raises ``HprError``
+    Shares are in proportion to each other; limits on examples and steps of training are divided by them. Raises ``DataError``
     for shares that are not above 0, or not one for each source.
 
     >>> Mixture({"news": "news.txt", "talk": "talk.txt"}, {"news": 3, "talk": 1}).fractions()
@@ -50,15 +50,15 @@ def with_shares(data: Any) -> dict[str, tuple[Any, float]]:
 def named(data: Any) -> dict[str, Any]:
     """Sources by name: several as they come, one as ``data``."""
     if isinstance(data, Mapping) and not data:
-        raise HprError("data is a mapping without a source: name at least one")
+        raise DataError("data is a mapping without a source: name at least one")
     return dict(data) if isinstance(data, Mapping) else {"data": data}
 
 
 def fractions(names: Collection[str], shares: Mapping[str, float] | None) -> dict[str, float]:
-    """What each source is of the whole; all alike without ``shares``. Raises ``HprError`` for shares that are none."""
+    """What each source is of the whole; all alike without ``shares``. Raises ``DataError`` for shares that are none."""
     shares = dict(shares or dict.fromkeys(names, 1.0))
     if set(shares) != set(names) or not all(0 < share < math.inf for share in shares.values()):
-        raise HprError(f"shares {shares} must be above 0, one for each of {', '.join(names)}")
+        raise DataError(f"shares {shares} must be above 0, one for each of {', '.join(names)}")
     return {name: shares[name] / sum(shares.values()) for name in names}
 
 

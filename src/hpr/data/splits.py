@@ -20,7 +20,7 @@ from hpr.data.files import format_of, read_array, read_labels, read_texts
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.sources import Mixture, interleaved, with_shares
 from hpr.data.targets import _positions, own_answers
-from hpr.errors import HprError
+from hpr.errors import DataError, HprError
 
 _log = logging.getLogger(__name__)
 PROFILED = 4096  # examples that a profile is measured on
@@ -51,10 +51,13 @@ class Rows:
 def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Rows:
     """Examples of a file, a list of texts, an array or a ``datasets.Dataset``; docstrings for None.
 
-    ``hpr.data.files.FORMATS`` lists the formats of files. Raises ``HprError`` for any other kind of data, for empty or damaged
+    ``hpr.data.files.FORMATS`` lists the formats of files. Raises ``DataError`` for any other kind of data, for empty or damaged
     files, and if labels are wanted and there are none.
     """
+    if isinstance(data, Mapping | Mixture):
+        raise DataError("a source of data is itself a mapping or a Mixture: give all sources in one")
     if data is None:
+        _log.info("no data is given: docstrings of Python's standard library are read instead (%s part)", split)
         rows = Rows(docstrings(split), "docstrings of Python's standard library")
     elif hasattr(data, "column_names"):
         rows = Rows(*read_columns(data, labels))
@@ -67,9 +70,9 @@ def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Ro
     else:
         rows = Rows(list(data), "the texts given")
     if labels and rows.labels is None:
-        raise HprError(f"labels count in the loss, but {rows.name} has none: set their weight to 0, or bring a column 'label'")
+        raise DataError(f"labels count in the loss, but {rows.name} has none: set their weight to 0, or bring a column 'label'")
     if rows.labels is not None and len(rows.labels) != len(rows):
-        raise HprError(f"{rows.name} has {len(rows)} examples and {len(rows.labels)} labels: remove rows without either")
+        raise DataError(f"{rows.name} has {len(rows)} examples and {len(rows.labels)} labels: remove rows without either")
     return rows
 
 
@@ -85,7 +88,7 @@ def open_data(
 
     ``data``: any kind that ``prepare`` takes. The first ``examples`` are read, divided by the shares of the sources. ``split``
     matters for docstrings only. A causal language model reads a text longer than ``max_length`` tokens in several examples; a
-    sequence-to-sequence model gets its own answers as targets (see ``own_answers``). Raises ``HprError`` for texts without a
+    sequence-to-sequence model gets its own answers as targets (see ``own_answers``). Raises ``DataError`` for texts without a
     tokenizer, and for empty, damaged or non-finite data.
 
     >>> batches, label = open_data(["some text", "another text"], loaded)  # doctest: +SKIP
@@ -146,7 +149,7 @@ def prepare(data: Any, model: LoadedModel, examples: int = PROFILED, labels: boo
     ``Splits`` come back as they are.
 
     Of every eight examples one is for re-scoring and one is held out, so that a sorted file is split fairly. Docstrings have a
-    held-out part of their own. Raises ``HprError`` for data that cannot be read, and for fewer than eight examples of a source.
+    held-out part of their own. Raises ``DataError`` for unreadable data, and for fewer than eight examples of a source.
 
     >>> splits = prepare("texts.txt", open_model("bert-base-uncased"))  # doctest: +SKIP
     >>> profile = hpr.profile(model, splits.calibration)  # doctest: +SKIP
@@ -162,7 +165,7 @@ def _dealt(data: Any, model: LoadedModel, examples: int, labels: bool, share: fl
         raise HprError(f"examples is {examples}: at least 2 are needed")
     own, rows = data is not None, rows_of(data, labels=labels)
     if len(rows) < 8:
-        raise HprError(f"{len(rows)} examples are too few to profile, re-score and evaluate on: bring at least 8")
+        raise DataError(f"{len(rows)} examples are too few to profile, re-score and evaluate on: bring at least 8")
     turns = [index % 8 for index in range(len(rows))]
     parts = [[i for i, turn in enumerate(turns) if turn in wanted] for wanted in ((0, 2, 4, 5, 6, 7), (1,), (3,))]
     if not own:
@@ -175,7 +178,7 @@ def _dealt(data: Any, model: LoadedModel, examples: int, labels: bool, share: fl
     spare, most = range(limits[0], len(dealt[0])), math.ceil(share * TRAINED)
     chosen = set(spare[: max(0, most - limits[0]) : _VALIDATION_EVERY][:RESCORED])
     if model.goal.writes_targets or len(chosen) < _SMALLEST_VALIDATION:
-        _log.info("%s: healing would train on the calibration part and validate on the re-scoring part", rows.name)
+        _log.info("%s: healing trains on the calibration part and validates on the re-scoring part", rows.name)
         chosen = set()
 
     def more() -> tuple[Batches, Batches]:
@@ -209,7 +212,7 @@ def _batches(rows: Rows, model: LoadedModel, examples: int, batch_size: int = 64
         batches = input_batches(rows.values, batch_size)
     else:
         if model.tokenizer is None:
-            raise HprError(f"{model.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
+            raise DataError(f"{model.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
         windows = examples if model.goal.shifts_labels else None
         length = min(max_length, _positions(model.model))
         batches = text_batches(rows.values, model.tokenizer, batch_size, length, windows)
@@ -217,5 +220,6 @@ def _batches(rows: Rows, model: LoadedModel, examples: int, batch_size: int = 64
             batches = labelled(batches, rows.labels)
     if not model.goal.writes_targets:
         return batches
+    _log.info("%s writes the targets of batches without labels", model.label)
     answered = [batch if "labels" in batch else {**batch, "labels": own_answers(model.model, batch)} for batch in batches]
     return Batches(answered, batches.order)

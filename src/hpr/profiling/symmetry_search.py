@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -20,6 +21,7 @@ from hpr.anatomy.symmetry import AxisSlice, Symmetry, layers_of, transform_site
 from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batches, first_examples
 from hpr.runtime.hooks import eval_mode, run
 
+_log = logging.getLogger(__name__)
 EXAMPLES = 2  # that each guess is tried on; one, where it cannot be cut short
 POSITIONS = 24  # enough for heads to attend to different ones
 TOO_FEW = 4  # with fewer all heads may attend alike, and seem to be one
@@ -36,11 +38,13 @@ def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchL
     long_enough = [batch for batch in batches if _positions(batch) >= POSITIONS]
     chosen = min(long_enough, key=_positions) if long_enough else max(batches, key=_positions)
     if _positions(chosen) < TOO_FEW:
+        _log.info("symmetries are not looked for: examples have fewer than %d positions", TOO_FEW)
         return ()
     batch = _double(first_examples(chosen, EXAMPLES))
     trial = _Trial(copy.deepcopy(model).double(), anatomy, seed)
     with torch.no_grad(), eval_mode(trial.model):
         if not (trial.start(_shortened(batch)) or trial.start(first_examples(batch, 1))):
+            _log.info("symmetries are not looked for: in float64 the model fails, or differs from run to run")
             return ()
         stacks = [stack.name for stack in anatomy.stacks if stack.layers > 1]
         return tuple(one for stack in stacks for one in _guesses(trial, stack) if trial.holds(one))
@@ -60,7 +64,10 @@ class _Trial:
         self.batch = batch
         try:
             self.expected = self._run()
-        except RuntimeError:  # torch's error for operands of different types
+        except RuntimeError as error:
+            if not _does_not_fit(error):
+                raise
+            _log.info("the model does not run on a trial batch in float64: %s", error)
             return False
         return bool(self.expected.numel()) and torch.equal(self.expected, self._run())
 
@@ -212,6 +219,11 @@ def _neurons(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[Symme
 
 def _overlap(first: AxisSlice, second: AxisSlice) -> bool:
     return first.slot == second.slot and first.start < second.stop and second.start < first.stop
+
+
+def _does_not_fit(error: RuntimeError) -> bool:
+    """Whether types or shapes do not fit: torch has no class for these. Lack of memory and device faults are not that."""
+    return type(error) in (RuntimeError, NotImplementedError) and "DefaultCPUAllocator" not in str(error)
 
 
 def _double(batch: Batch) -> Batch:
