@@ -13,6 +13,7 @@ from hpr.operators import fitting
 from hpr.operators.fitting import Fits
 from hpr.operators.registry import OPERATORS
 from hpr.planning.planner import draft
+from hpr.sharing.share import share
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_students_are_the_same_bit_for_bit(case) -> None:
     ]
     assert plans[-1].alignment
     for plan in plans:
-        assert equal(hpr.share(model, plan, fits=fits), hpr.share(model, plan, profile))
+        assert equal(share(model, plan, fits=fits), hpr.share(model, plan, profile))
 
 
 def test_each_group_and_each_metric_is_made_once(case, monkeypatch) -> None:
@@ -86,7 +87,7 @@ def test_fits_of_another_model_are_refused(case) -> None:
     plan = hpr.plan(model, profile, "50%")
     twin = tf.BertModel(model.config)
     with pytest.raises(hpr.HprError, match="another model or profile"):
-        hpr.share(model, plan, fits=Fits(twin, None))
+        share(model, plan, fits=Fits(twin, None))
     with pytest.raises(hpr.HprError, match="another model or profile"):
         draft(model, profile, fits=Fits(model, None))
-    assert equal(hpr.share(model, plan, replace(profile, about={}), fits=Fits(model, profile)), hpr.share(model, plan, profile))
+    assert equal(share(model, plan, replace(profile, about={}), fits=Fits(model, profile)), hpr.share(model, plan, profile))

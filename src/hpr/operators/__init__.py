@@ -1,1 +1,1 @@
-"""What may become of a group of weights: curve, terms and fit of each operator; the metric; alignment."""
+"""The operators define how a group of weights can be stored: each has a curve, terms and a fit in a common metric."""

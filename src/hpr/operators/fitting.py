@@ -44,7 +44,7 @@ class Fits:
     only as long as the caller of ``measured`` keeps them. Raises ``HprError`` for a profile of another model.
 
     >>> fits = Fits(model, profile)  # doctest: +SKIP
-    >>> students = [hpr.share(model, plan, fits=fits) for plan in plans]  # doctest: +SKIP
+    >>> students = [share(model, plan, fits=fits) for plan in plans]  # doctest: +SKIP
     """
 
     def __init__(self, model: nn.Module, profile: Profile | None):

@@ -28,8 +28,8 @@ def _solve(
     shares = [one.rows / total for one in group]
     mean_left = _mean(lefts, shares)
     mean_right = _mean([one.right for one in group], shares)
-    goal = sum(share * side for share, side in zip(shares, right_sides, strict=True))
-    assert isinstance(goal, Tensor)
+    zero = torch.zeros_like(right_sides[0])
+    goal = sum((share * side for share, side in zip(shares, right_sides, strict=True)), zero)
 
     def apply(x: Tensor) -> Tensor:
         parts = [share * one.right.times(left.times(x).T).T for share, one, left in zip(shares, group, lefts, strict=True)]

@@ -1,1 +1,1 @@
-"""PLAN: from a model and its profile to a draft, and from a draft to a plan; presets and rules."""
+"""The planner measures all candidates of a model as a draft and makes plans from it; presets and rules plan without data."""

@@ -19,7 +19,7 @@ from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site, Stack
 from hpr.anatomy.swappable import not_swappable
-from hpr.errors import HprError
+from hpr.errors import HprError, PlanError
 from hpr.operators import naming, tie
 from hpr.operators.fitting import Fitted
 from hpr.plans.budget import Budget
@@ -69,7 +69,9 @@ class ByRule:
             for term in plan.entries[site.name].terms:
                 start, stop = term.rows or (0, site.out_features)
                 factors.setdefault(term.u, weight_at(model, site).detach()[start:stop])
-        assert set(factors) == {name for entry in plan.entries.values() for name in factors_of(entry.terms)}
+        needed = {name for entry in plan.entries.values() for name in factors_of(entry.terms)}
+        if set(factors) != needed:
+            raise PlanError(f"the plan needs factors that rules do not give: {sorted(needed - set(factors))}. Use ByRule.plan")
         return Fitted(factors, {})
 
 

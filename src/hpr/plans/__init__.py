@@ -1,1 +1,1 @@
-"""The plan as an artifact: plan.json, terms, budget, states of layers. No algorithm."""
+"""A plan is an artifact without an algorithm: it holds the terms of every site, the budget and the states of layers."""

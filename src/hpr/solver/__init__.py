@@ -1,1 +1,1 @@
-"""Pure numbers: candidates, the lattice over layers, the Lagrange multiplier."""
+"""The solver chooses candidates on a lattice over layers under a budget, with one Lagrange multiplier and numbers only."""
