@@ -48,7 +48,7 @@ def test_a_fixed_route_weighs_components_if_its_router_is_given() -> None:
 
 def test_a_route_that_depends_on_the_input_gives_no_matrix() -> None:
     route = Route("router", 3)
-    with pytest.raises(HprError, match=r"depends on the input: use hpr\.collapse"):
+    with pytest.raises(HprError, match=r"depends on the input: use hpr\.extras\.collapse"):
         product([Term("u", "v", 3, route=route)], VALUES, 5, 4)
     with pytest.raises(HprError, match="depends on the input"):
         fixed_weights(route, VALUES["router"])

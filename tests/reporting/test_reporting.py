@@ -271,6 +271,23 @@ def test_figures_of_the_run_are_stated():
     assert "50%, that is 11,356,608 parameters" in page
 
 
+def test_quality_against_size_needs_plans_of_other_budgets():
+    assert "Quality against size" in render_report(PLAN, METRICS)
+    same = METRICS | {"plans": [row | {"budget": "50%"} for row in METRICS["plans"]]}
+    page = render_report(PLAN, same)
+    parse(page)
+    assert "Quality against size" not in page
+    assert "<code>--curve</code>" in page
+
+
+def test_boundaries_are_shown_if_the_plan_has_them():
+    heading = "Where groups of layers end"
+    page = render_report(PLAN, METRICS)
+    assert heading in page
+    assert "temperature of the probabilities was fitted" in page
+    assert heading not in render_report(PLAN, {key: value for key, value in METRICS.items() if key != "boundaries"})
+
+
 def test_healing_is_drawn():
     rows = [{"step": step, "loss": 1 / step, "validation": 0.5 / step} for step in (10, 20, 30)]
     stages = [
