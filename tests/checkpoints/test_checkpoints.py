@@ -461,7 +461,6 @@ def test_the_code_that_loads_imports_nothing_that_compresses() -> None:
     assert run.stdout.strip() == "[] False", run.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="import hpr is not lazy yet")
 def test_loading_a_folder_imports_nothing_that_compresses(build: Build, tmp_path: Path) -> None:
     save.save(shared(build("bert")), tmp_path / "m")
     load_it = f"import hpr, sys; from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path / 'm')!r})"

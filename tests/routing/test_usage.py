@@ -109,8 +109,8 @@ def test_the_report_shows_them() -> None:
     ]
     page = render_report(PLAN, METRICS | {"routes": found, "healing": {"history": history, "recipe": {"steps": 20}}})
     assert 'id="routes"' in page
-    assert "Entropy of routes in training" in page
-    assert "Examples nearest to each route" in page
+    assert "Entropy of routes during training" in page
+    assert "Examples closest to each route" in page
     drawn = section({"routes": found})
     assert drawn["kinds"] == ["low", "high"]
     assert drawn["entropy"] is None
