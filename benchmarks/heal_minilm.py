@@ -23,9 +23,8 @@ from common.tables import say
 from common.tasks import Embed, embedder, labelled_texts, sts_correlation, sts_pairs
 from common.texts import mixture
 from hpr.checkpoints.open import open_model
-from hpr.data.splits import prepare
+from hpr.data.splits import TRAINED, prepare
 from hpr.evaluation.divergence import compare
-from hpr.healing.heal import HEALED
 from hpr.healing.loss import Weights
 from hpr.profiling.objectives import OBJECTIVES
 
@@ -82,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     teacher, data = open_model(None), TEXTS[options.text]()
-    splits = prepare(data, teacher, HEALED)
+    splits = prepare(data, teacher, TRAINED)
     names = ("dev", "test") if options.test else ("dev",)
     pairs = {name: sts_pairs(shared() / "data" / "sts-b" / f"stsb-en-{name}.csv") for name in names}
 

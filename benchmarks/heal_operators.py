@@ -23,9 +23,8 @@ from heal_minilm import TEXTS
 from hpr.anatomy.describe import describe
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import first_batches
-from hpr.data.splits import Splits, prepare
+from hpr.data.splits import TRAINED, Splits, prepare
 from hpr.evaluation.divergence import compare, divergence
-from hpr.healing.heal import HEALED
 from hpr.healing.loss import Weights
 from hpr.pipeline.rescore import rescore
 from hpr.planning import planner
@@ -79,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     teacher = open_model(None)
-    data = prepare(TEXTS[options.text](), teacher, HEALED)
+    data = prepare(TEXTS[options.text](), teacher, TRAINED)
     profile = hpr.profile(teacher.model, first_batches(data.calibration, options.examples), "embedding")
     pairs = {name: sts_pairs(shared() / "data" / "sts-b" / f"stsb-en-{name}.csv") for name in ("dev", "test")}
 

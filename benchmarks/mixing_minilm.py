@@ -22,11 +22,10 @@ from common.tasks import embedder, sts_correlation, sts_pairs
 from common.texts import mixture
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import first_batches
-from hpr.data.splits import prepare
+from hpr.data.splits import TRAINED, prepare
 from hpr.evaluation.cost import forward_flops
 from hpr.evaluation.divergence import compare
 from hpr.evaluation.latency import latency
-from hpr.healing.heal import HEALED
 from hpr.nn.bank import parameters
 from hpr.planning import planner
 from hpr.planning.options import PlanOptions
@@ -49,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     teacher = open_model(None)
-    data = prepare(mixture(), teacher, HEALED)
+    data = prepare(mixture(), teacher, TRAINED)
     profile = hpr.profile(teacher.model, first_batches(data.calibration, options.examples), "embedding")
     draft = planner.draft(teacher.model, profile, PlanOptions(only="encoder.*"))
     limit = draft.budget(options.budget)

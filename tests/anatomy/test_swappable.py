@@ -53,7 +53,7 @@ def test_reads_past_a_module_are_found_in_the_source(what: str, tmp_path_factory
 def test_without_a_source_what_may_be_read_is_kept(
     tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "hpr")
+    caplog.set_level(logging.DEBUG, "hpr")
     reading = made("def forward(self, x): return F.linear(self.down(x), self.up.weight)", False, tmp_path_factory)
     assert set(not_swappable(reading, describe(reading))) == {"up", "down"}
     assert "Read.forward" in caplog.text

@@ -209,3 +209,20 @@ def test_a_mixture_is_data_like_any_other(folder) -> None:  # noqa: F811
     assert made.shares == {"few": 1, "many": 3}
     with pytest.raises(HprError, match="one for each of few, many"):
         Mixture(files, {"few": 1})
+
+
+def test_batches_are_data_like_any_other(folder) -> None:  # noqa: F811
+    """A list of batches, or what gives batches only once, serves every use; rows of inputs stay rows."""
+    opened = open_model(folder)
+    batches = [{"input_ids": torch.full((2, 3 + number % 2), number % 5)} for number in range(16)]
+    splits = prepare(iter(batches), opened)
+    kept = [int(batch["input_ids"][0, 0]) for batch in splits.calibration]
+    assert kept == [number % 5 for number in range(16) if number % 8 not in (1, 3)]
+    assert len(splits.rescoring) == len(splits.heldout) == 2
+    read, label = open_data((batch for batch in batches), opened)
+    assert label == "16 batches"
+    assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(read, batches, strict=True))
+    with pytest.raises(DataError, match="7 batches are too few"):
+        prepare(batches[:7], opened)
+    rows, _ = open_data([{"input_ids": torch.tensor([1, 2, 3])}] * 4, opened)
+    assert rows[0]["input_ids"].shape == (4, 3)

@@ -31,7 +31,7 @@ def opened(folder):  # noqa: F811
 
 def test_the_trainer_is_imported_where_something_is_healed() -> None:
     there = "'transformers.trainer' in sys.modules"
-    code = f"import sys, hpr; assert not {there}; hpr.heal; assert {there}"
+    code = f"import sys, hpr; assert not {there}; hpr.heal; assert not {there}; hpr.Recipe; assert {there}"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert all(hasattr(hpr, name) for name in hpr.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'cure'"):

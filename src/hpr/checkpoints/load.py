@@ -9,7 +9,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 from hpr.checkpoints.quantizer import HprConfig, rebuild
-from hpr.checkpoints.save import _check_checkpoint
+from hpr.checkpoints.save import check_checkpoint
 from hpr.errors import CheckpointError
 from hpr.runtime.files import CONFIG, WEIGHTS, read_config
 from hpr.sharing.specification import is_specification
@@ -29,7 +29,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if not is_specification(config) and config is not None:
         raise CheckpointError(f"{path / CONFIG} describes another quantisation: load it with the tool that wrote it")
     bank = rebuild(model, HprConfig(**config)) if config is not None else None
-    _check_checkpoint(bank, [str(path / WEIGHTS)])
+    check_checkpoint(bank, [str(path / WEIGHTS)])
     try:
         load_model(model, path / WEIGHTS, strict=True)
     except RuntimeError as error:

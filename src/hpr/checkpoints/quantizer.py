@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hpr.anatomy.lookup import has_module, slice_at
-from hpr.checkpoints.save import _check_checkpoint
+from hpr.checkpoints.save import check_checkpoint
 from hpr.errors import CheckpointError
 from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
 from hpr.nn.site import BankReader
@@ -72,7 +72,7 @@ class HprQuantizer(HfQuantizer):
     ) -> None:
         bank = rebuild(model, self.quantization_config)
         if bank is not None and checkpoint_files:
-            _check_checkpoint(bank, checkpoint_files)
+            check_checkpoint(bank, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         bank = bank_of(model)

@@ -94,7 +94,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_checkpoint(bank: FactorBank | None, files: Iterable[str]) -> None:
+def check_checkpoint(bank: FactorBank | None, files: Iterable[str]) -> None:
     """Raise where a file is damaged, or a factor is missing or of another shape: transformers would only warn."""
     found: dict[str, tuple[int, ...]] = {}
     names = [name for name in files if name.endswith(".safetensors")]

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hpr.data.files import Source, read_array
 from hpr.errors import DataError, HprError
-from hpr.runtime.batch import IGNORED, POSITIONAL, Batch, BatchLike, examples_in
+from hpr.runtime.batch import IGNORED, POSITIONAL, Batch, BatchLike, as_batch, examples_in
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +26,29 @@ class Batches(list[Batch]):
     def __init__(self, batches: Iterable[Batch], order: Sequence[int]):
         super().__init__(batches)
         self.order = list(order)
+
+
+def listed(data: Any) -> Any:
+    """A list of what a generator or a ``DataLoader`` gives, which can be read only once; other data as it is."""
+    once = hasattr(data, "__iter__") and not hasattr(data, "__getitem__") and not hasattr(data, "column_names")
+    return list(data) if once else data
+
+
+def given_batches(data: Any) -> list[Batch] | None:
+    """The batches, if the data is a list of batches of model inputs already; None for any other kind of data.
+
+    A batch is a tensor, or a mapping of tensors, at least one of which has two dimensions: rows of inputs have one.
+    """
+    if not isinstance(data, list | tuple) or not data or not _is_batch(data[0]):
+        return None
+    return [as_batch(batch) for batch in data]
+
+
+def _is_batch(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return isinstance(value, Tensor)
+    tensors = [tensor for tensor in value.values() if isinstance(tensor, Tensor)]
+    return 0 < len(tensors) == len(value) and max(tensor.dim() for tensor in tensors) > 1
 
 
 def in_input_order(rows: Tensor, batches: Sequence[BatchLike]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hpr.data.batches import Batches, array_batches, input_batches, labelled, text_batches
+from hpr.data.batches import Batches, array_batches, first_batches, given_batches, input_batches, labelled, listed, text_batches
 from hpr.data.datasets import read_columns
 from hpr.data.docstrings import Split, docstrings
 from hpr.data.files import format_of, read_array, read_labels, read_texts
@@ -21,6 +21,7 @@ from hpr.data.loaded_model import LoadedModel
 from hpr.data.sources import Mixture, interleaved, with_shares
 from hpr.data.targets import _positions, own_answers
 from hpr.errors import DataError, HprError
+from hpr.runtime.batch import Batch, examples_in
 
 _log = logging.getLogger(__name__)
 PROFILED = 4096  # examples that a profile is measured on
@@ -95,8 +96,14 @@ def open_data(
     """
     if examples < 1:
         raise HprError(f"examples is {examples}: at least one is needed")
-    batches, labels = [], []
-    for source, share in with_shares(data).values():
+    batches: list[Batches] = []
+    labels = []
+    for source, share in with_shares(listed(data)).values():
+        given = given_batches(source)
+        if given is not None:
+            batches.append(_whole(given))
+            labels.append(f"{len(given)} batches")
+            continue
         rows = rows_of(source, split)
         batches.append(_batches(rows, model, math.ceil(examples * share), batch_size, max_length))
         labels.append(f"{rows.name} ({split} part)" if source is None else rows.name)
@@ -143,10 +150,10 @@ class Splits:
 def prepare(data: Any, model: LoadedModel, examples: int = PROFILED, labels: bool = False, share: float = 1.0) -> Splits:
     """Data of any kind as batches for a model, divided between all uses of data (see ``Splits``).
 
-    ``data``: texts, a file, an array, a data set, None for the standard library's docstrings, several of these by name, or a
-    ``Mixture`` of them. The limits on examples (``examples`` to profile, 256 to re-score on, 1,024 held out, 65,536 to train
-    on) are divided by the shares of the sources; ``share`` scales all of them. ``labels`` keeps the labels of the data.
-    ``Splits`` come back as they are.
+    ``data``: texts, a file, an array, a data set, batches of model inputs, None for the standard library's docstrings, several
+    of these by name, or a ``Mixture`` of them. The limits on examples (``examples`` to profile, 256 to re-score on, 1,024
+    held out, 65,536 to train on) are divided by the shares of the sources; ``share`` scales all of them. Batches are dealt
+    out whole. ``labels`` keeps the labels of the data. ``Splits`` come back as they are.
 
     Of every eight examples one is for re-scoring and one is held out, so that a sorted file is split fairly. Docstrings have a
     held-out part of their own. Raises ``DataError`` for unreadable data, and for fewer than eight examples of a source.
@@ -156,13 +163,17 @@ def prepare(data: Any, model: LoadedModel, examples: int = PROFILED, labels: boo
     """
     if isinstance(data, Splits):
         return data
-    parts = {name: _dealt(source, model, examples, labels, share * part) for name, (source, part) in with_shares(data).items()}
+    sources = with_shares(listed(data))
+    parts = {name: _dealt(source, model, examples, labels, share * part) for name, (source, part) in sources.items()}
     return replace(_joined(list(parts.values())), parts=parts, shares=data.shares if isinstance(data, Mixture) else None)
 
 
 def _dealt(data: Any, model: LoadedModel, examples: int, labels: bool, share: float) -> Splits:
     if examples < 2:
         raise HprError(f"examples is {examples}: at least 2 are needed")
+    given = given_batches(data)
+    if given is not None:
+        return _dealt_batches(given, examples)
     own, rows = data is not None, rows_of(data, labels=labels)
     if len(rows) < 8:
         raise DataError(f"{len(rows)} examples are too few to profile, re-score and evaluate on: bring at least 8")
@@ -187,6 +198,21 @@ def _dealt(data: Any, model: LoadedModel, examples: int, labels: bool, share: fl
         return training, _batches(dealt[0].take(sorted(chosen)), model, RESCORED) if chosen else second
 
     return Splits(first, second, third, rows.name, own, more)
+
+
+def _dealt_batches(batches: list[Batch], examples: int) -> Splits:
+    """Batches of model inputs, dealt out whole by turns of eight, like examples."""
+    if len(batches) < 8:
+        raise DataError(f"{len(batches)} batches are too few to profile, re-score and evaluate on: give at least 8")
+    first = [batch for place, batch in enumerate(batches) if place % 8 not in (1, 3)]
+    kept = first_batches(first, examples)
+    more = None if len(kept) == len(first) else lambda: (_whole(first), _whole(batches[1::8]))
+    return Splits(_whole(kept), _whole(batches[1::8]), _whole(batches[3::8]), f"{len(batches)} batches", True, more)
+
+
+def _whole(batches: list[Batch]) -> Batches:
+    """Batches in the order they were given."""
+    return Batches(batches, range(sum(examples_in(batch) for batch in batches)))
 
 
 def _joined(parts: Sequence[Splits]) -> Splits:

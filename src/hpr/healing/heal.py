@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from hpr.data.batches import given_batches, listed
 from hpr.data.loaded_model import LoadedModel, as_loaded
 from hpr.data.sources import fractions, sources_of
-from hpr.data.splits import Splits, prepare
+from hpr.data.splits import TRAINED, Splits, prepare
 from hpr.errors import DataError
 from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.recipe import Recipe
 from hpr.healing.train import Healing, train
-from hpr.runtime.batch import Batch, as_batch
+from hpr.runtime.batch import Batch
 
-HEALED = 65536  # most examples of a source
 WRITTEN = 4096  # the same if the teacher first has to write the targets
 _VALIDATION_EVERY = 8  # one of so many batches is for validation, if the user gives batches
 _log = logging.getLogger(__name__)
@@ -33,7 +32,8 @@ def heal(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any = None,
     ``teacher``: a module, or a ``LoadedModel`` (``open_model``), whose tokenizer reads texts. ``data``: texts, a file of them
     (.txt, .jsonl, .csv, .tsv), an array or its ``.npy`` or ``.npz`` file, a ``datasets.Dataset``, batches of model inputs,
     ``Splits`` that were read before, or None for the standard library's docstrings; or several of these by name, as a mapping
-    or as a ``Mixture`` with shares of the steps. One eighth of the data is for validation; of ``Splits`` the re-scoring part.
+    or as a ``Mixture`` with shares of the steps. One eighth of the data is for validation;
+    ``Splits`` have a validation part.
     ``recipe``: everything else, see ``Recipe``.
 
     Raises ``HprError`` if the data cannot be read, for a loss that is not finite, and for a folder with the checkpoints of
@@ -67,17 +67,16 @@ def batches_of(
     validation: list[Batch] = []
     parts = fractions(sources, shares)
     for name, source in sources.items():
-        if hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
-            source = list(source)
-        if isinstance(source, list | tuple) and source and _is_batch(source[0]):
-            if len(source) < _VALIDATION_EVERY:
+        source = listed(source)
+        if (given := given_batches(source)) is not None:
+            if len(given) < _VALIDATION_EVERY:
                 raise DataError(
-                    f"{len(source)} batches in {name!r}: at least {_VALIDATION_EVERY} are needed, one of them for validation"
+                    f"{len(given)} batches in {name!r}: at least {_VALIDATION_EVERY} are needed, one of them for validation"
                 )
-            batches[name] = [as_batch(batch) for place, batch in enumerate(source) if place % _VALIDATION_EVERY]
-            validation += [as_batch(batch) for batch in source[::_VALIDATION_EVERY]]
+            batches[name] = [batch for place, batch in enumerate(given) if place % _VALIDATION_EVERY]
+            validation += given[::_VALIDATION_EVERY]
             continue
-        most = WRITTEN if teacher.goal.writes_targets else HEALED
+        most = WRITTEN if teacher.goal.writes_targets else TRAINED
         splits = prepare(source, teacher, most, labels, parts[name])
         batches[name] = splits.training
         validation += splits.validation
@@ -97,8 +96,3 @@ def _sources(data: Any) -> tuple[dict[str, Any], Mapping[str, float] | None]:
     if isinstance(data, Splits) and data.parts:
         return dict(data.parts), data.shares
     return sources_of(data)
-
-
-def _is_batch(value: Any) -> bool:
-    values = value.values() if isinstance(value, Mapping) else [value]
-    return bool(values) and all(isinstance(tensor, torch.Tensor) for tensor in values)

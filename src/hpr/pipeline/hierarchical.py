@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class HierarchicalModel(nn.Module):
-    """A pretrained model whose layers reuse what the layers below have, as rules say (see ``hpr.rules.replication``).
+    """A pretrained model whose layers reuse what the layers below have, as rules say (see ``planning.rules.replication``).
 
     ``base_model``: a folder, a hub id or a module, which stays untouched; None is the packaged all-MiniLM-L6-v2. After that the
     attribute ``base_model`` is the model with reuse, of the same class; calls, ``config`` and ``save_pretrained`` go there, and
@@ -49,13 +49,13 @@ class HierarchicalModel(nn.Module):
         batch: Batch | None = None,
     ):
         super().__init__()
-        loaded = _opened(self.default_base if base_model is None else base_model)
+        loaded = _loaded(self.default_base if base_model is None else base_model)
         self.replication_rules = self.default_rules if replication_rules is None else replication_rules
         rules = ByRule(self.replication_rules, batch)
         self.replication = rules.read(loaded.model)
         self.base_model = share(loaded.model, rules)
         copy_below(self.base_model, describe(loaded.model), self.replication)
-        self._opened = (loaded.tokenizer, loaded.folder)
+        self._source = (loaded.tokenizer, loaded.folder)
         for note in self.replication.notes:
             _log.warning("%s", note)
 
@@ -66,7 +66,7 @@ class HierarchicalModel(nn.Module):
         replication_rules: Rules | None = None,
         batch: Batch | None = None,
     ) -> HierarchicalModel:
-        """The same as the constructor, by the name that transformers has taught."""
+        """The same as the constructor, under the name that transformers uses."""
         return cls(base, replication_rules, batch)
 
     @property
@@ -78,7 +78,7 @@ class HierarchicalModel(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write model and tokenizer into a folder, at once; returns it. Raises ``HprError`` for a folder of someone else."""
-        tokenizer, source = self._opened
+        tokenizer, source = self._source
         return save.save(self.base_model, folder, tokenizer, source=source)
 
 
@@ -106,7 +106,7 @@ def copy_below(student: nn.Module, anatomy: Anatomy, found: Replication) -> None
                 parameter.copy_(given[path])
 
 
-def _opened(base: str | os.PathLike[str] | nn.Module | None) -> LoadedModel:
+def _loaded(base: str | os.PathLike[str] | nn.Module | None) -> LoadedModel:
     if isinstance(base, nn.Module):
         return LoadedModel(base, None, objective_for(base).name, None, type(base).__name__)
     return open_model(base)

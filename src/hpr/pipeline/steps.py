@@ -17,7 +17,7 @@ from hpr.anatomy.describe import describe as describe_module
 from hpr.anatomy.model import Anatomy
 from hpr.checkpoints.open import open_model
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.splits import Split, open_data
+from hpr.data.splits import EVALUATED, PROFILED, open_data
 from hpr.evaluation.evaluate import evaluate as evaluate_batches
 from hpr.evaluation.evaluate import measured_on
 from hpr.planning.options import DEFAULTS, PlanOptions
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # the Trainer is imported only if something is healed
     from hpr.healing.train import Healing
 
 AnyModel = str | Path | nn.Module | LoadedModel | None
-PROFILED, REFITTED, EVALUATED = 4096, 1024, 1024  # examples of data that is read, at most
+REFITTED = 1024  # examples that a refit reads, at most
 
 
 def describe(model: AnyModel) -> Anatomy:
@@ -94,7 +94,7 @@ def profile(model: AnyModel, data: Any = None, objective: str | None = None, see
     64
     """
     loaded = open_model(model, objective=objective)
-    batches, _ = _batches(data, loaded, "calibration", PROFILED)
+    batches, _ = open_data(data, loaded, "calibration", PROFILED)
     return profile_batches(loaded.model, batches, loaded.objective, seed)
 
 
@@ -107,7 +107,7 @@ def refit(student: nn.Module, teacher: AnyModel, data: Any, plan: Plan, profile:
     >>> hpr.refit(student, loaded, texts, plan, profile)
     """
     loaded = open_model(teacher)
-    batches, _ = _batches(data, loaded, "calibration", REFITTED)
+    batches, _ = open_data(data, loaded, "calibration", REFITTED)
     refit_batches(student, loaded.model, plan, profile, batches)
 
 
@@ -124,7 +124,8 @@ def heal(student: nn.Module, teacher: AnyModel, data: Any = None, recipe: Recipe
     """
     from hpr.healing.heal import heal as heal_data
 
-    return heal_data(student, open_model(teacher), data, recipe)
+    goal = None if recipe is None else recipe.objective
+    return heal_data(student, open_model(teacher, objective=goal), data, recipe)
 
 
 def evaluate(
@@ -138,20 +139,14 @@ def evaluate(
     """Compare a student with its teacher: quality, sizes and latency, as the JSON values that the report reads.
 
     ``labels``: the classes of a classifier's examples, in the order of the data; they add its accuracy. ``repeats``: timed
-    passes; 0 leaves latency and peak memory out. At most 1,024 examples are read. Raises ``HprError`` for no data, for outputs
-    that are not finite or differ in shape, and for labels that do not fit.
+    passes; 0 leaves latency and peak memory out. At most 1,024 examples are read, or one for each label. Raises ``HprError``
+    for no data, for outputs that are not finite or differ in shape, and for labels that do not fit.
 
     >>> sorted(hpr.evaluate(student, loaded, texts, repeats=0))
     ['parts', 'quality', 'sizes']
     """
     loaded = open_model(teacher, objective=objective)
-    batches, label = _batches(data, loaded, "heldout", EVALUATED)
+    examples = EVALUATED if labels is None else max(EVALUATED, len(labels))
+    batches, label = open_data(data, loaded, "heldout", examples)
     goal = objective_for(loaded.model, loaded.objective)
     return measured_on(evaluate_batches(student, loaded.model, batches, goal, labels, repeats), label)
-
-
-def _batches(data: Any, loaded: LoadedModel, split: Split, examples: int) -> tuple[Sequence[Any], str | None]:
-    """Batches as they are given, or made of whatever else is given; and what to call them."""
-    if isinstance(data, list | tuple) and data and not isinstance(data[0], str):
-        return data, None
-    return open_data(data, loaded, split, examples)

@@ -79,7 +79,7 @@ class Draft:
     def limit(self, budget: Budget) -> int:
         """Parameters left for the sites that are planned. Raises ``BudgetError`` if none are left, naming the least budget."""
         limit = budget.parameters - self.untouched
-        if limit < max(1, *(search.smallest for search in self.searches)):
+        if limit < self._smallest:
             raise BudgetError(f"a budget of {budget.text} is {budget.parameters:,} parameters, but {self._least()}")
         return limit
 
@@ -180,8 +180,13 @@ class Draft:
             self, searches=searches, fixed=tuple(site for site in self.anatomy.sites if site.name not in planned | gone)
         )
 
+    @property
+    def _smallest(self) -> int:
+        """The fewest parameters of the planned sites that every search can meet."""
+        return max(1, *(search.smallest for search in self.searches))
+
     def _least(self) -> str:
-        smallest = self.untouched + self.searches[0].smallest
+        smallest = self.untouched + self._smallest
         share = 100 * smallest / self.anatomy.total_parameters
         return (
             f"the smallest plan of this model needs {smallest:,} ({share:.1f}% of all): "

@@ -121,7 +121,9 @@ def _readers(
         path = named.get(module) or by_weight.get(id(getattr(module, "weight", None)))
         if path is not None and module not in owners:
             check_replaceable(model, name, module)
-            if weight_of(module).shape != weight_of(sources[path]).shape or _transposed(module) != _transposed(sources[path]):
+            if weight_of(module).shape != weight_of(sources[path]).shape or is_transposed(module) != is_transposed(
+                sources[path]
+            ):
                 raise HprError(f"{name} cannot read the factors of {path}, their sizes or layouts differ: correct the aliases")
             owners[module] = path
     return owners
@@ -184,6 +186,6 @@ def _check_shapes(site: Site, terms: Sequence[Term], shapes: Mapping[str, Factor
                 )
 
 
-def _transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Whether a module stores its weight as (in, out)."""
     return isinstance(module, Conv1D)

@@ -14,7 +14,7 @@ from hpr.nn.experts import SharedExperts
 from hpr.nn.linear import SharedLinear
 from hpr.nn.router import forget_masks
 from hpr.nn.site import SharedSite
-from hpr.sharing.attach import _transposed
+from hpr.sharing.attach import is_transposed
 from hpr.sharing.specification import is_specification
 from hpr.sharing.ties import restore_ties
 
@@ -57,7 +57,7 @@ def _stock(shared: SharedSite, weights: dict[str, nn.Parameter]) -> nn.Module:
     module = copy.deepcopy(shared.template)
     if shared.path not in weights:
         weight = shared.dense_weight().detach()
-        weight = weight.T.contiguous() if _transposed(module) else weight
+        weight = weight.T.contiguous() if is_transposed(module) else weight
         weights[shared.path] = nn.Parameter(weight, requires_grad=bool(module.weight.requires_grad))
     module.weight = weights[shared.path]
     if isinstance(shared, SharedLinear):
