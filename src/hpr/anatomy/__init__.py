@@ -1,1 +1,1 @@
-"""DESCRIBE: what is in a model; what may be swapped, and what is not covered."""
+"""Anatomy describes a model: its stacks, layers and sites, its symmetries, which modules can be replaced, and what is left over."""

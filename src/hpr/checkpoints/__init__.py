@@ -1,1 +1,1 @@
-"""EXPORT: open a model, save and load a compressed one, the hook in transformers."""
+"""Checkpoints opens models, saves and loads compressed ones, and registers the hook by which transformers loads them."""

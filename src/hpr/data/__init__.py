@@ -1,1 +1,1 @@
-"""DATA: from files, data sets and arrays to batches, dealt out to their uses."""
+"""Data turns texts, files, arrays and data sets into batches, and divides them between profiling, choosing, healing and figures."""

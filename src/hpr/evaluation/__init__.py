@@ -1,4 +1,4 @@
-"""What a compressed model is worth and what it costs, beside the original."""
+"""Evaluation compares a compressed model with its original: divergence, sizes, operations and latency."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""All steps in one: compress, rescore, the record of a run, HierarchicalModel."""
+"""The pipeline joins the steps: compress, the steps on data of any kind, re-scoring, the record of a run, reuse by rule."""

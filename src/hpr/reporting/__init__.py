@@ -1,4 +1,4 @@
-"""The report and the model card, made from the saved artifacts (plan.json, metrics.json) alone."""
+"""Reporting writes the report and the model card from saved artifacts (plan.json, metrics.json) alone."""
 
 from hpr.reporting.card import render_card
 from hpr.reporting.report import render_report

@@ -1,1 +1,1 @@
-"""Weights that follow the input. Experimental, and off by default."""
+"""Routing makes weights depend on the input; it is experimental and off by default."""

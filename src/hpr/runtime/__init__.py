@@ -1,1 +1,1 @@
-"""Running any model: batches, devices, modes, hooks, progress, files written at once."""
+"""Runtime runs any model: batches, devices, evaluation mode, hooks, progress, and files that are written whole or not at all."""

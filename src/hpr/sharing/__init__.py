@@ -1,1 +1,1 @@
-"""SHARE: attach factors, share, unshare, ties, refit."""
+"""Sharing attaches factors to a copy of a model, fits them, ties what was tied, and turns a shared model back into a dense one."""

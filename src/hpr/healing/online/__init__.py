@@ -1,1 +1,1 @@
-"""Learn on from a stream, with a validation set that undoes what hurts."""
+"""Online learning trains a compressed model on a stream, and undoes updates that raise the validation loss."""
