@@ -1,1 +1,1 @@
-"""Anatomy describes a model: its stacks, layers and sites, its symmetries, which modules can be replaced, and what is left over."""
+"""Anatomy describes a model: stacks, layers, sites and symmetries, which modules can be replaced, and what is left over."""

@@ -1,1 +1,1 @@
-"""Data turns texts, files, arrays and data sets into batches, and divides them between profiling, choosing, healing and figures."""
+"""Data turns texts, arrays and data sets into batches, and divides them between profiling, choosing, healing and evaluation."""

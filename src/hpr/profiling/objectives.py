@@ -194,7 +194,7 @@ def objective_for(model: nn.Module, name: str | None = None) -> Objective:
     for objective in OBJECTIVES.values():
         if any(own in _classes(mapping) for mapping in objective.classes):
             return objective
-    _log.info("%s is in none of the lists of transformers: hidden states are its objective", own)
+    _log.info("the objective is hidden states, because %s has no task head that is known", own)
     return OBJECTIVES["hidden"]
 
 
