@@ -264,3 +264,13 @@ def test_text_needs_a_tokenizer(tmp_path, build):
     build("bert").save_pretrained(tmp_path / "bare")
     with pytest.raises(HprError, match="bare has no tokenizer"):
         open_data(None, open_model(tmp_path / "bare"))
+
+
+def test_lack_of_memory_is_not_taken_for_a_damaged_folder(folder, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(tf.BertModel, "from_pretrained", full)
+    monkeypatch.setattr(tf.AutoModel, "from_pretrained", full)
+    with pytest.raises(MemoryError):
+        open_model(folder)

