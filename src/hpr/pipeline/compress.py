@@ -82,17 +82,16 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The proposals that were run end to end, and which of them was taken; ``curve`` holds plans for other budgets."""
+    """The proposals that were run end to end, with their scores, and which of them was taken."""
 
-    proposals: list[Proposal]
-    curve: list[Proposal]
-    scores: list[Comparison]  # one for each proposal, then one for each plan of the curve
+    proposals: list[Proposal]  # those for the budget, then those of the curve
+    comparisons: list[Comparison]  # one for each proposal
     best: int
     student: nn.Module
 
     @property
     def plans(self) -> list[Plan]:
-        return [proposal.plan for proposal in self.proposals + self.curve]
+        return [proposal.plan for proposal in self.proposals]
 
     @property
     def plan(self) -> Plan:
@@ -100,7 +99,7 @@ class _Choice:
 
     @property
     def score(self) -> Comparison:
-        return self.scores[self.best]
+        return self.comparisons[self.best]
 
 
 def compress(
@@ -159,7 +158,7 @@ def compress(
         metrics = record(run.loaded, choice.plan, measured, texts, figures) | {
             "seed": options.seed,
             "timing": run.seconds,
-            "plans": plan_rows(choice.plans, choice.scores, choice.best, candidates.anatomy),
+            "plans": plan_rows(choice.plans, choice.comparisons, choice.best, candidates.anatomy),
             "boundaries": _boundaries(candidates, choice),
             "plan_quality": "agreement with the original" if choice.score.cosine is None else "cosine to the original",
             "refit": refitted,
@@ -246,15 +245,16 @@ def _chosen(run: _Run, fits: Fits, proposals: list[Proposal], curve: list[Propos
         if number < len(proposals) and (not scores or score.divergence.mean < scores[best].divergence.mean):
             best, student = number, plan_student
         scores.append(score)
-    least = scores[best].divergence.mean
-    _log.info("plan %d of %d has the least divergence: %.4g nats", best + 1, len(proposals), least)
-    return _Choice(proposals, curve, scores, best, student)
+    scored = [replace(one, score=score.divergence.mean) for one, score in zip(proposals + curve, scores, strict=True)]
+    _log.info("plan %d of %d has the least divergence: %.4g nats", best + 1, len(proposals), scored[best].score)
+    return _Choice(scored, scores, best, student)
 
 
 def _boundaries(candidates: Draft, choice: _Choice) -> dict[str, Any]:
     """Probabilities of group boundaries, at a temperature fitted to the plans that were run; empty if it cannot be fitted."""
     search = candidates.searches[-1 if choice.plan.alignment else 0]
-    predicted, measured = [plan.damage for plan in choice.plans], [score.divergence.mean for score in choice.scores]
+    predicted = [plan.damage for plan in choice.plans]
+    measured = [proposal.score for proposal in choice.proposals if proposal.score is not None]  # all were run
     temperature = fitted_temperature(predicted, measured, len(search.tracks))
     multiplier = choice.proposals[choice.best].multiplier
     if temperature is None or not multiplier or choice.plan.layers:
@@ -268,10 +268,12 @@ def _refitted(run: _Run, fits: Fits, measured: Profile, choice: _Choice, texts: 
     if wanted is False or (wanted is None and (not texts.own or choice.plan.layers)):
         return False
     student, teacher = choice.student, run.loaded.model
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    before = {} if wanted else {name: tensor.clone() for name, tensor in student.state_dict().items()}
     refit(student, teacher, choice.plan, measured, first_batches(texts.calibration, REFITTED), fits=fits)
+    if wanted:
+        return True
     after = divergence(student, teacher, texts.rescoring, run.objective).mean
-    if wanted or after < choice.score.divergence.mean:
+    if after < choice.score.divergence.mean:
         return True
     _log.info("the refit is taken back: divergence %.4g nats after %.4g", after, choice.score.divergence.mean)
     student.load_state_dict(before)
