@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hpr.checkpoints import quantizer
+from hpr.checkpoints import quantizer  # noqa: F401  its import registers HPR with transformers
 from hpr.errors import HprError
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ _HOMES = {
     "unshare": "hpr.sharing.unshare",
 }
 _MODULES = {"extras": "hpr.extras", "presets": "hpr.planning.presets"}
-
-quantizer.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from hpr.data.docstrings import Split, docstrings
 from hpr.data.files import format_of, read_array, read_labels, read_texts
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.sources import Mixture, interleaved, with_shares
-from hpr.data.targets import _positions, own_answers
+from hpr.data.targets import longest_input, own_answers
 from hpr.errors import DataError, HprError
 from hpr.runtime.batch import Batch, examples_in
 
@@ -240,7 +240,7 @@ def _batches(rows: Rows, model: LoadedModel, examples: int, batch_size: int = 64
         if model.tokenizer is None:
             raise DataError(f"{model.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
         windows = examples if model.goal.shifts_labels else None
-        length = min(max_length, _positions(model.model))
+        length = min(max_length, longest_input(model.model))
         batches = text_batches(rows.values, model.tokenizer, batch_size, length, windows)
         if rows.labels is not None and windows is None:
             batches = labelled(batches, rows.labels)

@@ -24,7 +24,7 @@ def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32)
     if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
         raise HprError(f"{type(model).__name__} cannot write its own targets: give batches with labels to hpr.profile")
     given = to_device_of({key: batch[key] for key in (model.main_input_name, "attention_mask") if key in batch}, model)
-    length = min(batch[model.main_input_name].shape[1] + longer, _positions(model) - 1)
+    length = min(batch[model.main_input_name].shape[1] + longer, longest_input(model) - 1)
     settings: dict[str, Any] = {"max_new_tokens": length, "num_beams": 1, "do_sample": False, "return_dict_in_generate": False}
     # past the generate of speech models, which cuts recordings and strips what the decoder reads first
     written = GenerationMixin.generate(model, **given, **settings)  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32)
     return labels.masked_fill(ends.cumsum(1) - ends.long() > 0, -100)
 
 
-def _positions(model: nn.Module) -> int:
+def longest_input(model: nn.Module) -> int:
     """The most tokens that a model takes at once, as far as its configuration says."""
     config = getattr(model, "config", None)
     known = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hpr.data.targets import _positions
+from hpr.data.targets import longest_input
 from hpr.errors import DataError
 from hpr.profiling.objectives import OBJECTIVES
 from hpr.runtime.batch import IGNORED, Batch
@@ -28,7 +28,7 @@ class BatchCheck:
         self._needed = [name for name in validation[0] if all(name in batch for batch in validation)]
         self._like = {name: value for batch in reversed(validation) for name, value in batch.items()}
         self._limits = _limits(model, objective)
-        self._positions = _positions(model)
+        self._positions = longest_input(model)
 
     def __call__(self, batch: Batch) -> str | None:
         """Say what is wrong with a batch, None if nothing is."""
