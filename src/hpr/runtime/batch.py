@@ -1,8 +1,8 @@
-"""A batch of model inputs: its examples, its mask, its first rows.
+"""Batches of model inputs: convert them, make an example, and read their examples and their mask.
 
-Inside the package a batch is always a mapping of input names to tensors. Public functions also take one bare tensor, the
-only positional input of a plain module; ``as_batch`` gives it the reserved name ``POSITIONAL``, and ``hooks.run`` passes it
-positionally again.
+Inside the package a batch is always a mapping of input names to tensors. Public functions also take a bare tensor, which is
+the only positional input of a plain module. ``as_batch`` gives it the reserved name ``POSITIONAL``, and ``hooks.run`` passes
+it to the module as a positional argument.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from hpr.errors import DataError, HprError
 
 Batch = Mapping[str, Tensor]
 BatchLike = Batch | Tensor  # what public functions take
-POSITIONAL = "input"  # the name of an input that its model takes positionally
-IGNORED = -100  # a label that transformers leaves out of the loss
+POSITIONAL = "input"  # the name of the input that a plain module takes as its only argument
+IGNORED = -100  # the label of a position that the loss of transformers leaves out
 
 
 def as_batch(batch: BatchLike) -> Batch:
@@ -38,21 +39,21 @@ def as_batch(batch: BatchLike) -> Batch:
 
 
 def as_batches(batches: Sequence[BatchLike]) -> Sequence[Batch]:
-    """The same batches as mappings. A list of mappings is returned as it is; a list keeps its class and attributes."""
+    """The batches as mappings. Returns a list of mappings unchanged; a converted list keeps its class and its attributes."""
     converted = [as_batch(batch) for batch in batches]
     if all(new is old for new, old in zip(converted, batches, strict=True)):
         return batches  # type: ignore[return-value]
     if not isinstance(batches, list):
         return converted
-    same = copy.copy(batches)  # of its class: ``Batches`` know the order of their examples
-    same[:] = converted
-    return same  # type: ignore[return-value]
+    copied = copy.copy(batches)  # keeps the class, because ``Batches`` store the order of their examples
+    copied[:] = converted
+    return copied  # type: ignore[return-value]
 
 
 def example_batch(model: nn.Module) -> dict[str, Tensor]:
-    """Two random examples of what a transformers model reads: token ids, pictures or sound, as its configuration says.
+    """A batch of two random examples for a transformers model: token ids, images or sound, by its configuration.
 
-    Raises ``HprError`` for models whose inputs it does not say.
+    The tensors are on the model's device. Raises ``HprError`` if the configuration does not say what the model reads.
     """
     config: Any = getattr(model, "config", None)
     draw = torch.Generator().manual_seed(0)
@@ -70,23 +71,27 @@ def example_batch(model: nn.Module) -> dict[str, Tensor]:
     if name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
         batch[name] = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
     if not batch or config is None:
-        raise HprError(f"{type(model).__name__} does not say what it reads: give a batch")
+        raise HprError(f"the configuration of {type(model).__name__} does not say what the model reads: give a batch")
     if getattr(config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = _ids(model, draw)
     return {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
 
 
 def _ids(model: Any, draw: torch.Generator) -> Tensor:
+    """Random token ids, (2, 8)."""
     return torch.randint(model.config.get_text_config().vocab_size, (2, 8), generator=draw)
 
 
 def examples_in(batch: Batch) -> int:
-    """Number of examples in a batch."""
+    """The number of examples in a batch."""
     return len(next(iter(batch.values())))
 
 
-def mask_of(batch: Batch, positions: Tensor) -> Tensor:
-    """(batch, positions) float mask of real tokens; ones, one a prediction, where the batch has none of that shape."""
+def mask_of(batch: Batch, positions: Shaped[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    """The weight of each vector of ``positions``: 1 for a real token, 0 for padding.
+
+    Reads the attention mask (batch, positions). All weights are 1 if the batch has no mask of that shape.
+    """
     mask = batch.get("attention_mask")
     if mask is None or positions.dim() != 3 or mask.shape != positions.shape[:2]:
         return torch.ones(positions.shape[:-1], device=positions.device)
@@ -94,7 +99,7 @@ def mask_of(batch: Batch, positions: Tensor) -> Tensor:
 
 
 def first_examples(batch: Batch, count: int) -> Batch:
-    """The same batch with at most ``count`` examples."""
+    """The first examples of a batch, at most ``count``. Values without an example axis stay as they are."""
 
     def cut(value: Any) -> Any:
         return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value

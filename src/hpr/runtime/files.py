@@ -1,4 +1,4 @@
-"""Files and output folders: what belongs into them besides the model, and how a new one takes the place of an old one."""
+"""Files and output folders: read a configuration, copy the files of a sentence encoder, and write atomically."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 from hpr.errors import HprError
 
 CONFIG = "config.json"
-MARKER = "hpr.json"  # says of weights without shared factors that hpr wrote them
-_WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md", MARKER)  # of an earlier run: stale beside a new model
+WEIGHTS = "model.safetensors"
+MARKER = "hpr.json"  # marks a folder that hpr wrote, if its weights have no shared factors
+_WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md", MARKER)  # out of date beside a new model
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's ``config.json``. Raises ``HprError`` where it cannot be read."""
+    """The content of a folder's ``config.json``; empty if it is not a mapping. Raises ``HprError`` if it cannot be read."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -25,11 +26,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def copy_sentence_files(source: Path, target: Path) -> None:
-    """What SentenceTransformer reads besides the transformer itself; nothing where ``source`` is no sentence encoder."""
+    """Copy the files that SentenceTransformer reads besides the transformer. Does nothing if ``source`` is no sentence encoder.
+
+    Raises ``HprError`` if a module of ``source`` has its weights only in a pickled file.
+    """
     if not (source / "modules.json").is_file():
         return
     modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-    first = source / modules[0]["path"]  # the transformer: written at the top here, in a folder of its own by old versions
+    first = source / modules[0]["path"]  # the transformer; old versions write it into a subfolder, the copy has it at the top
     modules[0]["path"] = ""
     (target / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
     for name in ["config_sentence_transformers.json", *(file.name for file in first.glob("sentence_*_config.json"))]:
@@ -46,7 +50,7 @@ def copy_sentence_files(source: Path, target: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that a crash leaves either the old file or the new one, never a part."""
+    """Write a text file atomically: after a crash, the file has either the old text or the new one."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -58,7 +62,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def replace(target: Path, complete: Path) -> None:
-    """Put a complete folder in the place of the old one, which is gone only when that has worked."""
+    """Move the folder ``complete`` to ``target``. An old folder at ``target`` is deleted only after the move succeeds.
+
+    Files of the old folder that the new one lacks are copied into it, except weights and the files that describe a model.
+    """
     if not target.exists():
         complete.rename(target)
         return
@@ -78,6 +85,3 @@ def replace(target: Path, complete: Path) -> None:
         aside.rename(target)
         raise
     shutil.rmtree(aside)
-
-
-WEIGHTS = "model.safetensors"

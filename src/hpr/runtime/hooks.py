@@ -1,4 +1,4 @@
-"""Run any model: devices, evaluation mode, captured activations."""
+"""Run any model: move batches to its device, set evaluation mode, and capture hidden states."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +19,7 @@ from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batch
 
 @contextmanager
 def transformers_quiet() -> Iterator[None]:
-    """Silence the bars and warnings of transformers while it loads or trains; its errors stay."""
+    """Silence the progress bars and warnings of transformers inside the ``with`` block. Errors are still logged."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -32,7 +33,7 @@ def transformers_quiet() -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients, everything restored afterwards."""
+    """Set evaluation mode and switch off the gradients of parameters; restore both at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     try:
@@ -44,19 +45,19 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on a batch: by keywords, or with one argument if ``POSITIONAL`` is all that the batch holds."""
+    """The model's output for a batch. Passes inputs by keyword, or as one argument if ``POSITIONAL`` is the only input."""
     return model(batch[POSITIONAL]) if batch.keys() == {POSITIONAL} else model(**batch)
 
 
 def to_device_of(batch: BatchLike, model: nn.Module) -> Batch:
-    """The batch as a mapping (see ``as_batch``), on the model's device."""
+    """The batch as a mapping (see ``as_batch``), on the device of the model's first parameter."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return send_to_device(as_batch(batch), device)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own flag restored afterwards."""
+    """Set evaluation mode; restore the mode of each module at the end."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -67,27 +68,30 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def captured_hidden_states(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Path → the hidden states that the layer there emits in the passes made inside, those of the last pass."""
-    found: dict[str, Tensor] = {}
+def captured_hidden_states(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Float[Tensor, "*batch d"]]]:
+    """Path of a layer → its output hidden states in the last forward pass inside the ``with`` block."""
+    states: dict[str, Tensor] = {}
 
     def note(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = output if isinstance(output, Tensor) else output[0]
+            states[path] = output if isinstance(output, Tensor) else output[0]
 
         return hook
 
     handles = [module_at(model, path).register_forward_hook(note(path)) for path in paths]
     try:
-        yield found
+        yield states
     finally:
         for handle in handles:
             handle.remove()
 
 
-def entering(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a block is given: its first floating-point argument."""
+def entering(args: tuple, kwargs: Mapping[str, Any]) -> Float[Tensor, "*batch d"]:
+    """The input hidden states of a block: its first floating-point argument.
+
+    ``args`` and ``kwargs`` are the arguments of the call. Raises ``HprError`` if no argument is floating-point.
+    """
     for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    raise HprError("a block is called without hidden states: layer features need blocks that take and return them")
+    raise HprError("a block is called without hidden states: use blocks that take and return them, as layer features need")

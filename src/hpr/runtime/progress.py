@@ -1,6 +1,7 @@
-"""Progress of long functions: library code says how far it is, and whoever listens shows it.
+"""Progress of long functions: library code reports it, and a listener shows it.
 
-Long functions call ``progress("curvature", done, total)``. Nothing happens unless a listener is set for this thread or task.
+Long functions call ``progress("curvature", done, total)``. The call does nothing unless the program has set a listener for this
+thread or task.
 """
 
 from __future__ import annotations
