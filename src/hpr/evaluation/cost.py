@@ -1,7 +1,7 @@
-"""What a model costs to store and to run. Every number says what it counts.
+"""The costs of a model: parameters, bytes, and floating-point operations.
 
-A student is measured along its teacher's sites, so that both are counted alike: a site may be kept, read shared factors,
-or be gone with its layer.
+Functions that take an ``Anatomy`` expect the teacher's, so that they count the same sites in the teacher and in the student.
+A site of the student may be kept, read shared factors, or be dropped with its layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hpr.runtime.batch import Batch
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 OTHER = "biases, norms and other"
-_DTYPES = {  # in the order in which safetensors lays tensors out: the last first
+_DTYPES = {  # safetensors writes the tensors of the last dtype first
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -50,7 +50,7 @@ _DTYPES = {  # in the order in which safetensors lays tensors out: the last firs
 
 
 def sizes(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
-    """``parameters``, ``bytes`` on disk, ``resident_bytes`` and ``flops_per_token``; ``anatomy`` is the teacher's."""
+    """The costs of a model by name: ``parameters``, ``bytes`` on disk, ``resident_bytes`` and ``flops_per_token``."""
     return {
         "parameters": parameters(model),
         "bytes": disk_bytes(model),
@@ -60,9 +60,10 @@ def sizes(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
 
 
 def disk_bytes(model: nn.Module) -> int:
-    """The exact size in bytes of the safetensors file that ``save_pretrained`` (or ``hpr.save``) writes, not written.
+    """The exact size in bytes of the safetensors file that ``save_pretrained`` (or ``hpr.save``) would write.
 
-    Off by the names where transformers renames weights on saving, stores experts one by one, or splits files (from 50 GB).
+    The header's part is not exact if transformers renames weights, stores each expert separately, or splits the file (above
+    50 GB).
     """
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     groups: dict[Hashable, list[str]] = {}
@@ -71,16 +72,16 @@ def disk_bytes(model: nn.Module) -> int:
     declared = set(getattr(model, "all_tied_weights_keys", None) or ())
     metadata = {"format": "pt"} if isinstance(model, PreTrainedModel) else {}
     for keys in groups.values():
-        kept = next((key for key in sorted(keys) if key not in declared), sorted(keys)[-1]) if declared else min(keys)
-        for key in set(keys) - {kept}:
+        stored = next((key for key in sorted(keys) if key not in declared), sorted(keys)[-1]) if declared else min(keys)
+        for key in set(keys) - {stored}:
             del state[key]
             if not isinstance(model, PreTrainedModel):
-                metadata[key] = kept
+                metadata[key] = stored
     return _file_size(state, metadata)
 
 
 def file_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes of all safetensors files in a folder. Raises ``HprError`` where there is none."""
+    """The bytes of all safetensors files in a folder. Raises ``HprError`` if there is none."""
     files = list(Path(folder).glob("*.safetensors"))
     if not files:
         raise HprError(f"{folder} holds no .safetensors file: give a folder that a model was saved to")
@@ -88,17 +89,17 @@ def file_bytes(folder: str | os.PathLike[str]) -> int:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes that parameters and buffers take in memory, each storage once."""
+    """The bytes of parameters and buffers in memory. Tensors that share a storage count once."""
     tensors = (*model.parameters(), *model.buffers())
     return sum({_storage(tensor): _storage_bytes(tensor) for tensor in tensors}.values())
 
 
 def flops_per_token(model: nn.Module, anatomy: Anatomy) -> int:
-    """Floating-point operations (multiply-adds × 2) for one row through every site.
+    """Floating-point operations (multiply-adds × 2) of all sites for one input row.
 
-    Attention scores are not counted (``forward_flops`` does), nor are norms and activations. Looking up a table's row is
-    free, multiplying it by a factor is not. All experts are counted, though the router sends a row to a few; their weights are
-    put together before they are used, so sharing changes nothing there.
+    Attention scores (see ``forward_flops``), norms and activations are not counted. The lookup of a table's row counts as 0, a
+    product of that row with a factor counts. All experts of a layer count, although its router sends a row to a few of them.
+    Sharing does not change the operations of experts, because the student computes their weights before it uses them.
     """
     total = 0
     for site in anatomy.sites:
@@ -111,47 +112,50 @@ def flops_per_token(model: nn.Module, anatomy: Anatomy) -> int:
 
 
 def forward_flops(model: nn.Module, batch: Batch) -> int:
-    """Floating-point operations (multiply-adds × 2) of all matrix products of one forward pass, attention's included.
+    """Floating-point operations (multiply-adds × 2) of all matrix products of one forward pass, with those of attention.
 
-    Counted as they run: padding and what a causal mask hides count too, what layers reuse does not.
+    Products with padding and with masked positions count. Products that a layer reuses from another layer do not.
     """
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts the others by itself
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts the other kinds itself
     with (
         torch.no_grad(),
         eval_mode(model),
-        FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops}) as counter,
+        FlopCounterMode(display=False, custom_mapping={cpu_attention: _attention_flops}) as counter,
     ):
         run(model, to_device_of(batch, model))
     return counter.get_total_flops()
 
 
 def parts(teacher: nn.Module, student: nn.Module, anatomy: Anatomy) -> list[dict[str, Any]]:
-    """Parameters before and after by part: a slot of a stack (``encoder · attention.self.query``), a site outside, the rest.
+    """The parameters of each part of teacher (``before``) and student (``after``), as one mapping per part.
 
-    A shared factor is split evenly among the sites that use it; either column adds up to the model's ``parameters``.
+    A part is a slot of a stack (``encoder · attention.self.query``), a site outside the stacks, or everything else (``OTHER``).
+    The parameters of a shared factor are split evenly among the sites that use it. The counts of all parts add up to the
+    model's ``parameters``.
     """
     before, after = _by_part(teacher, anatomy), _by_part(student, anatomy)
     return [{"name": name, "before": before[name], "after": after[name]} for name in before]
 
 
 def _by_part(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
+    """Part → its number of parameters."""
     terms = terms_of(model)
     stored = {site.name: dict(_stored(model, site, terms)) for site in anatomy.sites}
     users = Counter(key for units in stored.values() for key in units)
     shares: dict[str, float] = {}
     for site in anatomy.sites:
         name = site.name if site.stack is None else f"{site.stack} · {site.slot}"
-        own = sum(count / users[key] for key, count in stored[site.name].items())
-        shares[name] = shares.get(name, 0.0) + own
+        site_share = sum(count / users[key] for key, count in stored[site.name].items())
+        shares[name] = shares.get(name, 0.0) + site_share
     rounded, running = {}, 0.0
-    for name, share in shares.items():  # differences of rounded running sums: whole numbers with the same total
+    for name, share in shares.items():  # differences of rounded running sums are whole numbers with the same total
         rounded[name] = round(running + share) - round(running)
         running += share
     return rounded | {OTHER: parameters(model) - sum(rounded.values())}
 
 
 def _stored(model: nn.Module, site: Site, terms: Mapping[str, Sequence[Term]]) -> Iterator[tuple[Hashable, int]]:
-    """What one site reads: (identity, parameters) of each factor or weight."""
+    """The factors or the weight that a site reads: (identity, number of parameters) of each."""
     bank = bank_of(model)
     if site.name in terms and bank is not None:
         for factor in factors_of(terms[site.name]):
@@ -164,6 +168,7 @@ def _stored(model: nn.Module, site: Site, terms: Mapping[str, Sequence[Term]]) -
 
 
 def _flops(module: nn.Module, site: Site) -> int:
+    """Floating-point operations of the module at a site for one input row."""
     if isinstance(module, SharedEmbedding):
         shapes = [module.bank[term.v].shape for term in module.terms if term.v is not None]
         return 2 * sum(shape.rows * shape.columns for shape in shapes)
@@ -177,28 +182,30 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *oth
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path; None if the student dropped it."""
     try:
         return module_at(model, path)
     except HprError:
-        return None  # dropped with its layer, or reused from the layer below
+        return None  # its layer is dropped, or reuses the attention of the layer below
 
 
 def _storage(tensor: Tensor) -> Hashable:
-    """The same for tensors that share memory; on the meta device, and for empty ones, only a tensor is like itself."""
+    """A key that is equal for tensors that share memory. A tensor that is empty or on the meta device has a key of its own."""
     pointer = 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
     return (str(tensor.device), pointer) if pointer else id(tensor)
 
 
 def _storage_bytes(tensor: Tensor) -> int:
+    """The bytes of a tensor's whole storage."""
     return tensor.numel() * tensor.element_size() if tensor.is_meta else tensor.untyped_storage().nbytes()
 
 
 def _file_size(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Eight bytes of length, a JSON header padded to eight, then the data."""
-    places = list(_DTYPES)
+    """The bytes of a safetensors file: 8 for the header's length, a JSON header padded to a multiple of 8, and the data."""
+    order = list(_DTYPES)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for key in sorted(state, key=lambda name: (-places.index(state[name].dtype), name)):
+    for key in sorted(state, key=lambda name: (-order.index(state[name].dtype), name)):
         end = offset + state[key].numel() * state[key].element_size()
         header[key] = {"dtype": _DTYPES[state[key].dtype], "shape": list(state[key].shape), "data_offsets": [offset, end]}
         offset = end

@@ -1,4 +1,4 @@
-"""How far a student's outputs are from its teacher's, on the same batches, without labels where there are none."""
+"""Compare the outputs of a student with those of its teacher on the same batches. Labels are optional."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hpr.data.batches import in_input_order
@@ -19,7 +20,7 @@ from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over examples and its standard error; None where there is one example only."""
+    """A mean over examples and its standard error. The error is None if there is only one example."""
 
     mean: float
     error: float | None
@@ -27,12 +28,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Student beside teacher on the same batches.
+    """The comparison of a student with its teacher on the same batches. A value that does not apply is None.
 
-    ``divergence``: nats per example. ``agreement``: share of positions with the same top class (categorical outputs).
-    ``cosine``: mean cosine of embeddings or hidden states (the others). ``teacher_loss`` and ``student_loss``: nats per
-    predicted token, where the batches say what the token is. ``teacher`` and ``student``: (n, d) outputs in input
-    order where there is one vector per example. What does not apply is None.
+    ``divergence``: nats per example. ``agreement``: share of positions with the same top class, for categorical outputs.
+    ``cosine``: mean cosine of embeddings or hidden states, for other outputs. ``teacher_loss`` and ``student_loss``: nats per
+    predicted token, if the batches have target tokens. ``teacher`` and ``student``: outputs (examples, d) in the order of the
+    user's data, if there is one vector per example.
     """
 
     examples: int
@@ -41,42 +42,42 @@ class Comparison:
     cosine: float | None
     teacher_loss: float | None
     student_loss: float | None
-    teacher: Tensor | None
-    student: Tensor | None
+    teacher: Float[Tensor, "examples d"] | None
+    student: Float[Tensor, "examples d"] | None
 
 
 def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> Comparison:
-    """Run both models once over the batches.
+    """Run both models once over the batches, and compare their outputs.
 
-    Raises ``HprError`` for no batches, for outputs that are not finite (naming model and batch), for outputs of different
-    shape and for an objective that does not fit them.
+    Raises ``HprError`` if there are no batches, if an output is not finite (the message names model and batch), if the outputs
+    differ in shape, and if the objective does not fit them.
     """
-    divergences, kept = [], []
+    divergences, vectors = [], []
     matching, losses = _Share(), (_Share(), _Share())
     with torch.no_grad(), eval_mode(teacher), eval_mode(student):
         for index, batch in _numbered(batches, teacher):
             outputs = run(teacher, batch), run(student, batch)
             expected, weight = objective.read(outputs[0], batch)
-            found, _ = objective.read(outputs[1], batch)
-            if expected.shape != found.shape:
-                shapes = f"{tuple(found.shape)}, the teacher's {tuple(expected.shape)}"
+            predicted, _ = objective.read(outputs[1], batch)
+            if expected.shape != predicted.shape:
+                shapes = f"{tuple(predicted.shape)}, the teacher's {tuple(expected.shape)}"
                 raise HprError(f"on batch {index} the student's output has shape {shapes}: compare models of the same task")
             if weight.shape != expected.shape[:-1]:
                 shape = tuple(expected.shape)
-                raise HprError(f"objective {objective.name!r} does not fit outputs of shape {shape}: name another")
+                raise HprError(f"objective {objective.name!r} does not fit outputs of shape {shape}: give another objective")
             _check_finite(expected, weight, "teacher", index)
-            _check_finite(found, weight, "student", index)
+            _check_finite(predicted, weight, "student", index)
             divergences.append(objective.divergence(outputs[0], outputs[1], batch).double())
-            matching.add(_match(expected, found, objective), weight)
+            matching.add(_match(expected, predicted, objective), weight)
             targets = _targets(batch, objective)
             if targets is not None:
-                for share, logits in zip(losses, (expected, found), strict=True):
+                for share, logits in zip(losses, (expected, predicted), strict=True):
                     share.add(*_token_losses(logits, targets, objective))
             if expected.dim() == 2:
-                kept.append((expected.float(), found.float()))
+                vectors.append((expected.float(), predicted.float()))
     divergence = torch.cat(divergences)
     teacher_rows, student_rows = (
-        [in_input_order(torch.cat(parts), batches) for parts in zip(*kept, strict=True)] if kept else (None, None)
+        [in_input_order(torch.cat(parts), batches) for parts in zip(*vectors, strict=True)] if vectors else (None, None)
     )
     return Comparison(
         examples=len(divergence),
@@ -91,39 +92,44 @@ def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[BatchLike]
 
 
 def divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> Estimate:
-    """Mean divergence from the teacher in nats per example (see ``hpr.profiling.objectives``) with its standard error."""
+    """The mean divergence from the teacher in nats per example (see ``hpr.profiling.objectives``) and its standard error."""
     return compare(student, teacher, batches, objective).divergence
 
 
-def embeddings(model: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> Tensor:
-    """One output vector per example, (n, d) float32, in the order of the user's data: embeddings, or a classifier's logits.
+def embeddings(model: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> Float[Tensor, "examples d"]:
+    """The output vector of each example in float32, in the order of the user's data: embeddings, or a classifier's logits.
 
-    Raises ``HprError`` as ``compare`` does, and where the objective gives a vector for every position.
+    Raises ``HprError`` as ``compare`` does, and if the objective gives a vector for every position.
     """
     rows = []
     with torch.no_grad(), eval_mode(model):
         for index, batch in _numbered(batches, model):
             read, weight = objective.read(run(model, batch), batch)
             if read.dim() != 2:
-                raise HprError(f"objective {objective.name!r} gives outputs of shape {tuple(read.shape)}, not one per example")
+                shape = tuple(read.shape)
+                raise HprError(
+                    f"objective {objective.name!r} gives outputs of shape {shape}, not one per example: give another"
+                )
             _check_finite(read, weight, "model", index)
             rows.append(read.float())
     return in_input_order(torch.cat(rows), batches)
 
 
-def cosine(first: Tensor, second: Tensor) -> float:
-    """Mean cosine between corresponding rows of two (n, d)."""
+def cosine(first: Float[Tensor, "examples d"], second: Float[Tensor, "examples d"]) -> float:
+    """The mean cosine between corresponding rows of two matrices."""
     return float(F.cosine_similarity(first.double(), second.double(), dim=-1).mean())
 
 
-def neighbour_agreement(first: Tensor, second: Tensor, k: int = 10) -> float:
-    """Share of each example's k nearest neighbours (by cosine, among all n examples) that two embeddings have in common.
+def neighbour_agreement(first: Float[Tensor, "examples d1"], second: Float[Tensor, "examples d2"], k: int = 10) -> float:
+    """The share of an example's k nearest neighbours (by cosine) that two embeddings have in common, the mean over examples.
 
-    (n, d) each, the widths may differ. With n ≤ k all the n − 1 others are neighbours, and the answer is 1. Raises
-    ``HprError`` for fewer than two examples.
+    The two widths may differ. With at most k examples, all others are neighbours, and the result is 1. Raises ``HprError`` for
+    fewer than two examples, and for embeddings of different length.
     """
     if len(first) != len(second) or len(first) < 2:
-        raise HprError(f"{len(first)} and {len(second)} embeddings: two of the same examples, and at least two, are needed")
+        raise HprError(
+            f"there are {len(first)} and {len(second)} embeddings: give as many of one as of the other, and at least 2 of each"
+        )
     k = min(k, len(first) - 1)
     hits = 0
     unit = [F.normalize(rows.float(), dim=-1) for rows in (first, second)]
@@ -131,29 +137,29 @@ def neighbour_agreement(first: Tensor, second: Tensor, k: int = 10) -> float:
         near = []
         for rows in unit:
             similarity = rows[start : start + 1024] @ rows.T
-            own = torch.arange(len(similarity), device=rows.device)
-            similarity[own, own + start] = -torch.inf
+            index = torch.arange(len(similarity), device=rows.device)
+            similarity[index, index + start] = -torch.inf  # an example is not its own neighbour
             near.append(similarity.topk(k).indices)
         hits += int((near[0].unsqueeze(2) == near[1].unsqueeze(1)).sum())
     return hits / (k * len(first))
 
 
-def accuracy(logits: Tensor, labels: Sequence[int] | Tensor) -> float:
-    """Share of rows of (n, classes) whose top class is the label. Raises ``HprError`` where the two do not fit."""
+def accuracy(logits: Float[Tensor, "examples classes"], labels: Sequence[int] | Int[Tensor, " examples"]) -> float:
+    """The share of rows whose top class is the label. Raises ``HprError`` if labels and logits do not fit together."""
     target = torch.as_tensor(labels).long().to(logits.device)
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise HprError(
-            f"{tuple(target.shape)} labels for outputs of shape {tuple(logits.shape)}: one for each example is needed"
+            f"labels of shape {tuple(target.shape)} do not fit outputs {tuple(logits.shape)}: give one for each example"
         )
     outside = (target < 0) | (target >= logits.shape[1])
     if outside.any():
         first = int(outside.nonzero()[0])
-        raise HprError(f"label {int(target[first])} of example {first} is no class: the model has 0 to {logits.shape[1] - 1}")
+        raise HprError(f"label {int(target[first])} of example {first} is no class: give one from 0 to {logits.shape[1] - 1}")
     return float((logits.argmax(-1) == target).double().mean())
 
 
 class _Share:
-    """A weighted mean in a stream."""
+    """A weighted mean of values that are added in parts."""
 
     def __init__(self) -> None:
         self.total, self.weight = 0.0, 0.0
@@ -168,37 +174,39 @@ class _Share:
 
 
 def _numbered(batches: Sequence[BatchLike], model: nn.Module) -> Iterator[tuple[int, Batch]]:
-    """The batches with their numbers, on the model's device."""
+    """The batches with their numbers, on the model's device. Raises ``HprError`` if there are none."""
     if not len(batches):
-        raise HprError("no batches to evaluate on: at least one is needed")
+        raise HprError("no batches to evaluate on: give at least one")
     return ((index, to_device_of(batch, model)) for index, batch in enumerate(batches))
 
 
-def _match(expected: Tensor, found: Tensor, objective: Objective) -> Tensor:
+def _match(expected: Tensor, predicted: Tensor, objective: Objective) -> Tensor:
+    """For each position whether the top classes are equal, or the cosine of the two outputs."""
     if objective.categorical:
-        return (expected.argmax(-1) == found.argmax(-1)).double()
-    return F.cosine_similarity(expected.double(), found.double(), dim=-1)
+        return (expected.argmax(-1) == predicted.argmax(-1)).double()
+    return F.cosine_similarity(expected.double(), predicted.double(), dim=-1)
 
 
-def _check_finite(predictions: Tensor, weight: Tensor, whose: str, index: int) -> None:
-    """What stands at padding is nobody's business."""
+def _check_finite(predictions: Tensor, weight: Tensor, owner: str, index: int) -> None:
+    """Raise ``HprError`` if an output is not finite. Positions of weight 0 (padding) are not checked."""
     finite = torch.isfinite(predictions).all(-1) | (weight == 0)
     if not finite.all():
         example = int((~finite).nonzero()[0][0])
         raise HprError(
-            f"the {whose}'s output is not finite on batch {index}, example {example}: check that input and the weights"
+            f"the {owner}'s output is not finite on batch {index}, example {example}: check this input and the weights"
         )
 
 
 def _estimate(values: Tensor) -> Estimate:
+    """The mean of the divergences of all examples. Raises ``HprError`` if one is not finite."""
     if not torch.isfinite(values).all():
-        raise HprError("the divergence is not finite: the outputs exceed what float32 holds, check the student's weights")
+        raise HprError("the divergence is not finite, because outputs exceed the range of float32: check the student's weights")
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
-    return Estimate(max(float(values.mean()), 0.0), error)  # rounding may leave −1e-9 where the two are equal
+    return Estimate(max(float(values.mean()), 0.0), error)  # rounding may give −1e-9 for equal models
 
 
 def _targets(batch: Batch, objective: Objective) -> Tensor | None:
-    """The token that each position predicts, (B, T), −100 where none; None where the batch does not say."""
+    """The token that each position predicts, (batch, positions), −100 for none; None if the batch has no such tokens."""
     if objective.shifts_labels:
         ids = batch.get("labels", batch.get("input_ids", batch.get(POSITIONAL)))
         if ids is None or ids.is_floating_point() or ids.dim() != 2:
@@ -209,6 +217,7 @@ def _targets(batch: Batch, objective: Objective) -> Tensor | None:
 
 
 def _token_losses(logits: Tensor, targets: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """The loss of each position in nats, and its weight: 1, or 0 for a position without a target."""
     if objective.shifts_labels:
         logits, targets = logits[:, :-1], targets[:, 1:]
     losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")

@@ -1,4 +1,4 @@
-"""Time and memory of one forward pass."""
+"""The time (milliseconds) and the peak memory (bytes) of one forward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one forward pass, and the median of student over teacher within each pair of runs."""
+    """Median milliseconds of one forward pass. ``ratio``: the median of student over teacher time within each pair of runs."""
 
     teacher_ms: float
     student_ms: float
@@ -29,31 +29,31 @@ class Latency:
 
 
 def latency(student: nn.Module, teacher: nn.Module, batch: Batch, repeats: int = 9) -> Latency:
-    """Median time of a forward pass, the two taking turns so that a busy machine slows both; one run of each to warm up.
+    """The median times of a forward pass of both models, over ``repeats`` runs after one run to warm up.
 
-    Raises ``HprError`` for ``repeats`` below 1.
+    The models take turns, so that a busy machine slows both. Raises ``HprError`` for ``repeats`` below 1.
     """
     if repeats < 1:
-        raise HprError(f"repeats {repeats} must be at least 1")
+        raise HprError(f"repeats is {repeats}, the least is 1: give a larger number")
     times: dict[int, list[float]] = {0: [], 1: []}
     models, batch = (teacher, student), to_device_of(batch, teacher)
     with torch.no_grad(), eval_mode(teacher), eval_mode(student):
         for turn in range(-1, repeats):
-            for which in (0, 1) if turn % 2 else (1, 0):  # neither always goes second, on a warm or throttled machine
-                elapsed = _seconds(models[which], batch)
+            for index in (0, 1) if turn % 2 else (1, 0):  # the order alternates, because the machine may warm up or throttle
+                elapsed = _seconds(models[index], batch)
                 if turn >= 0:
-                    times[which].append(elapsed)
-    teacher_ms, student_ms = (1000 * statistics.median(times[which]) for which in (0, 1))
+                    times[index].append(elapsed)
+    teacher_ms, student_ms = (1000 * statistics.median(times[index]) for index in (0, 1))
     ratio = statistics.median(after / before for before, after in zip(times[0], times[1], strict=True))
     return Latency(teacher_ms, student_ms, ratio)
 
 
 def peak_memory(model: nn.Module, batch: Batch) -> int:
-    """Bytes at the worst moment of a forward pass: parameters, buffers and every tensor alive that the pass made.
+    """The peak memory of a forward pass in bytes: parameters, buffers, and the tensors of the pass that are alive at once.
 
-    Counted by watching the tensors that operations return, so it is the same on every machine and run, and needs no process of
-    its own (a process's peak never falls, so it cannot tell two models apart). Python, libraries, the input, and what a
-    single kernel takes for itself are not in it.
+    The function counts the tensors that operations return, so its result is the same on every machine and in every run. (The
+    peak of a process never falls, so it cannot compare two models.) Python, the libraries, the input, and the workspace of a
+    kernel are not counted.
     """
     batch = to_device_of(batch, model)
     watch = _AliveBytes(model, batch)
@@ -63,7 +63,7 @@ def peak_memory(model: nn.Module, batch: Batch) -> int:
 
 
 class _AliveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations created and that are still referenced, and their maximum."""
+    """Counts the bytes of the storages that operations create and that are still referenced, and their maximum."""
 
     def __init__(self, model: nn.Module, batch: Batch):
         super().__init__()
@@ -97,6 +97,7 @@ class _AliveBytes(TorchDispatchMode):
 
 
 def _seconds(model: nn.Module, batch: Batch) -> float:
+    """The seconds of one forward pass."""
     cuda = next((parameter.is_cuda for parameter in model.parameters()), False)
     if cuda:
         torch.cuda.synchronize()
