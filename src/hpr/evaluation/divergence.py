@@ -128,7 +128,7 @@ def neighbour_agreement(first: Float[Tensor, "examples d1"], second: Float[Tenso
     """
     if len(first) != len(second) or len(first) < 2:
         raise HprError(
-            f"there are {len(first)} and {len(second)} embeddings: give as many of one as of the other, and at least 2 of each"
+            f"{len(first)} and {len(second)} embeddings cannot be compared: give two of each example, and at least two examples"
         )
     k = min(k, len(first) - 1)
     hits = 0

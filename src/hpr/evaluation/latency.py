@@ -34,7 +34,7 @@ def latency(student: nn.Module, teacher: nn.Module, batch: Batch, repeats: int =
     The models take turns, so that a busy machine slows both. Raises ``HprError`` for ``repeats`` below 1.
     """
     if repeats < 1:
-        raise HprError(f"repeats is {repeats}, the least is 1: give a larger number")
+        raise HprError(f"repeats is {repeats}, fewer than 1: give at least 1")
     times: dict[int, list[float]] = {0: [], 1: []}
     models, batch = (teacher, student), to_device_of(batch, teacher)
     with torch.no_grad(), eval_mode(teacher), eval_mode(student):
