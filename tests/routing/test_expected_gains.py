@@ -81,7 +81,7 @@ def test_kinds_that_are_alike_need_no_router(made) -> None:
 
 def test_what_it_needs(made) -> None:
     teacher, student, profile, kinds = made
-    with pytest.raises(HprError, match="1 kinds of input: at least two are needed"):
+    with pytest.raises(HprError, match="1 kinds of input, a router distinguishes at least two"):
         expected_gains(teacher, student, profile, {"low": kinds["low"]})
-    with pytest.raises(HprError, match="shares nothing, so nothing can be routed"):
+    with pytest.raises(HprError, match="shares nothing, so it has no term to route"):
         expected_gains(teacher, teacher, profile, kinds)

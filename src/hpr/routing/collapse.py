@@ -1,4 +1,4 @@
-"""Make a routed model static: each router gives its average output."""
+"""Make a routed model static: replace the output of each router with its mean."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,18 +23,18 @@ from hpr.sharing.specification import specification
 
 @torch.no_grad()
 def collapse(student: nn.Module, batches: Sequence[BatchLike]) -> nn.Module:
-    """A static copy, in which every router gives its mean output over the positions of some batches.
+    """A static copy of the model, in which every router returns its mean output over the positions of the batches.
 
-    Exporters and ``unshare`` need it. ``hpr.evaluate(static, student, …)`` measures its cost. Raises ``HprError`` if the
-    model's weights do not depend on the input, and for no batches.
+    Exporters and ``unshare`` need a static model. ``hpr.evaluate(static, student, …)`` measures what the copy loses. Raises
+    ``HprError`` if the model's weights do not depend on the input, and if there are no batches.
     """
     if not batches:
-        raise HprError("batches is empty: give at least one, to average routes over")
+        raise HprError("there are no batches to average the routes over: give at least one")
     static = copy.deepcopy(student)
     bank = bank_of(static)
     sites = [module for module in static.modules() if isinstance(module, RoutedLinear)]
     if bank is None or not sites:
-        raise HprError(f"the weights of this {type(student).__name__} do not depend on the input: it is static already")
+        raise _static_already(student)
     averages = mean_routes(static, batches)
     for module in sites:
         module.set_terms(
@@ -51,19 +52,28 @@ def collapse(student: nn.Module, batches: Sequence[BatchLike]) -> nn.Module:
 
 
 @torch.no_grad()
-def mean_routes(student: nn.Module, batches: Sequence[BatchLike]) -> dict[str, Tensor]:
-    """Router → its mean α (experts,), float64, over all positions of some batches that count."""
+def mean_routes(student: nn.Module, batches: Sequence[BatchLike]) -> dict[str, Float[Tensor, " experts"]]:
+    """Router → its mean α in float64, over all positions of the batches that are not padding.
+
+    Raises ``HprError`` if the model shares nothing.
+    """
     bank = bank_of(student)
-    assert bank is not None
+    if bank is None:
+        raise _static_already(student)
     sums: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     with eval_mode(student):
         for batch in batches:
-            with recorded(bank.routing) as taken:
+            with recorded(bank.routing) as records:
                 run(student, to_device_of(batch, student))
-            for (_, router), calls in taken.items():
+            for (_, router), calls in records.items():
                 for weights, counted in calls:
                     rows = weights.flatten(0, -2) if counted is None else weights[counted.bool()]
                     sums[router] = sums.get(router, torch.zeros(weights.shape[-1]).double()) + rows.double().sum(0).cpu()
                     counts[router] = counts.get(router, 0.0) + len(rows)
     return {router: total / counts[router] for router, total in sums.items()}
+
+
+def _static_already(student: nn.Module) -> HprError:
+    name = type(student).__name__
+    return HprError(f"the weights of this {name} do not depend on the input: it is static already, use it as it is")

@@ -1,4 +1,4 @@
-"""The gains to expect from a router, measured on kinds of input before one is trained."""
+"""Predict what a router would gain, from several kinds of input, before it is trained."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Site
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of, terms_of
-from hpr.operators.metric import Measured, measure
+from hpr.operators.fitting import Fits
+from hpr.operators.metric import Measured
 from hpr.profiling.profile import Profile
 from hpr.runtime.batch import Batch, BatchLike, mask_of
 from hpr.runtime.hooks import eval_mode, run, to_device_of
@@ -24,41 +24,45 @@ from hpr.runtime.hooks import eval_mode, run, to_device_of
 def expected_gains(
     teacher: nn.Module, student: nn.Module, profile: Profile, kinds: Mapping[str, Sequence[BatchLike]], experts: int = 4
 ) -> dict[str, float]:
-    """Site → what a router that tells kinds of input apart would save there, as a share of the site's damage.
+    """Site → the share of the site's damage that a router would save there, from 0 to 1.
 
-    The damage of a term whose components are weighed by α is quadratic in α, so the best α for each kind, and the best for
-    all, come from one small system each; kinds count alike. That is what a router (``hpr.routing.plan.routed``) could bring
-    with all factors as they are. For sites of a static student that have one term with a rank. Raises ``HprError`` for fewer
-    than two kinds, and for a student that shares nothing.
+    ``kinds``: batches by kind of input; every kind has the same weight. The router would multiply the components of a term by
+    α. The damage is quadratic in α, so a small linear system gives the best α for each kind, and another the best α for all
+    kinds together. The function compares their damages, with all factors unchanged. It covers the Linear sites of a static
+    student that have exactly one term, with a rank of at least ``experts``. ``hpr.routing.plan.routed`` adds the router. Raises
+    ``HprError`` for fewer than two kinds, and for a student that shares nothing.
     """
     if len(kinds) < 2:
-        raise HprError(f"{len(kinds)} kinds of input: at least two are needed for a router to tell apart")
-    anatomy, bank = describe(teacher), bank_of(student)
+        raise HprError(f"there are {len(kinds)} kinds of input, a router distinguishes at least two: give more kinds")
+    bank = bank_of(student)
     if bank is None:
-        raise HprError(f"this {type(student).__name__} shares nothing, so nothing can be routed: share it first")
-    profile.check(anatomy)
-    measured = measure(teacher, anatomy, profile)
-    terms = terms_of(student)
-    single = {site: own[0] for site in anatomy.sites if len(own := terms.get(site.name, ())) == 1 and site.kind == "linear"}
-    chosen = {site: term for site, term in single.items() if term.v is not None and (term.rank or 0) >= experts}
-    moments = [_moments(teacher, list(chosen), batches, measured) for batches in kinds.values()]
+        raise HprError(f"this {type(student).__name__} shares nothing, so it has no term to route: share it first")
+    fits, terms = Fits(teacher, profile), terms_of(student)
+    linear = [site for site in fits.anatomy.sites if site.kind == "linear"]
+    single = {site: terms[site.name][0] for site in linear if len(terms.get(site.name, ())) == 1}
+    factors = {site: (term.u, term.v) for site, term in single.items() if term.v and (term.rank or 0) >= experts}
+    measured = fits.measured(site.name for site in factors)
+    moments = [_moments(teacher, list(factors), batches, measured) for batches in kinds.values()]
     gains = {}
-    for site, term in chosen.items():
-        assert term.v is not None
-        u, v = (bank[name].dense().detach().to(measured[site.name].weight) for name in (term.u, term.v))
+    for site, names in factors.items():
+        u, v = (bank[name].dense().detach().to(measured[site.name].weight) for name in names)
         deal = F.one_hot(torch.arange(len(v)) % experts, experts).to(v)
         gains[site.name] = _gain(measured[site.name], u, v, [kind[site.name] for kind in moments], deal)
     return gains
 
 
-def _gain(one: Measured, u: Tensor, v: Tensor, moments: Sequence[Tensor], deal: Tensor) -> float:
-    """What weights by kind save against weights for all, over the damage of the latter."""
-    weighted_u, weighted_weight = one.left.times(u), one.left.times(one.weight)
+def _gain(site: Measured, u: Tensor, v: Tensor, moments: Sequence[Tensor], deal: Tensor) -> float:
+    """The damage that one α per kind saves against a common α, as a share of the damage with the common α.
+
+    ``u`` (out, rank) and ``v`` (rank, in) are the factors. ``moments``: E[x xᵀ] (in, in) of each kind. ``deal`` (rank, experts)
+    is 1 if the component belongs to the expert, and 0 otherwise.
+    """
+    weighted_u, weighted_weight = site.left.times(u), site.left.times(site.weight)
     systems = []
     for moment in moments:
         square = deal.T @ ((u.T @ weighted_u) * (v @ moment @ v.T)) @ deal
         right = deal.T @ ((u.T @ weighted_weight @ moment) * v).sum(1)
-        systems.append((square, right, float((weighted_weight * (one.weight @ moment)).sum())))
+        systems.append((square, right, float((weighted_weight * (site.weight @ moment)).sum())))
     common = _least(sum(square for square, *_ in systems), sum(right for _, right, _ in systems))  # type: ignore[arg-type]
     apart = [_least(square, right) for square, right, _ in systems]
 
@@ -71,6 +75,7 @@ def _gain(one: Measured, u: Tensor, v: Tensor, moments: Sequence[Tensor], deal: 
 
 
 def _least(square: Tensor, right: Tensor) -> Tensor:
+    """The α (experts,) with the least damage: the solution of ``square`` α = ``right``, with a small ridge."""
     ridge = 1e-9 * square.diagonal().mean() * torch.eye(len(square)).to(square)
     return torch.linalg.solve(square + ridge, right)
 
@@ -78,7 +83,7 @@ def _least(square: Tensor, right: Tensor) -> Tensor:
 def _moments(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[BatchLike], measured: Mapping[str, Measured]
 ) -> dict[str, Tensor]:
-    """Site → E[x xᵀ] (in, in) of its inputs at positions that count, less the mean that its bias corrects; float64."""
+    """Site → E[x xᵀ] (in, in) of its inputs in float64, without padding. x is centred if the site's bias absorbs the mean."""
     sums = {site.name: measured[site.name].weight.new_zeros(site.in_features, site.in_features) for site in sites}
     rows = dict.fromkeys(sums, 0)
     current: list[Batch] = []
@@ -86,10 +91,10 @@ def _moments(
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             x, mean = args[0].detach(), measured[name].mean
-            kept = x[mask_of(current[0], x).bool().to(x.device)].to(sums[name])
-            kept = kept if mean is None else kept - mean
-            sums[name] += kept.T @ kept
-            rows[name] += len(kept)
+            inputs = x[mask_of(current[0], x).bool().to(x.device)].to(sums[name])
+            inputs = inputs if mean is None else inputs - mean
+            sums[name] += inputs.T @ inputs
+            rows[name] += len(inputs)
 
         return hook
 

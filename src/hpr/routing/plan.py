@@ -1,9 +1,9 @@
 """Add routers to a plan, so that weights depend on the input.
 
-W_s(x) = Σ_k α_k(x) · B_k: the experts B_k are the rank components of the static plan, dealt into K parts, so only the router
-adds parameters. If a group of layers shares a basis, it shares the parts. A router starts at 0, which gives the static model
-exactly, and learns in healing (``healing.loss.Weights.routing``). Ouroboros (arXiv 2604.02051) routed whole matrices and
-found lower training loss and no gain on held-out data: compare at equal parameters before you use it.
+W_s(x) = Σ_k α_k(x) · B_k. An expert B_k is a part of the rank components of the static plan, so only the router adds
+parameters. Layers that share a basis share its experts. A router of zeros gives exactly the static model; healing trains it
+(``healing.loss.Weights.routing``). Ouroboros (arXiv 2604.02051) routed whole matrices, and found a lower training loss but no
+gain on held-out data. Compare a routed plan with a static plan of equal size before you use it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from hpr.plans.terms import Route
 from hpr.runtime.batch import example_batch
 from hpr.runtime.hooks import captured_hidden_states, entering, eval_mode, run
 
-View = Literal["token", "sequence"]  # what a router sees of the input
-_TRIES = 20  # of lowering a budget by what the routers cost
+View = Literal["token", "sequence"]  # the part of the input that a router reads
+_TRIES = 20  # attempts to lower the static plan's budget until the routers fit
 
 
 def routed(
@@ -37,11 +37,11 @@ def routed(
     per: View | Literal["auto"] = "auto",
     only: str | None = None,
 ) -> Plan:
-    """The same plan with a router at every site of a stack that has a term with a rank.
+    """The plan with a router at every Linear site of a stack that has a term of rank ``experts`` or more.
 
-    ``per``: what a router sees, by default a sequence in a stack where every position sees all others, and a token in any
-    other. ``only`` narrows the sites. The routers' parameters count, so the plan may no longer keep within its budget (see
-    ``best_routed``). Raises ``HprError`` where no site can be routed.
+    ``per``: a router reads each token, or the mean of its sequence. By default it reads the sequence in stacks whose positions
+    attend to all others, and the token in causal stacks. ``only``: a pattern that limits the sites. The routers' parameters
+    count, so the plan may exceed its budget (see ``best_routed``). Raises ``HprError`` if no site can be routed.
     """
     return _with_routes(plan, _routes(model, describe(model), experts, per, only), experts)
 
@@ -54,10 +54,11 @@ def best_routed(
     only: str | None = None,
     gains: Mapping[str, float] | None = None,
 ) -> Plan:
-    """The best static plan that leaves room for its routers within a budget, with them.
+    """The best plan with routers within a budget. The function lowers the budget of the static plan until the routers fit.
 
-    ``gains``: what a router would save at a site, as a share of its damage (``hpr.routing.expected_gains``); with them only
-    those sites are routed where that is more than the router's parameters are worth elsewhere, which may be none.
+    ``gains``: site → share of the site's damage that a router would save (see ``hpr.routing.expected_gains``). If given, a
+    router is added only to sites where it saves more damage than its parameters would save elsewhere; this may be no site, and
+    the plan is then static. Raises ``HprError`` if no plan with routers fits the budget.
     """
     room, routes = budget.parameters, _routes(model, draft.anatomy, experts, "auto", only)
     if gains is not None:
@@ -76,7 +77,7 @@ def best_routed(
 
 
 def worth_routing(proposal: Proposal, anatomy: Anatomy, gains: Mapping[str, float], experts: int) -> set[str]:
-    """Sites where a router saves more nats than its parameters would, at the price that they have in the plan."""
+    """Names of the sites where a router saves more nats than its parameters cost, at the plan's nats per parameter."""
     plan, price = proposal.plan, proposal.multiplier
     cost = {name: price * experts * (anatomy[name].in_features + 1) for name in gains}
     return {name for name, gain in gains.items() if gain * plan.entries[name].damage > cost[name]}
@@ -85,42 +86,42 @@ def worth_routing(proposal: Proposal, anatomy: Anatomy, gains: Mapping[str, floa
 def _routes(
     model: nn.Module, anatomy: Anatomy, experts: int, per: View | Literal["auto"], only: str | None
 ) -> dict[str, Route]:
-    """Site → its route, for every Linear of a stack that is chosen."""
-    whole = seeing_all(model, anatomy) if per == "auto" else set()
+    """Site → its route, for every Linear site of a stack that the pattern ``only`` selects."""
+    bidirectional = seeing_all(model, anatomy) if per == "auto" else set()
     routes = {}
     for site in anatomy.select(only):
         if site.kind == "linear" and site.expert is None and site.stack is not None:
-            seen: View = "sequence" if site.stack in whole else "token"
-            routes[site.name] = Route(f"{site.name}.router", experts, seen if per == "auto" else per)
+            view: View = "sequence" if site.stack in bidirectional else "token"
+            routes[site.name] = Route(f"{site.name}.router", experts, view if per == "auto" else per)
     return routes
 
 
 def _with_routes(plan: Plan, routes: Mapping[str, Route], experts: int) -> Plan:
-    """A plan with routes at those terms that have a component for every expert."""
+    """The plan with routes at the terms of rank ``experts`` or more. Raises ``HprError`` if there is none."""
     entries = dict(plan.entries)
     for name, route in routes.items():
         terms = [replace(term, route=route) if (term.rank or 0) >= experts else term for term in entries[name].terms]
         entries[name] = replace(entries[name], terms=tuple(terms))
     if entries == dict(plan.entries):
-        raise HprError(f"no site of this plan has a term of rank {experts} or more to be routed: lower experts, or plan anew")
+        raise HprError(f"no site of this plan has a term of rank {experts} or more to route: lower experts, or plan anew")
     return replace(plan, entries=entries)
 
 
 def seeing_all(model: nn.Module, anatomy: Anatomy) -> set[str]:
-    """Names of the stacks in which the first position's output depends on the last one's input: not causal ones.
+    """Names of the stacks that are not causal: the output of the first position depends on the input of the last.
 
-    Found by gradients on ``example_batch``; none in a model whose inputs it cannot tell.
+    The function computes gradients on ``example_batch``. It returns no stack if the model does not say what it reads.
     """
     try:
         batch = example_batch(model)
     except HprError:
         return set()
-    entered: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = entering(args, kwargs)
-            entered[name] = x if x.requires_grad else x.requires_grad_()
+            inputs[name] = x if x.requires_grad else x.requires_grad_()
 
         return hook
 
@@ -130,18 +131,19 @@ def seeing_all(model: nn.Module, anatomy: Anatomy) -> set[str]:
         for stack in anatomy.stacks
     ]
     try:
-        with torch.enable_grad(), eval_mode(model), captured_hidden_states(model, list(last.values())) as left:
+        with torch.enable_grad(), eval_mode(model), captured_hidden_states(model, list(last.values())) as outputs:
             run(model, batch)
-        return {name for name, path in last.items() if path in left and _sees_last(entered[name], left[path])}
+        return {name for name, path in last.items() if path in outputs and _sees_last(inputs[name], outputs[path])}
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _sees_last(entered: Tensor, left: Tensor) -> bool:
-    if entered.dim() < 3:
+def _sees_last(inputs: Tensor, outputs: Tensor) -> bool:
+    """Whether the output of the first position depends on the input of the last; both (batch, positions, d)."""
+    if inputs.dim() < 3:
         return False
-    first = left[:, 0]  # in a random direction: the sum over a normalised vector has no gradient
+    first = outputs[:, 0]  # read in a random direction, because the sum of a normalised vector has no gradient
     direction = torch.randn(first.shape[-1], generator=torch.Generator().manual_seed(0)).to(first)
-    (gradient,) = torch.autograd.grad((first @ direction).sum(), entered, retain_graph=True, allow_unused=True)
+    (gradient,) = torch.autograd.grad((first @ direction).sum(), inputs, retain_graph=True, allow_unused=True)
     return gradient is not None and bool(gradient[:, -1].any())
