@@ -163,6 +163,12 @@ def test_select() -> None:
         anatomy.select("encoder.*")
 
 
+def test_a_pattern_without_sites_is_answered_with_a_site_of_a_stack(build: Build) -> None:
+    key, label = r"encoder\.layer\.0\.attention\.self\.query", r"encoder\.0\.attention\.self\.query"
+    with pytest.raises(HprError, match=rf"like {label}, or for a site key \(the path below the base model\), like {key}"):
+        describe(build("bert")).select("decoder.*")
+
+
 def test_a_site_is_chosen_by_its_path_or_by_its_label(build: Build) -> None:
     anatomy = describe(build("bert"))
     by_label, by_path = anatomy.select("encoder.2.*"), anatomy.select("encoder.layer.2.*")

@@ -127,14 +127,20 @@ class Anatomy:
         return {site.name: site for site in self.sites}
 
     def select(self, pattern: str | None) -> tuple[Site, ...]:
-        """Sites whose name or label matches a shell pattern (``encoder.3.*``); several patterns are separated by commas."""
+        """Sites whose name or label matches a shell pattern (``encoder.3.*``). Commas separate several patterns.
+
+        Returns all sites for None. Raises ``HprError`` if no site matches.
+        """
         if pattern is None:
             return self.sites
         patterns = [part.strip() for part in pattern.split(",")]
         chosen = tuple(site for site in self.sites if any(_matches(site, part) for part in patterns))
         if not chosen:
-            examples = ", ".join(site.label for site in self.sites[:3])
-            raise HprError(f"only={pattern!r} matches no site of {self.model_class}; site names look like {examples}")
+            example = next((site for site in self.sites if site.stack is not None), self.sites[0])
+            raise HprError(
+                f"only={pattern!r} matches no site of {self.model_class}: give a pattern for a label, like {example.label}, "
+                f"or for a site key (the path below the base model), like {example.name}"
+            )
         return chosen
 
     def slots(self) -> dict[tuple[str, str], tuple[Site, ...]]:
