@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpr.errors import HprError
+from hpr.errors import HprError, PlanError
 from hpr.plans.product import component_weights, fixed_weights, product
 from hpr.plans.terms import Route, Term
 
@@ -52,3 +52,8 @@ def test_a_route_that_depends_on_the_input_gives_no_matrix() -> None:
         product([Term("u", "v", 3, route=route)], VALUES, 5, 4)
     with pytest.raises(HprError, match="depends on the input"):
         fixed_weights(route, VALUES["router"])
+
+
+def test_a_term_with_neither_rank_nor_expert_has_no_component_to_weigh() -> None:
+    with pytest.raises(PlanError, match="the route to router names no expert and its term has no rank"):
+        component_weights(torch.ones(3), Route("router", 3), None)

@@ -1,4 +1,4 @@
-"""From terms and the values of their factors to the weight matrix that they add up to."""
+"""Compute the weight matrix of a site from its terms and the values of their factors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hpr.errors import HprError
+from hpr.errors import HprError, PlanError
 from hpr.plans.terms import Route, Term
 
 
@@ -41,7 +41,7 @@ def product(
 
 
 def fixed_weights(route: Route, router: Float[Tensor, "experts 1"]) -> Float[Tensor, " experts"]:
-    """α of a router that no input changes. Raises ``HprError`` for any other."""
+    """α of a fixed router. Raises ``HprError`` for a router that depends on the input."""
     if route.per != "fixed":
         raise HprError(f"the router {route.router} depends on the input: use hpr.extras.collapse on the model first")
     return route.experts * router[:, 0].softmax(-1)
@@ -50,8 +50,13 @@ def fixed_weights(route: Route, router: Float[Tensor, "experts 1"]) -> Float[Ten
 def component_weights(
     alpha: Float[Tensor, "*batch experts"], route: Route, rank: int | None
 ) -> Float[Tensor, "*batch components"]:
-    """What the rank components of a term are multiplied by, (…, rank); with a route to one expert, its α for all: (…, 1)."""
+    """The number that multiplies each rank component of a term (see ``Route``).
+
+    Returns (…, rank), or (…, 1) if the route names one expert. Raises ``PlanError`` for a term that has neither a rank nor an
+    expert.
+    """
     if route.expert is not None:
         return alpha[..., route.expert : route.expert + 1]
-    assert rank is not None
+    if rank is None:
+        raise PlanError(f"the route to {route.router} names no expert and its term has no rank: give the route an expert")
     return alpha.repeat(*[1] * (alpha.dim() - 1), -(-rank // route.experts))[..., :rank]

@@ -47,12 +47,19 @@ class FactorShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Route:
-    """How a term depends on the input: α(x) = ``experts`` · softmax(R [x; 1]), with R the factor ``router``.
+    """How a term depends on the input: by α(x) = ``experts`` · softmax(R [x; 1]), one number per expert.
 
-    Without an ``expert`` the rank components of the term are dealt to the experts in turn, and expert e multiplies its
-    components by α_e. With an ``expert`` the whole term is multiplied by the α of that expert. If R is 0, every α is 1, and
-    the term is the same as without a route. ``per``: x is each token by itself, or the mean over a sequence; ``"fixed"``: R is
-    one column, so that α is the same for every input.
+    R (experts, in + 1) is the factor ``router``. Without an ``expert``, component c of the term belongs to expert c modulo
+    ``experts``, and is multiplied by the α of this expert. With an ``expert``, the α of that expert multiplies the whole term.
+    If R is 0, every α is 1, and the term is the same as without a route. ``per`` says what x is: each token, or the mean over
+    its sequence. With ``"fixed"``, R has one column, (experts, 1), and α is the same for every input.
+
+    Here the input gives R [x; 1] = (0, ln 3) to two experts. The softmax is (1/4, 3/4), so α is (0.5, 1.5), and a term of
+    rank 4 has its components multiplied by 0.5, 1.5, 0.5 and 1.5:
+
+    >>> alpha = 2 * torch.tensor([0.0, math.log(3)]).softmax(-1)
+    >>> component_weights(alpha, Route("encoder.3.output.router", experts=2), rank=4)
+    tensor([0.5000, 1.5000, 0.5000, 1.5000])
     """
 
     router: str
