@@ -22,7 +22,10 @@ _FACTORS = ("u", "v", "row_scale", "column_scale")
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that share a factor. ``label``: a letter that no other group has; ``hue``: 0 to 6, different within a row."""
+    """Sites that share a factor. ``label``: a letter that no other group has; ``hue``: 0 to 6.
+
+    A group gets a hue that the groups of its rows do not have, if there is one, and of these the hue that is used least.
+    """
 
     label: str
     hue: int
@@ -189,12 +192,14 @@ def _groups(sites: Mapping[str, Any], places: Mapping[str, tuple[str, int, str]]
                     users[str(factor)].add(name)
     owner_sets = {tuple(sorted(names, key=order.__getitem__)) for names in users.values() if len(names) > 1}
     groups: list[Group] = []
-    taken: dict[tuple[str, str], Counter[int]] = defaultdict(lambda: Counter(dict.fromkeys(range(HUES), 0)))
+    in_row: dict[tuple[str, str], Counter[int]] = defaultdict(Counter)
+    in_all: Counter[int] = Counter()
     for members in sorted(owner_sets, key=lambda names: (order[names[0]], -len(names))):
         rows = {(places[name][0], places[name][2]) for name in members}
-        hue = min(range(HUES), key=lambda hue: (sum(taken[row][hue] for row in rows), hue))
+        hue = min(range(HUES), key=lambda hue: (sum(in_row[row][hue] for row in rows), in_all[hue], hue))
+        in_all[hue] += 1
         for row in rows:
-            taken[row][hue] += 1
+            in_row[row][hue] += 1
         groups.append(Group(_letters(len(groups)), hue, members))
     return groups
 
