@@ -1,16 +1,16 @@
 """HPR, Hierarchical Parameter Reuse: make a pretrained Transformer smaller by letting its layers share parameters.
 
-``import hpr`` teaches transformers to load compressed checkpoints, and nothing else: every other part is imported when its
-name is first used, so a program that only loads a model stays light.
+``import hpr`` lets transformers load compressed checkpoints. Python imports every other part when a program first uses its
+name, so a program that only loads a model imports little.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpr.checkpoints import quantizer  # noqa: F401  its import registers HPR with transformers
 from hpr.errors import HprError
+from hpr.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hpr import extras
@@ -73,18 +73,4 @@ _HOMES = {
 }
 _MODULES = {"extras": "hpr.extras", "presets": "hpr.planning.presets"}
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    if name in _MODULES:
-        value: Any = import_module(_MODULES[name])
-    elif name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-    else:
-        raise AttributeError(f"module 'hpr' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, _MODULES)

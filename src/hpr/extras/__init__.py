@@ -1,14 +1,15 @@
 """Optional features by one import: the online learner, many tasks on one model, layers that reuse, routers.
 
-Each name is imported when it is first used, so a program that asks for one feature loads no other.
+Python imports each name when a program first uses it, so a program that uses one feature imports no other.
 
 >>> from hpr.extras import OnlineHealer, draft
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hpr.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hpr.data.sources import Mixture
@@ -65,15 +66,4 @@ _HOMES = {
     "with_states": "hpr.layer_reuse.install",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import a name of the table when it is first used."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'hpr.extras' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
