@@ -128,7 +128,7 @@ def neighbour_agreement(first: Float[Tensor, "examples d1"], second: Float[Tenso
     """
     if len(first) != len(second) or len(first) < 2:
         raise HprError(
-            f"{len(first)} and {len(second)} embeddings cannot be compared: give two of each example, and at least two examples"
+            f"{len(first)} and {len(second)} embeddings cannot be compared: give those of the same examples, at least two"
         )
     k = min(k, len(first) - 1)
     hits = 0

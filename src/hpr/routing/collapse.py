@@ -29,7 +29,7 @@ def collapse(student: nn.Module, batches: Sequence[BatchLike]) -> nn.Module:
     ``HprError`` if the model's weights do not depend on the input, and if there are no batches.
     """
     if not batches:
-        raise HprError("there are no batches to average the routes over: give at least one")
+        raise HprError("batches is empty: give at least one to average the routes over")
     static = copy.deepcopy(student)
     bank = bank_of(static)
     sites = [module for module in static.modules() if isinstance(module, RoutedLinear)]

@@ -1,1 +1,1 @@
-"""Runtime runs any model: batches, devices, evaluation mode, hooks, progress, and atomic files."""
+"""Runtime runs any model: batches, devices, evaluation mode, hooks, progress, and atomic files. It also imports lazy names."""
