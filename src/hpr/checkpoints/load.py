@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from safetensors.torch import load_model
-from torch import nn
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model
+from torch import Tensor, nn
 
+from hpr.anatomy.lookup import base_of, module_at, weight_of
 from hpr.checkpoints.quantizer import HprConfig, rebuild
-from hpr.checkpoints.save import check_checkpoint
+from hpr.checkpoints.save import check_checkpoint, check_hashes
+from hpr.coding.record import Coded
 from hpr.errors import CheckpointError
+from hpr.nn.coded import SUFFIX, attach_codes
 from hpr.runtime.files import CONFIG, WEIGHTS, read_config
 from hpr.sharing.specification import is_specification
 
@@ -28,7 +33,10 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     config = read_config(path).get("quantization_config")
     if not is_specification(config) and config is not None:
         raise CheckpointError(f"{path / CONFIG} describes another quantisation: load it with the tool that wrote it")
-    bank = rebuild(model, HprConfig(**config)) if config is not None else None
+    described = HprConfig(**config) if config is not None else None
+    if described is not None and described.coded:
+        return _load_coded(model, path / WEIGHTS, described.coded.get("hashes", {}))
+    bank = rebuild(model, described) if described is not None else None
     check_checkpoint(bank, [str(path / WEIGHTS)])
     try:
         load_model(model, path / WEIGHTS, strict=True)
@@ -39,3 +47,39 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             f"{path / WEIGHTS} does not fit this {type(model).__name__}: {error}; build it as it was"
         ) from error
     return model
+
+
+def _load_coded(model: nn.Module, file: Path, hashes: dict[str, str]) -> nn.Module:
+    """Decode every stream into the weight of its name; all other tensors are plain."""
+    if not file.is_file():
+        raise CheckpointError(f"no weights at {file}: give a folder that hpr.save wrote")
+    check_hashes([str(file)], hashes)
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): copy or download it again") from error
+    streams = {key: state.pop(key) for key in list(state) if key.endswith(f".weight{SUFFIX}")}
+    coded = {
+        key.removesuffix(f".weight{SUFFIX}").removeprefix(base_of(model)[1]): Coded(stream.numpy().tobytes())
+        for key, stream in streams.items()
+    }
+    tensors = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for path, one in coded.items():
+            _fill(weight_of(module_at(model, path)), one.weight(), path, file)
+        for key, value in state.items():
+            if key not in tensors:
+                raise CheckpointError(f"{file} has {key}, which this {type(model).__name__} has not: build it as it was")
+            _fill(tensors[key], value, key, file)
+    filled = {tensors[key].data_ptr() for key in state} | {weight_of(module_at(model, path)).data_ptr() for path in coded}
+    if missing := [key for key, tensor in tensors.items() if tensor.data_ptr() not in filled]:
+        raise CheckpointError(f"{file} lacks {missing[0]}: build the {type(model).__name__} as it was when it was saved")
+    attach_codes(model, coded)
+    return model
+
+
+def _fill(target: Tensor, value: Tensor, name: str, file: Path) -> None:
+    if target.shape != value.shape:
+        shapes = f"shape {tuple(value.shape)} in {file}, {tuple(target.shape)} in the model"
+        raise CheckpointError(f"{name} has {shapes}: build the model as it was when it was saved")
+    target.copy_(value)

@@ -12,16 +12,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hpr.anatomy.lookup import has_module, slice_at
-from hpr.checkpoints.save import check_checkpoint
+from hpr.anatomy.lookup import base_of, has_module, slice_at
+from hpr.checkpoints.save import check_checkpoint, check_hashes
+from hpr.coding.record import Coded
+from hpr.coding.tables import ans
 from hpr.errors import CheckpointError
 from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
+from hpr.nn.coded import SUFFIX, attach_codes
 from hpr.nn.site import BankReader
 from hpr.plans.terms import FactorShape, factors_of, terms_from_list
 from hpr.runtime.files import CONFIG
@@ -40,6 +45,7 @@ class HprConfig(QuantizationConfigMixin):
         factors: Mapping[str, list[Any]],
         aliases: Mapping[str, list[str]] | None = None,
         layers: Mapping[str, str] | None = None,
+        coded: Mapping[str, Any] | None = None,
         quant_method: str = METHOD,
         format: int = FORMAT,
         hpr_version: str = "",
@@ -60,6 +66,38 @@ class HprConfig(QuantizationConfigMixin):
         self.factors = dict(factors)
         self.aliases = dict(aliases or {})
         self.layers = dict(layers or {})
+        self.coded = dict(coded or {})
+
+
+class DecodeWeight(ConversionOps):
+    """Decodes the stream of one weight, and notes it, so that the model can be saved as it was loaded."""
+
+    def __init__(self, coded: dict[str, Coded]):
+        self.coded = coded
+
+    def __deepcopy__(self, memo: Any) -> DecodeWeight:
+        return self  # transformers copies the converter for each weight; all of them note in one place
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **given: Any
+    ) -> dict[str, Any]:
+        model, key = given["model"], given["full_layer_name"]
+        [stream] = input_dict.values()
+        tensor = stream[0] if isinstance(stream, list) else stream
+        coded = Coded(tensor.cpu().numpy().tobytes())
+        name = key.removesuffix(".weight")
+        module = model.get_submodule(name)
+        self.coded[name.removeprefix(base_of(model)[1])] = coded
+        weight = coded.weight()
+        return {key: weight.T if isinstance(module, Conv1D) else weight}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("hpr.save writes coded weights")
+
+
+def _decodes(conversion: Any) -> bool:
+    return any(isinstance(operation, DecodeWeight) for operation in getattr(conversion, "operations", ()))
 
 
 class HprQuantizer(HfQuantizer):
@@ -67,9 +105,16 @@ class HprQuantizer(HfQuantizer):
 
     quantization_config: HprConfig
 
+    def __init__(self, quantization_config: QuantizationConfigMixin, **options: Any):
+        super().__init__(quantization_config, **options)
+        self.coded: dict[str, Coded] = {}  # site → stream, as they are decoded
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if self.quantization_config.coded:
+            ans()  # raises if the decoder is not installed
+            check_hashes(checkpoint_files or (), self.quantization_config.coded.get("hashes", {}))
         bank = rebuild(model, self.quantization_config)
         if bank is not None and checkpoint_files:
             check_checkpoint(bank, checkpoint_files)
@@ -85,7 +130,22 @@ class HprQuantizer(HfQuantizer):
             model.config.quantization_config = specification(model)
             _settle(bank, [module for module in model.modules() if isinstance(module, BankReader)])
             _align(model)
+        if self.coded:
+            attach_codes(model, self.coded)
+            conversions = getattr(model, "_weight_conversions", None) or []
+            others = [conversion for conversion in conversions if not _decodes(conversion)]
+            model._weight_conversions = others  # type: ignore[assignment]  # a plain save reverses them
         return model
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """A coded weight becomes a plain one while it is loaded."""
+        if not self.quantization_config.coded:
+            return []
+        return [WeightConverter(f"weight{SUFFIX}", "weight", [DecodeWeight(self.coded)])]
+
+    def get_new_dtype(self, converter: Any, param: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Streams stay bytes: transformers casts everything else before it converts."""
+        return None if isinstance(converter, WeightConverter) and converter.operations else dtype
 
     def is_serializable(self) -> bool:
         return True

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
+from hpr.nn.coded import coded_state, codes_of
 from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, copy_sentence_files, read_config, replace
-from hpr.sharing.specification import is_specification, specification
+from hpr.sharing.specification import coded_specification, is_specification, specification
 
 
 def save(
@@ -118,15 +119,37 @@ def check_checkpoint(bank: FactorBank | None, files: Iterable[str]) -> None:
 
 
 def _write_model(student: nn.Module, folder: Path) -> None:
-    if isinstance(student, PreTrainedModel):
+    if codes_of(student):
+        _write_coded(student, folder)
+    elif isinstance(student, PreTrainedModel):
         student.save_pretrained(folder)
     else:
         config = {} if bank_of(student) is None else {"quantization_config": specification(student)}
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         save_model(student, str(folder / WEIGHTS))  # tied parameters once
-    if bank_of(student) is None:  # nothing in the configuration tells that these weights are hpr's
+    if bank_of(student) is None and not codes_of(student):  # nothing in the configuration tells that these weights are hpr's
         (folder / MARKER).write_text(json.dumps(_weight_hashes(folder), indent=1) + "\n", encoding="utf-8")
     _readable(folder)
+
+
+def _write_coded(student: nn.Module, folder: Path) -> None:
+    """Streams in place of the weights, and a configuration that says how to read them, with the hash of every file."""
+    state = coded_state(student)
+    if isinstance(student, PreTrainedModel):
+        student.save_pretrained(folder, state_dict=state)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    else:
+        save_file(state, folder / WEIGHTS)
+        config = {}
+    config["quantization_config"] = coded_specification(_weight_hashes(folder))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_hashes(files: Iterable[str], hashes: Mapping[str, str]) -> None:
+    """Raise ``CheckpointError`` for a file of weights whose bytes are not those that were saved."""
+    for file in files:
+        if (expected := hashes.get(Path(file).name)) and sha256(file) != expected:
+            raise CheckpointError(f"{file} is damaged or was changed (its SHA-256 differs): copy or download it again")
 
 
 def _readable(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hpr.anatomy.lookup import module_at, slice_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of, parameters, terms_of
+from hpr.nn.coded import coded_state, codes_of, split_state
 from hpr.nn.embedding import SharedEmbedding
 from hpr.nn.site import SharedSite
 from hpr.plans.terms import Term, factors_of
@@ -65,19 +66,33 @@ def disk_bytes(model: nn.Module) -> int:
     The header's part is not exact if transformers renames weights, stores each expert separately, or splits the file (above
     50 GB).
     """
+    if codes_of(model):
+        return file_size(coded_state(model), _metadata(model))
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     groups: dict[Hashable, list[str]] = {}
     for key, value in state.items():
         groups.setdefault((_storage(value), value.storage_offset(), value.shape), []).append(key)
     declared = set(getattr(model, "all_tied_weights_keys", None) or ())
-    metadata = {"format": "pt"} if isinstance(model, PreTrainedModel) else {}
+    metadata = _metadata(model)
     for keys in groups.values():
         stored = next((key for key in sorted(keys) if key not in declared), sorted(keys)[-1]) if declared else min(keys)
         for key in set(keys) - {stored}:
             del state[key]
             if not isinstance(model, PreTrainedModel):
                 metadata[key] = stored
-    return _file_size(state, metadata)
+    return file_size(state, metadata)
+
+
+def bytes_beside_streams(model: nn.Module, sites: Collection[str], limit: int) -> int:
+    """The bytes of a coded model's file beside its streams (norms, biases, header), if the file has about ``limit`` bytes."""
+    keys, others = split_state(model, sites)
+    each = limit // max(1, len(keys))  # the header says where each stream lies
+    streams = {key: torch.empty(each, dtype=torch.uint8, device="meta") for key in keys}
+    return file_size(streams | others, _metadata(model)) - each * len(keys)
+
+
+def _metadata(model: nn.Module) -> dict[str, str]:
+    return {"format": "pt"} if isinstance(model, PreTrainedModel) else {}
 
 
 def file_bytes(folder: str | os.PathLike[str]) -> int:
@@ -200,7 +215,7 @@ def _storage_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size() if tensor.is_meta else tensor.untyped_storage().nbytes()
 
 
-def _file_size(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+def file_size(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """The bytes of a safetensors file: 8 for the header's length, a JSON header padded to a multiple of 8, and the data."""
     order = list(_DTYPES)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from hpr.anatomy.describe import describe
@@ -21,15 +20,18 @@ from hpr.data.batches import first_batches
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits, prepare
 from hpr.errors import BudgetError
+from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.divergence import Comparison, divergence
 from hpr.evaluation.evaluate import evaluate, measured_on
 from hpr.operators.fitting import Fits
+from hpr.pipeline.coded import compress_to_bytes
+from hpr.pipeline.compression import Compression, seeded
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import students
 from hpr.planning.draft import Draft, Proposal
 from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft, known_operators
-from hpr.plans.budget import Budget, parse_budget
+from hpr.plans.budget import Budget, byte_limit, parse_budget
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective, objective_for
 from hpr.profiling.profile import Profile
@@ -45,20 +47,6 @@ _log = logging.getLogger(__name__)
 
 REFITTED = 1024  # examples that a refit regresses on
 CURVE = (0.6, 0.8, 1.25, 1.5)  # budgets that ``curve`` adds, relative to the one asked for
-
-
-@dataclass(frozen=True)
-class Compression:
-    """What ``compress`` made.
-
-    ``student``: the compressed model. ``plan``: the plan that was chosen. ``metrics``: the values of metrics.json.
-    ``output``: the folder that was written, None if none was asked for.
-    """
-
-    student: nn.Module
-    plan: Plan
-    metrics: dict[str, Any]
-    output: Path | None
 
 
 @dataclass(frozen=True)
@@ -116,8 +104,9 @@ def compress(
     measures better, heal if asked to, evaluate on held-out data.
 
     ``model``: a folder, a hub id, a module, what ``open_model`` gave, or None for the packaged all-MiniLM-L6-v2. A module that
-    reads text needs its tokenizer: give ``open_model(module, tokenizer=...)``. ``budget``: ``50%``, ``11M`` parameters or
-    ``45MB`` on disk. ``data``: a file, a list of texts, an array, batches, a ``datasets.Dataset``, a ``Mixture`` of several, or
+    reads text needs its tokenizer: give ``open_model(module, tokenizer=...)``. ``budget``: ``50%`` or ``11M`` parameters, which
+    layers then share; or ``8MB`` on disk (``10%bytes``), for which every weight is rounded and coded. ``data``: a file, a
+    list of texts, an array, batches, a ``datasets.Dataset``, a ``Mixture`` of several, or
     None for the standard library's docstrings. ``options``: everything else about planning. ``heal``: a ``Recipe``, or a
     duration such as ``500steps`` or ``10min``.
 
@@ -128,7 +117,9 @@ def compress(
     '60%'
     """
     options = options or PlanOptions()
-    with _seeded(options.seed):
+    if (in_bytes := _coded(model, budget, data, output, options, heal)) is not None:
+        return in_bytes
+    with seeded(options.seed):
         run, recipe = _checked(model, budget, output, options, heal)
         with run.step("data"):
             texts = prepare(data, run.loaded, options.examples)
@@ -172,12 +163,25 @@ def compress(
     return Compression(choice.student, choice.plan, metrics, folder)
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Fix torch's random numbers inside the block; those of the caller go on as before."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+def _coded(
+    model: str | Path | nn.Module | LoadedModel | None,
+    budget: str,
+    data: Any,
+    output: str | Path | None,
+    options: PlanOptions,
+    heal: Recipe | str | None,
+) -> Compression | None:
+    """The compression for a budget in bytes, None for one in parameters."""
+    loaded = open_model(model)
+    limit = byte_limit(budget, disk_bytes(loaded.model))
+    if limit is None:
+        return None
+    if heal is not None:
+        raise BudgetError(
+            f"a budget in bytes ({budget}) cannot be healed yet: leave healing out, or give 50% or 11M parameters"
+        )
+    with seeded(options.seed):
+        return compress_to_bytes(loaded, (budget.strip(), limit), data, output, options)
 
 
 def _checked(

@@ -1,4 +1,4 @@
-"""The budget: how many unique parameters a plan may use, as a user says it."""
+"""The budget, as a user says it: how many unique parameters a plan may use, or how many bytes the file may have."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hpr.anatomy.model import Anatomy
 from hpr.errors import BudgetError
 
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:([KMG])(I?)B|%\s*BYTES)\s*", flags=re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 _FILE_OVERHEAD = 64 * 1024  # header of a safetensors file and the one-element placeholders
 
@@ -22,6 +23,27 @@ class Budget:
 
     text: str
     parameters: int
+
+
+def byte_limit(text: str, model_bytes: int) -> int | None:
+    """The bytes that ``8MB``, ``8MiB`` or ``10%bytes`` allows, None for a budget in parameters (``50%``, ``11M``).
+
+    ``model_bytes``: the size of the original checkpoint. Raises ``BudgetError`` for a limit of 0 bytes or above that size.
+
+    >>> byte_limit("8MB", 90_900_000), byte_limit("10%bytes", 90_900_000), byte_limit("50%", 90_900_000)
+    (8000000, 9090000, None)
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return None
+    value, unit = float(match[1]), (match[2] or "").upper()
+    scale = (1024 if match[3] else 1000) ** ("KMG".index(unit) + 1) if unit else model_bytes / 100
+    limit = int(value * scale)
+    if limit < 1 or limit > model_bytes:
+        raise BudgetError(
+            f"a budget of {text.strip()} is {limit:,} bytes, the original has {model_bytes:,}: give less, such as 10%bytes"
+        )
+    return limit
 
 
 def parse_budget(text: str, anatomy: Anatomy, bytes_per_parameter: float, only: str | None = None) -> Budget:

@@ -16,6 +16,7 @@ from hpr.errors import HprError, PlanError
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import check_entries, check_states
 from hpr.plans.owners import owners
+from hpr.plans.rounding import Rounding
 from hpr.plans.terms import KEEP, Entry, FactorShape, entry_from_dict, entry_to_dict, spelled, validate_entry
 from hpr.plans.text_table import plan_text
 from hpr.runtime.files import write_text
@@ -31,6 +32,8 @@ class Plan:
     model, all of them and those outside the sites. ``layers``: name (``encoder.3``) → state of each layer that is dropped or
     reuses attention (see ``plans.layer_states``); ``removed``: path → number of parameters outside the sites that such layers
     no longer need.
+
+    ``rounding``: how the weights are rounded and coded, for a budget in bytes; None leaves them in their precision.
 
     ``stacks``: those of the model, for reports that are made from the plan alone.
 
@@ -56,6 +59,7 @@ class Plan:
     removed: Mapping[str, int] = field(default_factory=dict)
     alignment: tuple[AlignTarget, ...] = ()
     stacks: tuple[Stack, ...] = ()
+    rounding: Rounding | None = None
 
     @property
     def damage(self) -> float:
@@ -139,6 +143,7 @@ class Plan:
             "budget": asdict(self.budget),
             "predicted_damage": self.damage,
             **({"layers": dict(self.layers), "removed": dict(self.removed)} if self.layers else {}),
+            **({"rounding": asdict(self.rounding)} if self.rounding else {}),
             **({"alignment": [target.to_list() for target in self.alignment]} if self.alignment else {}),
             "sites": {name: entry_to_dict(entry) for name, entry in self.entries.items()},
             "diagnostics": dict(self.diagnostics),
@@ -162,6 +167,7 @@ class Plan:
                 layers=dict(data.get("layers", {})),
                 removed=dict(data.get("removed", {})),
                 alignment=tuple(AlignTarget.from_list(values) for values in data.get("alignment", ())),
+                rounding=Rounding(**data["rounding"]) if data.get("rounding") else None,
                 stacks=tuple(Stack(name, str(of["path"]), int(of["layers"])) for name, of in data["stacks"].items()),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hpr.anatomy.lookup import base_of
+from hpr.coding.stream import VERSION
 from hpr.errors import HprError
 from hpr.nn.bank import FORMAT, METHOD, bank_of, terms_in
 from hpr.nn.site import SharedSite
@@ -42,6 +43,18 @@ def specification(model: nn.Module) -> dict[str, Any]:
         "factors": factors,
         "aliases": aliases,
         **({"layers": dict(bank.layers)} if bank.layers else {}),
+    }
+
+
+def coded_specification(hashes: Mapping[str, str]) -> dict[str, Any]:
+    """The same for a model whose weights are coded: its sites are those of the class. ``hashes``: file → SHA-256."""
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "hpr_version": version("hpr"),
+        "sites": {},
+        "factors": {},
+        "coded": {"format": VERSION, "hashes": dict(hashes)},
     }
 
 

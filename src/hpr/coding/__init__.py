@@ -1,0 +1,1 @@
+"""Integers to bytes and back, by their entropy; it knows nothing of models."""

@@ -1,0 +1,27 @@
+"""A weight as a stream of bytes, with what it decodes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hpr.coding.codes import Codes
+from hpr.coding.stream import decode, encode
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A weight as a stream of bytes, and the numbers that the stream stands for."""
+
+    stream: bytes
+
+    @classmethod
+    def of(cls, codes: Codes) -> Coded:
+        """The codes as a stream."""
+        return cls(encode(codes))
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The weight in float32, decoded anew: a model keeps its streams, not a second copy of its weights."""
+        return decode(self.stream).weight()

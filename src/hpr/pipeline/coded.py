@@ -1,0 +1,88 @@
+"""Compress to a number of bytes: profile, round with the step size that fits, choose the damping by measurement, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hpr.anatomy.describe import describe
+from hpr.checkpoints.save import check_folder
+from hpr.coding.tables import ans
+from hpr.data.loaded_model import LoadedModel
+from hpr.data.splits import prepare
+from hpr.errors import BudgetError
+from hpr.evaluation.divergence import compare, divergence
+from hpr.evaluation.evaluate import evaluate, measured_on
+from hpr.pipeline.compression import Compression
+from hpr.pipeline.record import plan_rows, record, write
+from hpr.planning.options import DEFAULTS, PlanOptions
+from hpr.profiling.objectives import objective_for
+from hpr.profiling.run import profile
+from hpr.rounding.plan import plan_bytes
+
+_SHARING = ("only", "operators", "align", "refit", "reuse", "routers", "curve")  # options of plans that share
+
+
+def check_options(options: PlanOptions, budget: str) -> None:
+    """Raise ``BudgetError`` for options that a budget in bytes does not have: it rounds every weight, and shares none."""
+    for name in _SHARING:
+        if getattr(options, name) != getattr(DEFAULTS, name):
+            raise BudgetError(
+                f"{name} is {getattr(options, name)!r}, but a budget in bytes ({budget}) rounds all weights and shares none: "
+                f"leave {name} out, or give a budget in parameters, such as 50%"
+            )
+
+
+def compress_to_bytes(
+    loaded: LoadedModel,
+    budget: tuple[str, int],
+    data: Any,
+    output: str | Path | None,
+    options: PlanOptions,
+) -> Compression:
+    """Compress a model to a file of at most so many bytes; ``budget``: the user's words and the bytes.
+
+    Raises ``HprError``, before anything is measured or written, if an input does not fit.
+    """
+    check_options(options, budget[0])
+    ans()  # raises if the coder is not installed
+    if output is not None:
+        check_folder(output)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    goal = objective_for(loaded.model, loaded.objective)
+    with step("data"):
+        texts = prepare(data, loaded, options.examples)
+    with step("profile"):
+        measured = profile(loaded.model, texts.calibration, goal.name, options.seed)
+    with step("round"):
+
+        def measure(student: nn.Module) -> float:
+            return divergence(student, loaded.model, texts.rescoring, goal).mean
+
+        made = plan_bytes(loaded.model, measured, *budget, measure)
+    with step("evaluate"):
+        figures = measured_on(evaluate(made.student, loaded.model, texts.heldout, goal), f"{texts.source}, held out")
+        score = compare(made.student, loaded.model, texts.rescoring, goal)
+    metrics = record(loaded, made.plan, measured, texts, figures) | {
+        "seed": options.seed,
+        "timing": seconds,
+        "plans": plan_rows([made.plan], [score], 0, describe(loaded.model)),
+        "plan_quality": "agreement with the original" if score.cosine is None else "cosine to the original",
+        "refit": False,
+        "operator_gains": [],
+        "dampings": {f"{damping:g}": value for damping, value in made.tried.items()},
+    }
+    folder = None if output is None else write(made.student, output, made.plan, metrics, loaded)
+    return Compression(made.student, made.plan, metrics, folder)

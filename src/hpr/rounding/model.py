@@ -1,0 +1,112 @@
+"""Round every weight of a model with one step size, and put the rounded numbers in place of the original ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import module_at, weight_at
+from hpr.coding.codes import Codes, half_octaves
+from hpr.coding.record import Coded
+from hpr.errors import PlanError
+from hpr.nn.coded import attach_codes, stored
+from hpr.operators.metric import weight64
+from hpr.profiling.profile import Profile
+from hpr.rounding.matrices import round_matrices
+from hpr.rounding.whitening import Roots, Whitened
+from hpr.runtime.progress import progress
+
+THRESHOLD = 0.55  # of a step: a little above a half, since the smaller code is the cheaper one
+_TOGETHER = 1 << 23  # numbers that are rounded at once, which bounds the memory
+
+
+class Rounder:
+    """A model prepared for rounding at any step: its weights whitened by a profile, with given dampings."""
+
+    def __init__(self, model: nn.Module, profile: Profile, output_damping: float, input_damping: float):
+        anatomy = describe(model)
+        profile.check(anatomy)
+        if experts := [site.name for site in anatomy.sites if site.expert is not None]:
+            raise PlanError(
+                f"a budget in bytes does not cover experts that are slices of one parameter ({experts[0]}): give a budget in "
+                f"parameters, such as 50%"
+            )
+        roots = Roots(output_damping, input_damping)
+        self.model = model
+        self.profile = profile
+        self.dampings = (output_damping, input_damping)
+        self.sites = [roots.whiten(site, weight64(model, site), profile.sites[site.name]) for site in anatomy.sites]
+
+    def codes(self, step: float) -> dict[str, Codes]:
+        """The codes of every site by its name, at a step size (see ``Rounding``)."""
+        codes: dict[str, Codes] = {}
+        for group in self._groups():
+            for whitened, values in zip(group, _rounded(group, step), strict=True):
+                site = whitened.site.name
+                codes[site] = Codes(_integers(values), whitened.rows, whitened.columns, step * whitened.unit)
+            progress("rounding", len(codes), len(self.sites))
+        return {whitened.site.name: codes[whitened.site.name] for whitened in self.sites}
+
+    def student(self, coded: Mapping[str, Coded]) -> nn.Module:
+        """A copy of the model with the rounded weights, and with biases that absorb what rounding does to the mean output.
+
+        Numbers that are not coded (norms, biases) are rounded to half precision, in which ``save`` stores them.
+        """
+        student = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for whitened in self.sites:
+                site = whitened.site
+                weight = weight_at(student, site)
+                rounded = coded[site.name].weight().to(weight)
+                mean = self.profile.sites[site.name].mean
+                if mean is not None and site.has_bias:
+                    bias: Tensor = module_at(student, site.name).bias  # type: ignore[assignment]
+                    change = (whitened.weight - rounded.to(whitened.weight)) @ mean.to(whitened.weight)
+                    bias.add_(change.to(bias))
+                weight.copy_(rounded)
+            sites = {id(parameter) for parameter in map(partial(_parameter, student), self.sites)}
+            for tensor in (*student.parameters(), *student.buffers()):
+                if id(tensor) not in sites and tensor.is_floating_point():
+                    tensor.copy_(stored(tensor))
+        attach_codes(student, coded)
+        return student
+
+    def _groups(self) -> Iterator[list[Whitened]]:
+        """Sites of one shape, as many together as memory allows."""
+        kinds: dict[tuple[object, ...], list[Whitened]] = {}
+        for whitened in self.sites:
+            kinds.setdefault(whitened.kind, []).append(whitened)
+        for sites in kinds.values():
+            count = max(1, _TOGETHER // sites[0].weight.numel())
+            for start in range(0, len(sites), count):
+                yield sites[start : start + count]
+
+
+def _parameter(model: nn.Module, whitened: Whitened) -> Tensor:
+    weight: Tensor = module_at(model, whitened.site.name).weight  # type: ignore[assignment]
+    return weight
+
+
+def _rounded(group: list[Whitened], step: float) -> Tensor:
+    weights = torch.stack([whitened.weight for whitened in group])
+    rows = torch.stack([step * whitened.unit * _powers(whitened.rows, weights) for whitened in group])
+    columns = torch.stack([_powers(whitened.columns, weights) for whitened in group])
+    sides = (
+        None if group[0].left is None else torch.stack([whitened.left for whitened in group]),  # type: ignore[misc]
+        None if group[0].right is None else torch.stack([whitened.right for whitened in group]),  # type: ignore[misc]
+    )
+    return round_matrices(weights, (rows, columns), sides, THRESHOLD)
+
+
+def _powers(exponents: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(half_octaves(exponents)).to(like)
+
+
+def _integers(values: Tensor) -> np.ndarray:
+    return values.cpu().numpy().astype(np.int32)
