@@ -90,16 +90,27 @@ def plan(
     from hpr.anatomy.lookup import bytes_per_parameter
     from hpr.checkpoints.open import open_model
     from hpr.cli import tables
+    from hpr.evaluation.cost import disk_bytes
+    from hpr.pipeline.steps import plan as plan_module
     from hpr.planning import planner
     from hpr.planning.options import PlanOptions
-    from hpr.plans.budget import parse_budget
+    from hpr.plans.budget import byte_limit, parse_budget
     from hpr.profiling.profile import Profile
 
     measured = Profile.load(profile)
     loaded = open_model(model, device)
+    options = PlanOptions(only=only, operators=operator_names(operators), align=align)
+    if byte_limit(budget, disk_bytes(loaded.model)) is not None:
+        with bars():
+            rounded = plan_module(loaded, measured, budget, options)
+        rounded.save(output)
+        as_dict = rounded.to_dict()
+        keys = ("model", "budget", "rounding", "predicted_damage", "diagnostics")
+        result = {"output": str(output)} | {key: as_dict[key] for key in keys}
+        show(result, as_json, tables.plan_table(as_dict), lines(tables.rounding_line(as_dict), f"written: {output}"))
+        return
     bytes_each = bytes_per_parameter(loaded.model)
     limit = parse_budget(budget, describe(loaded.model), bytes_each, only)  # a wrong budget is refused before the curves
-    options = PlanOptions(only=only, operators=operator_names(operators), align=align)
     with bars():
         draft = planner.draft(loaded.model, measured, options)
     best = draft.best(limit)
@@ -129,16 +140,16 @@ def share(
     from hpr.checkpoints.open import open_model
     from hpr.evaluation import cost
     from hpr.nn import bank
+    from hpr.pipeline.steps import share as share_module
     from hpr.plans.plan import Plan
     from hpr.profiling.profile import Profile
     from hpr.reporting import formatting
-    from hpr.sharing import share as sharing
 
     save.check_folder(output)
     wanted = Plan.load(plan)
     known = Profile.load(profile) if profile else None
     loaded = open_model(model, device)
-    student = sharing.share(loaded.model, wanted, known)
+    student = share_module(loaded, wanted, known)
     files = {"plan.json": plan.read_text(encoding="utf-8")}
     folder = save.save(student, output, loaded.tokenizer, files, loaded.folder)
     counted = {"parameters": bank.parameters(student), "bytes": cost.file_bytes(folder)}

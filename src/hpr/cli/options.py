@@ -18,7 +18,13 @@ Data = Annotated[
         help="Text file (a text per line, .jsonl, .csv, .tsv); repeat for several, with shares. Default: Python's docstrings.",
     ),
 ]
-Budget = Annotated[str, typer.Option(metavar="SIZE", help="Of all unique parameters: 50%, 11M parameters, or 45MB on disk.")]
+Budget = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Parameters that layers share (50%, 11M), or bytes on disk that weights are coded in (8MB, 10%bytes).",
+    ),
+]
 Only = Annotated[str | None, typer.Option(metavar="PATTERN", help="Change only sites that match: 'encoder.*,pooler*'.")]
 Operators = Annotated[str | None, typer.Option(metavar="A,B", help="Consider only these operators, and keep.")]
 Align = Annotated[

@@ -62,8 +62,8 @@ add(commands.evaluate, "eval out --teacher path/to/model --data held_out.txt", n
 add(commands.report, "report out")
 add(
     commands.compress,
-    "compress --budget 50% -o out",
-    "compress path/to/model --budget 45MB --data texts.txt --heal 10min -o out",
+    "compress --budget 8MB -o out",
+    "compress path/to/model --budget 50% --data texts.txt --heal 10min -o out",
     "compress path/to/model --data reviews.tsv=2 --data news.txt -o out",
 )
 

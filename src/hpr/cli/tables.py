@@ -116,6 +116,15 @@ def solver_line(plan: Mapping[str, Any], parameters: int) -> str:
     )
 
 
+def rounding_line(plan: Mapping[str, Any]) -> str:
+    """The step, the size of the file, and the predicted damage of a plan for a budget in bytes."""
+    size = plan["diagnostics"]["bytes"]
+    return (
+        f"{byte_count(size)} on disk, budget {plan['budget']['text']}; every number is rounded with the step "
+        f"{plan['rounding']['step']:.3g}\npredicted damage {figure(plan['predicted_damage'], 'nats')} per example"
+    )
+
+
 def alignment_line(aligned: float, plain: float) -> str:
     """How much predicted damage alignment saves."""
     saved = 100 * (1 - aligned / plain)

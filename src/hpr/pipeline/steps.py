@@ -18,14 +18,18 @@ from hpr.anatomy.model import Anatomy
 from hpr.checkpoints.open import open_model
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import EVALUATED, PROFILED, open_data
+from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.evaluate import evaluate as evaluate_batches
 from hpr.evaluation.evaluate import measured_on
+from hpr.pipeline.coded import check_options
 from hpr.planning.options import DEFAULTS, PlanOptions
 from hpr.planning.planner import plan as plan_module
+from hpr.plans.budget import byte_limit
 from hpr.plans.plan import Plan
 from hpr.profiling.objectives import objective_for
 from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile as profile_batches
+from hpr.rounding.plan import plan_bytes, round_model
 from hpr.sharing.refit import refit as refit_batches
 from hpr.sharing.share import Rule
 from hpr.sharing.share import share as share_module
@@ -53,29 +57,36 @@ def describe(model: AnyModel) -> Anatomy:
 
 
 def plan(model: AnyModel, profile: Profile, budget: str = "50%", options: PlanOptions = DEFAULTS) -> Plan:
-    """The plan of least predicted damage under a budget: ``50%``, ``11M`` parameters, or ``45MB`` on disk.
+    """The plan of least predicted damage under a budget: ``50%`` or ``11M`` parameters, or ``8MB`` on disk.
 
-    A percentage counts all unique parameters; with ``options.only`` it counts the selected weights alone. Raises
+    A budget in bytes (also ``10%bytes``) gives a plan that rounds every weight with one step size. A percentage counts all unique parameters; with ``options.only`` it counts the selected weights alone. Raises
     ``BudgetError`` for a budget that cannot be read or met, naming the smallest possible.
 
     >>> plan = hpr.plan(model, profile, "60%", hpr.PlanOptions(only="encoder.*"))
     >>> print(plan)  # the table that ``hpr plan`` prints
     encoder · attention.self.query ...
     """
-    return plan_module(module_of(model), profile, budget, options)
+    module = module_of(model)
+    if (limit := byte_limit(budget, disk_bytes(module))) is not None:
+        check_options(options, budget)
+        return plan_bytes(module, profile, budget.strip(), limit).plan
+    return plan_module(module, profile, budget, options)
 
 
 def share(model: AnyModel, plan: Plan | Rule, profile: Profile | None = None) -> nn.Module:
     """A copy of a model whose layers share factors as the plan says. The model itself is not changed.
 
     With a profile the factors are fitted in its metric, without one by plain least squares, which is much worse. A preset or
-    another rule in place of the plan fits nothing: each factor starts as the weight of its group's first layer. Raises
+    another rule in place of the plan fits nothing: each factor starts as the weight of its group's first layer. A plan for
+    a budget in bytes needs the profile; the copy then has the original's modules with rounded weights. Raises
     ``PlanError`` if the plan does not fit the model, and ``HprError`` for a model that is shared or quantised already.
 
     >>> student = hpr.share(model, plan, profile)
     >>> type(student) is type(model)
     True
     """
+    if isinstance(plan, Plan) and plan.rounding is not None:
+        return round_model(module_of(model), plan, profile)
     return share_module(module_of(model), plan, profile)
 
 

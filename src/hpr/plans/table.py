@@ -49,6 +49,8 @@ class Segment:
 class Cell:
     """One site of the table. ``kind`` is keep, shared, private or gone (no weights are left).
 
+    ``bits``: the mean size of a number of a site that is rounded and coded.
+
     ``whole`` holds the ranks of the terms over all rows, ``lanes`` those of the terms over some rows.
     """
 
@@ -63,6 +65,7 @@ class Cell:
     lanes: tuple[tuple[Segment, ...], ...] = ()
     joins_left: bool = False
     joins_right: bool = False
+    bits: float | None = None
 
     @property
     def partners(self) -> tuple[str, ...]:
@@ -72,7 +75,9 @@ class Cell:
 
     @property
     def word(self) -> str:
-        """``keep``, or the code of the operator and the rank: ``lr 93``."""
+        """``keep``, the code of the operator and the rank (``lr 93``), or the bits of a number (``2.13 b``)."""
+        if self.bits is not None:
+            return f"{self.bits:.2f} b"
         return KEEP if self.kind == KEEP else f"{self.code} {self.rank}"
 
 
@@ -133,16 +138,18 @@ class PlanMap:
 
 def read_plan(plan: Mapping[str, Any]) -> PlanMap:
     """The table of a plan in its JSON form. Sites are named by their labels: ``encoder.3.output.dense``."""
-    sites, places = {}, {}
+    sites, places, bits = {}, {}, {}
+    sizes = dig(plan, "diagnostics", "bits")
     for name, entry in _mapping(plan, "sites").items():
         if isinstance(entry, Mapping):
             stack, layer, slot = place = _place(str(name), _mapping(plan, "stacks"))
             label = slot if layer < 0 else ".".join([*([stack] if stack else []), str(layer), slot])
             sites[label], places[label] = entry, place
+            bits[label] = number(sizes.get(name)) if isinstance(sizes, Mapping) else None
     order = {name: index for index, name in enumerate(_by_row(places))}
     groups = _groups(sites, places, order)
     codes = _codes(str(entry.get("operator")) for entry in sites.values())
-    cells = {name: _cell(name, sites[name], codes, groups) for name in order}
+    cells = {name: replace(_cell(name, sites[name], codes, groups), bits=bits.get(name)) for name in order}
 
     layers: dict[str, int] = defaultdict(int)
     rows: dict[tuple[str, str], dict[int, Cell]] = defaultdict(dict)

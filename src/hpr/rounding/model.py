@@ -49,7 +49,7 @@ class Rounder:
         for group in self._groups():
             for whitened, values in zip(group, _rounded(group, step), strict=True):
                 site = whitened.site.name
-                codes[site] = Codes(_integers(values), whitened.rows, whitened.columns, step * whitened.unit)
+                codes[site] = Codes(_integers(values), whitened.rows, whitened.columns, whitened.scale(step))
             progress("rounding", len(codes), len(self.sites))
         return {whitened.site.name: codes[whitened.site.name] for whitened in self.sites}
 
@@ -95,7 +95,7 @@ def _parameter(model: nn.Module, whitened: Whitened) -> Tensor:
 
 def _rounded(group: list[Whitened], step: float) -> Tensor:
     weights = torch.stack([whitened.weight for whitened in group])
-    rows = torch.stack([step * whitened.unit * _powers(whitened.rows, weights) for whitened in group])
+    rows = torch.stack([whitened.scale(step) * _powers(whitened.rows, weights) for whitened in group])
     columns = torch.stack([_powers(whitened.columns, weights) for whitened in group])
     sides = (
         None if group[0].left is None else torch.stack([whitened.left for whitened in group]),  # type: ignore[misc]

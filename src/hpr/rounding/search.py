@@ -85,6 +85,8 @@ def _first_step(rounder: Rounder, bits: float) -> float:
         mean = squares.mean().clamp(min=1e-30)
         rows, columns = (torch.from_numpy(half_octaves(part)).to(squares) for part in (whitened.rows, whitened.columns))
         spread = squares.mean(1)[:, None] * squares.mean(0) / mean
+        if not whitened.read:
+            continue
         ratios.append((spread / (whitened.unit * rows[:, None] * columns).square()).flatten())
     low, high = (math.log(step) for step in _STEPS)
     for _ in range(40):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from hpr.anatomy.model import Site
 from hpr.operators.metric import smooth_frequencies
 from hpr.profiling.profile import SiteStatistics
 
-_FAINT = 1e-9  # rows per example of a site without gradient, against identity moments: it is rounded coarsely
+_log = logging.getLogger(__name__)
+_UNREAD = 0.5  # step of a site without gradient, as a share of its root mean square: about 3 bits a number
 _RANGE = 31  # half octaves that a scale may lie from the median of its side
 
 
@@ -23,8 +25,8 @@ class Whitened:
     """A weight (out, in) in float64 with the two sides of its metric.
 
     ``left`` (out, out) and ``right`` (in, in): lower Cholesky factors of the damped moments with unit diagonals, None for a
-    diagonal moment. ``rows`` and ``columns``: exponents of the grid in half octaves, int32; the grid of entry (i, j) at a
-    step δ is δ · ``unit`` · 2^((rows[i] + columns[j]) / 2).
+    diagonal moment. ``rows`` and ``columns``: exponents of the grid in half octaves, int32. The grid of entry (i, j) at a
+    step δ is ``scale(δ)`` · 2^((rows[i] + columns[j]) / 2).
     """
 
     site: Site
@@ -34,6 +36,11 @@ class Whitened:
     rows: np.ndarray
     columns: np.ndarray
     unit: float
+    read: bool = True
+
+    def scale(self, step: float) -> float:
+        """The grid at exponents 0. That of a site that the objective does not read is the same at every step."""
+        return step * self.unit if self.read else self.unit
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -60,8 +67,11 @@ class Roots:
         rows, left, right = statistics.rows, statistics.left, statistics.right
         dampings = dict(self.dampings)
         if not statistics.has_gradient:
-            rows, left, right = _FAINT, torch.ones(site.out_features).double(), torch.ones(site.in_features).double()
-        elif site.kind == "embedding":
+            _log.info("%s has no gradient: it is rounded to about 3 bits a number, whatever the budget", site.label)
+            flat = np.zeros(site.out_features, np.int32), np.zeros(site.in_features, np.int32)
+            size = float(weight.square().mean().sqrt())
+            return Whitened(site, weight, None, None, *flat, max(_UNREAD * size, torch.finfo(torch.float32).tiny), read=False)
+        if site.kind == "embedding":
             left, dampings["left"] = smooth_frequencies(left), 0.0  # no token's frequency is 0 any more
         roots = [self.root(left, dampings["left"]), self.root(right, dampings["right"])]
         diagonals = [root if root.dim() == 1 else root.diagonal() for root in roots]
