@@ -132,6 +132,7 @@ class HprQuantizer(HfQuantizer):
             _align(model)
         if self.coded:
             attach_codes(model, self.coded)
+            _align(model)
             conversions = getattr(model, "_weight_conversions", None) or []
             others = [conversion for conversion in conversions if not _decodes(conversion)]
             model._weight_conversions = others  # type: ignore[assignment]  # a plain save reverses them

@@ -19,11 +19,7 @@ Data = Annotated[
     ),
 ]
 Budget = Annotated[
-    str,
-    typer.Option(
-        metavar="SIZE",
-        help="Parameters that layers share (50%, 11M), or bytes on disk that weights are coded in (8MB, 10%bytes).",
-    ),
+    str, typer.Option(metavar="SIZE", help="Bytes on disk, weights are rounded (8MB, 10%bytes), or parameters (50%, 11M).")
 ]
 Only = Annotated[str | None, typer.Option(metavar="PATTERN", help="Change only sites that match: 'encoder.*,pooler*'.")]
 Operators = Annotated[str | None, typer.Option(metavar="A,B", help="Consider only these operators, and keep.")]

@@ -82,7 +82,7 @@ def compress_to_bytes(
         "plan_quality": "agreement with the original" if score.cosine is None else "cosine to the original",
         "refit": False,
         "operator_gains": [],
-        "dampings": {f"{damping:g}": value for damping, value in made.tried.items()},
+        "dampings": [{"output": left, "input": right, "measured": value} for (left, right), value in made.tried.items()],
     }
     folder = None if output is None else write(made.student, output, made.plan, metrics, loaded)
     return Compression(made.student, made.plan, metrics, folder)

@@ -59,7 +59,8 @@ def describe(model: AnyModel) -> Anatomy:
 def plan(model: AnyModel, profile: Profile, budget: str = "50%", options: PlanOptions = DEFAULTS) -> Plan:
     """The plan of least predicted damage under a budget: ``50%`` or ``11M`` parameters, or ``8MB`` on disk.
 
-    A budget in bytes (also ``10%bytes``) gives a plan that rounds every weight with one step size. A percentage counts all unique parameters; with ``options.only`` it counts the selected weights alone. Raises
+    A budget in bytes (also ``10%bytes``) gives a plan that rounds every weight with one step size. A percentage counts all
+    unique parameters; with ``options.only`` it counts the selected weights alone. Raises
     ``BudgetError`` for a budget that cannot be read or met, naming the smallest possible.
 
     >>> plan = hpr.plan(model, profile, "60%", hpr.PlanOptions(only="encoder.*"))

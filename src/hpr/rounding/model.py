@@ -71,8 +71,8 @@ class Rounder:
                     bias.add_(change.to(bias))
                 weight.copy_(rounded)
             sites = {id(parameter) for parameter in map(partial(_parameter, student), self.sites)}
-            for tensor in (*student.parameters(), *student.buffers()):
-                if id(tensor) not in sites and tensor.is_floating_point():
+            for tensor in student.state_dict(keep_vars=True).values():
+                if id(tensor) not in sites:
                     tensor.copy_(stored(tensor))
         attach_codes(student, coded)
         return student

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -20,18 +21,29 @@ from hpr.rounding.model import Rounder
 from hpr.rounding.search import Rounded, round_to_bytes
 
 _log = logging.getLogger(__name__)
-DAMPINGS = (0.05, 0.15, 0.3)  # that are tried where a divergence can be measured
-DAMPING = 0.15  # without a measurement
+UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while the next is better
+DOWNWARDS = ((0.05, 0.05),)  # tried if the first of UPWARDS is its best
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    rounder: Rounder
+    rounded: Rounded
+    student: nn.Module
+    score: float
 
 
 @dataclass(frozen=True)
 class CodedPlan:
-    """A plan, the model that it gives, and the bytes that its file will have; ``tried``: damping → measured divergence."""
+    """A plan, the model that it gives, and the bytes that its file will have.
+
+    ``tried``: dampings of outputs and inputs → measured divergence in nats per example.
+    """
 
     plan: Plan
     student: nn.Module
     bytes: int
-    tried: dict[float, float]
+    tried: dict[tuple[float, float], float]
 
 
 def plan_bytes(
@@ -40,31 +52,34 @@ def plan_bytes(
     budget: str,
     limit: int,
     measure: Callable[[nn.Module], float] | None = None,
-    dampings: Sequence[float] = DAMPINGS,
 ) -> CodedPlan:
     """The plan of a model at ``limit`` bytes; ``budget`` is what the user wrote.
 
-    ``measure`` gives the divergence of a student in nats, on data that the profile has not seen: with it the damping is
-    chosen among ``dampings``. Raises ``BudgetError`` for a budget that cannot be met, and ``PlanError`` for a model with
-    experts that are slices of one parameter.
+    ``measure`` gives the divergence of a student in nats, on data that the profile has not seen: with it the dampings are
+    chosen. Small models at few bits want more damping. Raises ``BudgetError`` for a budget that cannot be met, and
+    ``PlanError`` for a model with experts that are slices of one parameter.
     """
-    best: tuple[float, Rounder, Rounded] | None = None
-    tried: dict[float, float] = {}
-    step = None
     beside = bytes_beside_streams(model, [site.name for site in describe(model).sites], limit)
-    for damping in dampings if measure else (DAMPING,):
-        rounder = Rounder(model, profile, damping, damping)
+
+    def attempt(dampings: tuple[float, float], step: float | None) -> _Attempt:
+        rounder = Rounder(model, profile, *dampings)
         rounded = round_to_bytes(rounder, limit, beside, step)
-        step = rounded.rounding.step
-        score = measure(rounder.student(rounded.coded)) if measure else 0.0
-        tried[damping] = score
-        _log.info("damping %.2g at %.3f MB: divergence %.4g nats", damping, rounded.bytes / 1e6, score)
-        if best is None or score < best[0]:
-            best = (score, rounder, rounded)
-    assert best is not None  # there is at least one damping
-    _, rounder, rounded = best
-    plan = _plan(rounder, rounded, budget)
-    return CodedPlan(plan, rounder.student(rounded.coded), rounded.bytes, tried if measure else {})
+        student = rounder.student(rounded.coded)
+        score = measure(student) if measure else math.nan
+        _log.info("dampings %g, %g at %.3f MB: divergence %.4g nats", *dampings, rounded.bytes / 1e6, score)
+        return _Attempt(rounder, rounded, student, score)
+
+    best = first = attempt(UPWARDS[0], None)
+    tried = {UPWARDS[0]: first.score}
+    for chain in (UPWARDS[1:], DOWNWARDS) if measure else ():
+        for dampings in chain if chain is not DOWNWARDS or best is first else ():
+            made = attempt(dampings, best.rounded.rounding.step)
+            tried[dampings] = made.score
+            if made.score >= best.score:
+                break
+            best = made
+    plan = _plan(best.rounder, best.rounded, budget)
+    return CodedPlan(plan, best.student, best.rounded.bytes, tried if measure else {})
 
 
 def round_model(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Module:

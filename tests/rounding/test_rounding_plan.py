@@ -1,0 +1,168 @@
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+import hpr
+from hpr.evaluation.cost import disk_bytes
+from hpr.nn.coded import codes_of
+from hpr.plans.rounding import Rounding
+
+HEADS = {
+    "bert": tf.AutoModelForMaskedLM,
+    "gpt2": tf.AutoModelForCausalLM,
+    "llama": tf.AutoModelForCausalLM,
+    "bart": tf.AutoModelForSeq2SeqLM,
+    "t5": tf.AutoModelForSeq2SeqLM,
+}
+
+
+def batch(family: str, ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if family in ("bart", "t5") else {})
+
+
+@pytest.fixture
+def bert(build: Callable[..., nn.Module]) -> nn.Module:
+    return build("bert")
+
+
+@pytest.fixture
+def profile(bert: nn.Module, ids: Tensor) -> hpr.Profile:
+    return hpr.profile(bert, [{"input_ids": ids}])
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_saved_model_loads_with_bit_equal_outputs(
+    family: str, build: Callable[..., nn.Module], ids: Tensor, tmp_path: Path
+) -> None:
+    model, inputs = build(family, HEADS[family]), batch(family, ids)
+    profile = hpr.profile(model, [inputs])
+    student = hpr.share(model, hpr.plan(model, profile, "40%bytes"), profile)
+    folder = hpr.save(student, tmp_path / "coded")
+    loaded = HEADS[family].from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, student(**inputs).logits)
+        assert not torch.equal(student(**inputs).logits, model(**inputs).logits)
+    again = hpr.save(loaded, tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    plain = hpr.load(copy.deepcopy(model), folder)
+    with torch.no_grad():
+        assert torch.equal(plain(**inputs).logits, student(**inputs).logits)
+
+
+def test_a_plain_save_of_a_loaded_model_is_a_stock_checkpoint(
+    bert: nn.Module, profile: hpr.Profile, ids: Tensor, tmp_path: Path
+) -> None:
+    student = hpr.share(bert, hpr.plan(bert, profile, "40%bytes"), profile)
+    loaded = tf.AutoModel.from_pretrained(hpr.save(student, tmp_path / "coded"))
+    loaded.save_pretrained(tmp_path / "stock")
+    assert "quantization_config" not in (tmp_path / "stock" / "config.json").read_text()
+    stock = tf.AutoModel.from_pretrained(tmp_path / "stock")
+    with torch.no_grad():
+        assert torch.equal(stock(ids).last_hidden_state, student(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("share", [35, 50, 80])
+def test_the_file_is_no_larger_than_the_budget_and_as_large_as_the_plan_says(
+    share: int, bert: nn.Module, profile: hpr.Profile, tmp_path: Path
+) -> None:
+    limit = int(share / 100 * disk_bytes(bert))
+    plan = hpr.plan(bert, profile, f"{share}%bytes")
+    student = hpr.share(bert, plan, profile)
+    size = (hpr.save(student, tmp_path / "coded") / "model.safetensors").stat().st_size
+    assert size == disk_bytes(student)
+    assert size == pytest.approx(plan.diagnostics["bytes"], rel=0.005)
+    assert 0.9 * limit < size <= limit * 1.005
+
+
+def test_more_bytes_do_less_damage(bert: nn.Module, profile: hpr.Profile) -> None:
+    damages = [hpr.plan(bert, profile, f"{share}%bytes").damage for share in (35, 45, 60, 80)]
+    assert damages == sorted(damages, reverse=True)
+    assert damages[-1] > 0
+
+
+def test_a_plan_survives_its_file(bert: nn.Module, profile: hpr.Profile, tmp_path: Path) -> None:
+    plan = hpr.plan(bert, profile, "50%bytes")
+    plan.save(tmp_path / "plan.json")
+    loaded = hpr.Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert " b" in str(plan)
+    first, second = (hpr.share(bert, each, profile).state_dict() for each in (plan, loaded))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_any_changed_byte_of_the_file_is_an_error(bert: nn.Module, profile: hpr.Profile, tmp_path: Path) -> None:
+    student = hpr.share(bert, hpr.plan(bert, profile, "50%bytes"), profile)
+    folder = hpr.save(student, tmp_path / "coded")
+    weights = folder / "model.safetensors"
+    intact, places = weights.read_bytes(), random.Random(0)
+    for _ in range(40):
+        damaged = bytearray(intact)
+        damaged[places.randrange(len(intact))] ^= 1 << places.randrange(8)
+        weights.write_bytes(damaged)
+        with pytest.raises(hpr.HprError, match="damaged"):
+            tf.AutoModel.from_pretrained(folder)
+        with pytest.raises(hpr.HprError, match="damaged"):
+            hpr.load(copy.deepcopy(bert), folder)
+
+
+def test_a_model_that_was_trained_after_rounding_is_not_saved_with_its_old_codes(
+    bert: nn.Module, profile: hpr.Profile, tmp_path: Path
+) -> None:
+    student = hpr.share(bert, hpr.plan(bert, profile, "50%bytes"), profile)
+    with torch.no_grad():
+        student.encoder.layer[0].output.dense.weight[0, 0] += 1
+    with pytest.raises(hpr.HprError, match="round it again"):
+        hpr.save(student, tmp_path / "coded")
+
+
+def test_the_codes_do_not_depend_on_the_number_of_threads(bert: nn.Module, profile: hpr.Profile) -> None:
+    plan = hpr.plan(bert, profile, "50%bytes")
+    before = torch.get_num_threads()
+    streams = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            streams.append(codes_of(hpr.share(bert, plan, profile)))
+        finally:
+            torch.set_num_threads(before)
+    assert streams[0] == streams[1]
+
+
+def test_biases_absorb_what_rounding_does_to_the_mean_output(bert: nn.Module, profile: hpr.Profile) -> None:
+    plan = hpr.plan(bert, profile, "35%bytes")
+    student = hpr.share(bert, plan, profile)
+    name = "encoder.layer.1.intermediate.dense"
+    before, after, mean = bert.get_submodule(name), student.get_submodule(name), profile.sites[name].mean
+    assert mean is not None
+    outputs = [site.weight.double() @ mean + site.bias.double() for site in (before, after)]
+    uncorrected = after.weight.double() @ mean + before.bias.double()
+    assert (outputs[1] - outputs[0]).norm() < 0.05 * (uncorrected - outputs[0]).norm()
+
+
+@pytest.mark.parametrize("budget", ["0.1%bytes", "1KB", "101%bytes", "5GB"])
+def test_a_budget_that_cannot_be_met_is_an_error_with_its_limit(budget: str, bert: nn.Module, profile: hpr.Profile) -> None:
+    with pytest.raises(hpr.errors.BudgetError, match=r"give (a larger budget|less)"):
+        hpr.plan(bert, profile, budget)
+
+
+def test_options_of_sharing_are_refused_with_bytes(bert: nn.Module, profile: hpr.Profile) -> None:
+    with pytest.raises(hpr.errors.BudgetError, match="only is"):
+        hpr.plan(bert, profile, "50%bytes", hpr.PlanOptions(only="encoder.*"))
+
+
+def test_a_coded_plan_without_a_profile_is_an_error(bert: nn.Module, profile: hpr.Profile) -> None:
+    plan = hpr.plan(bert, profile, "50%bytes")
+    with pytest.raises(hpr.errors.PlanError, match="give the profile"):
+        hpr.share(bert, plan)
+
+
+@pytest.mark.parametrize("step", [0, -1, float("nan"), "1"])
+def test_a_step_that_is_no_positive_number_is_an_error(step: float) -> None:
+    with pytest.raises(hpr.errors.PlanError, match="positive"):
+        Rounding(step)
