@@ -97,7 +97,7 @@ def read_texts(path: Source, column: Column = None) -> list[str]:
     reader = format_of(path).texts
     if reader is None:
         raise DataError(
-            f"{path} holds an array, not texts: use hpr.data.files.read_array, or give a file of {suffixes('texts')}"
+            f"{path} holds an array, not texts: use hpr.data.files.read_array, or give a file ({suffixes('texts')})"
         )
     texts = [text.strip() for text in reader(path, column) if text.strip()]
     if not texts:
@@ -147,7 +147,7 @@ def read_array(
     else:
         reader, name = format_of(source).array, f"{source}"
         if reader is None:
-            raise DataError(f"{name} holds texts, not an array: give a file of {suffixes('array')}")
+            raise DataError(f"{name} holds texts, not an array: give a file ({suffixes('array')})")
         array = reader(source, key)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise DataError(
