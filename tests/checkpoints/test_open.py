@@ -243,7 +243,7 @@ def test_own_answers_to_sound():
 
 
 def test_only_models_that_generate_write_answers(build, ids):
-    with pytest.raises(HprError, match="BertModel cannot write its own targets"):
+    with pytest.raises(HprError, match="BertModel cannot generate targets"):
         own_answers(build("bert"), {"input_ids": ids})
 
 

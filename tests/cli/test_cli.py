@@ -15,6 +15,7 @@ import hpr
 import hpr.checkpoints.save
 from hpr.cli import console, program
 from hpr.cli.program import app
+from hpr.data.files import suffixes
 from hpr.nn.bank import parameters
 
 VERBS = ("inspect", "profile", "plan", "share", "heal", "online", "eval", "report", "compress")
@@ -84,6 +85,11 @@ def test_help_names_every_verb_and_the_exit_codes():
     text = run("--help").stdout
     assert all(f" {verb} " in text for verb in VERBS)
     assert "2 bad input" in text
+
+
+def test_help_of_data_lists_every_format():
+    text = " ".join(run("profile", "--help").stdout.replace("│", " ").split())
+    assert f"Data file ({suffixes()})" in text
 
 
 def test_version():

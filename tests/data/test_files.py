@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hpr.data.batches import Batches, array_batches, in_input_order, text_batches
-from hpr.data.files import read_array, read_texts
-from hpr.errors import HprError
+from hpr.data.files import FORMATS, read_array, read_labels, read_texts, suffixes
+from hpr.data.splits import rows_of
+from hpr.errors import DataError, HprError
 from hpr.runtime.batch import POSITIONAL
 
 WORDS = ["[PAD]", "[UNK]", "a", "b", "c", "d"]
@@ -139,11 +141,42 @@ def test_bad_texts_are_named(tmp_path: Path, name: str, content: bytes, column: 
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    for read in (read_texts, read_array, array_batches):
+    for read, name in ((read_texts, "none"), (read_texts, "none.gz"), (read_array, "none.npy"), (array_batches, "none.npz")):
         with pytest.raises(HprError, match="no file at"):
-            read(tmp_path / "none")
+            read(tmp_path / name)
     with pytest.raises(HprError, match="cannot be read"):
         read_texts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.TXT", "x.text", "x.md", "x"])
+def test_plain_text_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("one\ntwo\n", encoding="utf-8")
+    assert read_texts(tmp_path / name) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["x.csv.gz", "x.bin", "x.json", "x.parquet"])
+def test_a_suffix_without_a_format_is_an_error(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"text\none\n") if path.suffix == ".gz" else b"these bytes are valid UTF-8\n")
+    message = f"has the suffix '{path.suffix}', but HPR reads only {suffixes()}: convert .* or rename it to .txt"
+    for read in (read_texts, read_labels, read_array, rows_of):
+        with pytest.raises(DataError, match=message):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["x", "x.txt", "x.jsonl", "x.csv"])
+def test_binary_content_behind_a_text_suffix_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"one\n"))
+    with pytest.raises(DataError, match="is not UTF-8 at byte 1: convert it"):
+        read_texts(tmp_path / name)
+
+
+def test_suffixes_are_those_of_the_formats() -> None:
+    assert suffixes().split(", ") == [suffix for suffix in FORMATS if suffix]
+    assert suffixes("array") == ".npy, .npz"
+    assert suffixes("labels") == ".jsonl, .csv, .tsv"
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert [suffix for suffix in FORMATS if f"`{suffix}`" not in guide and suffix] == []
 
 
 def test_array_batches(tmp_path: Path) -> None:

@@ -216,6 +216,17 @@ def test_a_new_objective_is_one_entry(monkeypatch) -> None:
         hpr.evaluate(student, model, batches, labels=[0] * 8, repeats=0)
 
 
+def test_a_classifier_with_one_label_needs_another_objective() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+    model = tf.BertForSequenceClassification(tf.BertConfig(**sizes, num_labels=1)).eval()
+    batches = [{"input_ids": torch.randint(3, 40, (4, 6))}]
+    with pytest.raises(HprError, match=r"has one label, .* 'classification' .* use --objective hidden"):
+        hpr.profile(model, batches)
+    profile = hpr.profile(model, batches, "hidden")
+    assert sum(site.has_gradient for site in profile.sites.values()) > 6
+
+
 def test_labels_are_read_as_the_objective_says(monkeypatch) -> None:
     toy = replace(OBJECTIVES["causal-lm"], name="unshifted", shifts_labels=False, classes=())
     monkeypatch.setitem(OBJECTIVES, "unshifted", toy)

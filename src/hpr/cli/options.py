@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hpr.data.files import suffixes
 from hpr.errors import DataError
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or hub id. Default: the packaged all-MiniLM-L6-v2.")]
@@ -15,7 +16,7 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE[=SHARE]",
-        help="Text file (a text per line, .jsonl, .csv, .tsv); repeat for several, with shares. Default: Python's docstrings.",
+        help=f"Data file ({suffixes()}); repeat for several, with shares. Default: Python's docstrings.",
     ),
 ]
 Budget = Annotated[

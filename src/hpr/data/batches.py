@@ -1,4 +1,4 @@
-"""Batches of model inputs, made of texts, arrays and rows."""
+"""Makes batches of model inputs from texts, arrays and rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,7 +22,10 @@ _log = logging.getLogger(__name__)
 
 
 class Batches(list[Batch]):
-    """A list of batches. ``order[i]`` is the place in the user's data of the i-th example, counted through all batches."""
+    """A list of batches that knows the order of its examples.
+
+    ``order[i]`` is the index, in the user's data, of the i-th example of all batches together.
+    """
 
     def __init__(self, batches: Iterable[Batch], order: Sequence[int]):
         super().__init__(batches)
@@ -29,15 +33,15 @@ class Batches(list[Batch]):
 
 
 def listed(data: Any) -> Any:
-    """A list of what a generator or a ``DataLoader`` gives, which can be read only once; other data as it is."""
+    """The elements of a generator or a ``DataLoader`` as a list, because they can be read only once; other data unchanged."""
     once = hasattr(data, "__iter__") and not hasattr(data, "__getitem__") and not hasattr(data, "column_names")
     return list(data) if once else data
 
 
 def given_batches(data: Any) -> list[Batch] | None:
-    """The batches, if the data is a list of batches of model inputs already; None for any other kind of data.
+    """The batches as mappings if the data is a list of batches of model inputs; None for any other kind of data.
 
-    A batch is a tensor, or a mapping of tensors, at least one of which has two dimensions: rows of inputs have one.
+    A batch is a tensor, or a mapping of tensors of which at least one has two dimensions. Tensors of rows have one dimension.
     """
     if not isinstance(data, list | tuple) or not data or not _is_batch(data[0]):
         return None
@@ -51,8 +55,11 @@ def _is_batch(value: Any) -> bool:
     return 0 < len(tensors) == len(value) and max(tensor.dim() for tensor in tensors) > 1
 
 
-def in_input_order(rows: Tensor, batches: Sequence[BatchLike]) -> Tensor:
-    """Rows that were computed batch by batch, (n, …), in the order of the user's data; unchanged for a plain list."""
+def in_input_order(rows: Shaped[Tensor, "examples ..."], batches: Sequence[BatchLike]) -> Shaped[Tensor, "examples ..."]:
+    """Rows that were computed batch by batch, sorted into the order of the user's data.
+
+    The rows come back unchanged if ``batches`` is a plain list. Raises ``HprError`` if there is not one row for each example.
+    """
     order = getattr(batches, "order", None)
     if order is None:
         return rows
@@ -64,14 +71,14 @@ def in_input_order(rows: Tensor, batches: Sequence[BatchLike]) -> Tensor:
 
 
 def first_batches(batches: Sequence[Batch], examples: int) -> list[Batch]:
-    """The batches, whole, that hold at least the first ``examples``."""
-    kept, count = [], 0
+    """The fewest whole batches from the start that hold at least ``examples`` examples, or all batches."""
+    chosen, count = [], 0
     for batch in batches:
         if count >= examples:
             break
-        kept.append(batch)
+        chosen.append(batch)
         count += examples_in(batch)
-    return kept
+    return chosen
 
 
 def text_batches(
@@ -82,30 +89,32 @@ def text_batches(
     windows: int | None = None,
     ratio: float = 2.0,
 ) -> Batches:
-    """Tokenised batches of ``input_ids``, ``attention_mask`` and what else the tokenizer gives, int64 (batch, positions).
+    """Batches of tokenised texts: ``input_ids``, ``attention_mask`` and the tokenizer's further rows, int64 (batch, positions).
 
-    A text of more than ``max_length`` tokens loses its end; or, with ``windows``, it goes on in further examples of about
-    equal length, so many in all at most (``order`` then counts these).
+    A text of more than ``max_length`` tokens loses its end. If ``windows`` is given, the text is cut into several examples of
+    about equal length instead. ``windows`` is then the highest number of examples in all, and ``order`` counts these examples.
 
-    Texts of like length stand together, so little is padded (a batch is smaller where the next text is over ``ratio`` times
-    as long as its first); the batches are shuffled, always in the same way, so that any few are a fair sample. Padding is
-    on the right and masked; a tokenizer without a padding token is left as it is. Raises ``DataError`` for no texts, for what
-    is no string, and for a text without tokens.
+    A batch holds texts of similar length, so that it needs little padding: no text is more than ``ratio`` times as long as the
+    shortest one. The batches are shuffled with a fixed seed, so that the first few are a fair sample. Padding is on the right
+    and masked. The tokenizer is not changed, even if it has no padding token.
+
+    Raises ``DataError`` if there are no texts, if a text is no string, and if a text has no tokens; ``HprError`` for a
+    ``batch_size`` or ``max_length`` below 1.
     """
     if isinstance(texts, str):
         raise DataError("texts is one string: give a list of strings")
     if batch_size < 1 or max_length < 1:
-        raise HprError(f"batch_size {batch_size} and max_length {max_length} must both be at least 1")
+        raise HprError(f"batch_size is {batch_size} and max_length is {max_length}: give at least 1 for both")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"text {index} is a {type(text).__name__}, not a string: convert or remove it")
     if not len(texts):
-        raise DataError("there are no texts: at least one is needed")
+        raise DataError("there are no texts: give at least one")
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
     if windows is None:
         rows = dict(tokenizer(list(texts), truncation=True, max_length=limit))
         if full := sum(len(ids) >= limit for ids in rows["input_ids"]):
-            _log.info("%d of %d texts have %d tokens or more: what goes beyond that is cut off", full, len(texts), limit)
+            _log.info("%d of %d texts have %d tokens or more: the tokenizer cuts off the rest", full, len(texts), limit)
     else:
         rows = _windows(dict(tokenizer(list(texts), truncation=False, verbose=False)), limit, windows)
         _log.info("%d texts are read as %d examples of at most %d tokens", len(texts), len(rows["input_ids"]), limit)
@@ -124,9 +133,10 @@ def text_batches(
 
 
 def labelled(batches: Batches, labels: Sequence[float]) -> Batches:
-    """The same batches with ``labels``, (batch,): one for each example, in the order of the user's data.
+    """The same batches with ``labels`` of shape (batch,).
 
-    Raises ``DataError`` if there is not one label for each example.
+    ``labels`` has one label for each example, in the order of the user's data. Raises ``DataError`` if there is not one
+    label for each example.
     """
     if len(labels) != len(batches.order):
         raise DataError(f"{len(labels)} labels for {len(batches.order)} examples: give one label for each example")
@@ -136,17 +146,21 @@ def labelled(batches: Batches, labels: Sequence[float]) -> Batches:
 
 
 def array_batches(
-    source: Source | np.ndarray, key: str | None = None, batch_size: int = 64, argument: str | None = None
+    source: Source | Shaped[np.ndarray, "examples ..."],
+    key: str | None = None,
+    batch_size: int = 64,
+    argument: str | None = None,
 ) -> Batches:
-    """Tensor batches of an array whose first axis counts examples, in its own order: float32, or int64 for integers.
+    """Batches of an array whose first axis counts examples, in the order of the array: float32, or int64 for integers.
 
-    ``key`` names the array in an ``.npz``; ``argument`` names the model's input (``input_values``), by default the positional
-    one.
+    ``key`` names the array in an ``.npz``. ``argument`` names the model's input, such as ``input_values``; by default it is
+    the positional input. Raises ``DataError`` for a damaged or empty array and for values that are not finite in float32, and
+    ``HprError`` for a ``batch_size`` below 1.
     """
     if batch_size < 1:
-        raise HprError(f"batch_size {batch_size} must be at least 1")
+        raise HprError(f"batch_size is {batch_size}: give at least 1")
     array = read_array(source, key)
-    with np.errstate(over="ignore"):  # what overflows is found below
+    with np.errstate(over="ignore"):  # the check below finds values that overflow
         tensor = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
     if not torch.isfinite(tensor).all():
         raise DataError("the array has values beyond the range of float32 (3.4e38): scale it")
@@ -155,7 +169,7 @@ def array_batches(
 
 
 def _windows(rows: Mapping[str, list[list[int]]], limit: int, most: int) -> dict[str, list[list[int]]]:
-    """Rows cut into the fewest parts of at most ``limit``, as equal as they can be; the first ``most`` parts of all."""
+    """Cut rows into the fewest parts of at most ``limit`` tokens and of about equal length; return the first ``most`` parts."""
     parts: dict[str, list[list[int]]] = {key: [] for key in rows}
     for place, ids in enumerate(rows["input_ids"]):
         if len(parts["input_ids"]) >= most:
@@ -168,7 +182,7 @@ def _windows(rows: Mapping[str, list[list[int]]], limit: int, most: int) -> dict
 
 
 def _groups(lengths: Sequence[int], batch_size: int, ratio: float) -> list[list[int]]:
-    """Places of texts that go into one batch, by length. A few very long ones would otherwise pad a whole batch."""
+    """The indices of the texts of each batch, by length. Without ``ratio`` one very long text would pad a whole batch."""
     groups: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not groups or len(groups[-1]) == batch_size or lengths[place] > ratio * lengths[groups[-1][0]]:
@@ -178,7 +192,11 @@ def _groups(lengths: Sequence[int], batch_size: int, ratio: float) -> list[list[
 
 
 def _padding(tokenizer: Any) -> dict[str, int]:
-    """What fills up each kind of row. Without a padding token any id does, as it is masked; the end token is always valid."""
+    """The padding value of each kind of row.
+
+    A tokenizer without a padding token pads with its end token, which is a valid id. Its value has no effect, because padding
+    is masked.
+    """
     candidates = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id", "unk_token_id"))
     token = next((candidate for candidate in candidates if candidate is not None), 0)
     if getattr(tokenizer, "pad_token_id", None) is None:
@@ -187,20 +205,25 @@ def _padding(tokenizer: Any) -> dict[str, int]:
 
 
 def _padded(rows: list[list[int]], value: int) -> Tensor:
+    """Rows of token ids as one tensor (batch, positions), filled up on the right with ``value``."""
     width = max(len(row) for row in rows)
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
 def input_batches(rows: Sequence[Mapping[str, Any]], batch_size: int = 64) -> Batches:
-    """Rows of model inputs in their own order; what differs in length is filled up on the right: with 0, labels with −100.
+    """Batches of rows of model inputs, in the order of the rows.
 
-    A row of ids without an ``attention_mask`` gets one. Raises ``DataError`` for rows with different columns.
+    A row is a mapping of input names to values. Values of different length are filled up on the right: labels with −100, other
+    inputs with 0. Rows of ``input_ids`` without an ``attention_mask`` get one. Raises ``DataError`` for rows with different
+    columns.
     """
     for index, row in enumerate(rows):
         if row.keys() != rows[0].keys():
-            raise DataError(f"row {index} has columns {sorted(row)}, row 0 {sorted(rows[0])}: give all rows the same")
+            raise DataError(
+                f"row {index} has columns {sorted(row)}, row 0 has {sorted(rows[0])}: give all rows the same columns"
+            )
     if rows and "input_ids" in rows[0] and "attention_mask" not in rows[0]:
-        _log.info("rows have no attention_mask: every given token counts as real")
+        _log.info("rows have no attention_mask: every token of a row counts as real, and padding is masked")
     batches = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -212,6 +235,7 @@ def input_batches(rows: Sequence[Mapping[str, Any]], batch_size: int = 64) -> Ba
 
 
 def _stacked(values: list[Tensor], name: str) -> Tensor:
+    """The values of one column as one tensor; ``name`` decides about the padding value."""
     values = [value.float() if value.is_floating_point() else value for value in values]
     if len({value.shape for value in values}) == 1:
         return torch.stack(values)

@@ -1,7 +1,7 @@
-"""Text to calibrate on when the user brings none: the docstrings of Python's standard library.
+"""Default texts for users who give no data: the docstrings of Python's standard library.
 
-They are on every machine that runs this code, need no network and carry no licence question. Sentences are split by
-a hash of their own text, so the held-out part is disjoint from the calibration part on every machine and for every size.
+They are on every machine that runs this code, need no network and raise no licence question. A hash of each sentence decides
+between the calibration part and the held-out part, so the two parts share no sentence on any machine and for any size.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 def docstrings(split: Split, limit: int | None = None) -> list[str]:
-    """Sentences of 5 to 60 words from the standard library's docstrings, each once, in a fixed shuffled order.
+    """Sentences of 5 to 60 words from the standard library's docstrings, without repetition, in a fixed shuffled order.
 
-    ``split`` is ``"calibration"`` (three quarters) or ``"heldout"`` (one quarter); the two never share a sentence.
-    Raises ``DataError`` if ``limit`` asks for more sentences than there are.
+    ``split`` is ``"calibration"`` (three quarters) or ``"heldout"`` (one quarter). The two parts share no sentence. Raises
+    ``DataError`` if ``limit`` is above the number of sentences.
     """
     chosen = [text for key, text in _hashed_sentences() if (key < _HELD_OUT_SHARE) == (split == "heldout")]
     if limit is not None and limit > len(chosen):
         raise DataError(
-            f"{limit} sentences asked for, but this Python's standard library has {len(chosen)} for the {split} split: "
-            f"ask for at most {len(chosen)}, or bring a text file"
+            f"{limit} sentences are wanted, but this Python's standard library has {len(chosen)} in the {split} part: "
+            f"ask for at most {len(chosen)}, or give a text file"
         )
     return chosen[:limit]
 
@@ -48,8 +48,9 @@ def _hashed_sentences() -> list[tuple[float, str]]:
 
 
 def _stdlib_docstrings() -> list[str]:
+    """The docstrings of all modules, classes and functions of the standard library, in the order of the files."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    collected = []
     for path in sorted(root.rglob("*.py")):
         if _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts):
             continue
@@ -58,16 +59,17 @@ def _stdlib_docstrings() -> list[str]:
                 warnings.simplefilter("ignore")  # invalid escapes in old modules warn while they are parsed
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
-            continue  # templates and deliberately broken sources are part of a standard library
+            continue  # the standard library contains templates and sources that are broken on purpose
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 docstring = ast.get_docstring(node)
                 if docstring:
-                    found.append(docstring)
-    return found
+                    collected.append(docstring)
+    return collected
 
 
 def _sentences(docstring: str) -> list[str]:
+    """The sentences of a docstring that have 5 to 60 words."""
     paragraphs = re.split(r"\n\s*\n", docstring)
     flat = [re.sub(r"\s+", " ", paragraph).strip() for paragraph in paragraphs]
     sentences = [sentence for paragraph in flat for sentence in _SENTENCE_END.split(paragraph)]

@@ -1,4 +1,7 @@
-"""Read texts, labels and arrays from files. ``FORMATS`` says by suffix how: a new format is one reader and one entry."""
+"""Read texts, labels and arrays from files. ``FORMATS`` maps the suffix of a file to its readers.
+
+A new format is one reader and one entry. Error messages and the help of ``--data`` list the suffixes by ``suffixes``.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,17 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Shaped
 
 from hpr.errors import DataError
 
 _log = logging.getLogger(__name__)
 TEXT_COLUMNS = ("text", "sentence")
 _BETWEEN_DOCUMENTS = re.compile(r"^[ \t]*<\|endoftext\|>[ \t]*$", re.MULTILINE)
-# what numpy and zipfile raise for damaged files (found by changing random bytes)
+# the errors that numpy and zipfile raise for damaged files (collected by changing random bytes)
 _DAMAGED = (
     OSError,
     ValueError,
@@ -43,11 +47,11 @@ Column = str | int | None
 
 @dataclass(frozen=True)
 class FileFormat:
-    """The readers of one file format; None for what files of this format do not hold.
+    """The readers of one file format. A reader is None if files of this format cannot hold its kind of data.
 
-    ``texts(path, column)`` returns the texts, ``labels(path)`` a value for each text (None without labels), and
-    ``array(path, key)`` an array whose first axis counts examples. A reader raises ``DataError`` for a damaged file; the
-    callers below check what it returns.
+    ``texts(path, column)`` returns the texts. ``labels(path)`` returns one value for each text, or None for a file without
+    labels. ``array(path, key)`` returns an array whose first axis counts examples. A reader raises ``DataError`` for a damaged
+    file. The functions below check the values that a reader returns.
     """
 
     texts: Callable[[Source, Column], list[str]] | None = None
@@ -56,32 +60,55 @@ class FileFormat:
 
 
 def format_of(path: Source) -> FileFormat:
-    """The entry in ``FORMATS`` for a file's suffix, or plain text for any other suffix."""
-    return FORMATS.get(Path(path).suffix.lower(), PLAIN)
+    """The entry in ``FORMATS`` for the suffix of a file.
+
+    Raises ``DataError`` for a suffix without an entry, because HPR would read such a file as lines of text by mistake.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        if not os.path.exists(path):
+            raise DataError(f"no file at {path}: check the path")
+        raise DataError(
+            f"{path} has the suffix {suffix!r}, but HPR reads only {suffixes()}: convert the file to one of these formats, "
+            f"or rename it to .txt if it holds one text per line"
+        )
+    return FORMATS[suffix]
+
+
+def suffixes(kind: Literal["texts", "labels", "array"] | None = None) -> str:
+    """The suffixes in ``FORMATS`` as text, separated by commas: all of them, or those of files that can hold one kind of data.
+
+    The list leaves out the entry for files without a suffix, which are read like ``.txt``.
+    """
+    entries = FORMATS.items()
+    return ", ".join(suffix for suffix, entry in entries if suffix and (kind is None or getattr(entry, kind) is not None))
 
 
 def read_texts(path: Source, column: Column = None) -> list[str]:
-    """Texts of a file: one a line (empty lines skipped), ``.jsonl`` with a ``text`` field, or a column of ``.csv`` or ``.tsv``.
+    """The texts of a file, without empty ones: the lines of plain text, a field of JSON lines, or a column of a table.
 
-    If lines of ``<|endoftext|>`` separate documents, each document is one text with its line breaks.
+    If lines of ``<|endoftext|>`` separate the documents of a plain text file, each document is one text with its line breaks.
 
-    ``column`` is a name in the first row, the field of a ``.jsonl``, or a number from 0 for a table without a header; without
-    it the column ``text`` or ``sentence`` is taken, or the only one. Raises ``DataError`` for a missing, empty or
-    undecodable file and for lines that do not hold what they should, by number.
+    ``column`` is a name in the first row of a table, the field in JSON lines, or a number from 0 for a table without a header.
+    By default it is ``text`` or ``sentence`` in a table, or the only column, and ``text`` in JSON lines. ``FORMATS`` lists the
+    formats. Raises ``DataError`` for another format, for a missing, empty or undecodable file, and for a line without a text;
+    the message gives the number of the line.
     """
     reader = format_of(path).texts
     if reader is None:
-        raise DataError(f"{path} holds an array, not texts: use hpr.data.files.read_array")
+        raise DataError(
+            f"{path} holds an array, not texts: use hpr.data.files.read_array, or give a file ({suffixes('texts')})"
+        )
     texts = [text.strip() for text in reader(path, column) if text.strip()]
     if not texts:
-        raise DataError(f"{path} holds no text: at least one line is needed")
+        raise DataError(f"{path} holds no text: give at least one line of text")
     return texts
 
 
 def read_labels(path: Source) -> list[float] | None:
-    """The numbers in a column ``label`` of a table, or in that field of a ``.jsonl``; None for a file without them.
+    """The numbers in the column ``label`` of a table, or in this field of JSON lines; None for a file without labels.
 
-    Raises ``DataError`` for what is no number.
+    Raises ``DataError`` for a label that is no number.
     """
     reader = format_of(path).labels
     values = None if reader is None else reader(path)
@@ -91,39 +118,52 @@ def read_labels(path: Source) -> list[float] | None:
 
 
 def as_label(value: Any, number: int, source: object) -> float:
-    """A class number, or a score. Raises ``DataError`` for anything else."""
+    """The label as a class number (int) or a score (float).
+
+    ``number`` and ``source`` say in error messages which example of which data it is. Raises ``DataError`` for a value that
+    is no finite number.
+    """
     try:
         score = float(value)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{source}, example {number}: the label {value!r:.40} is no number") from error
+        raise DataError(
+            f"{source}, example {number}: the label {value!r:.40} is no number: give a class number or a score"
+        ) from error
     if not math.isfinite(score):
-        raise DataError(f"{source}, example {number}: the label {value!r} is not finite")
+        raise DataError(f"{source}, example {number}: the label {value!r} is not finite: give a class number or a score")
     return int(score) if score.is_integer() and "." not in str(value) else score
 
 
-def read_array(source: Source | np.ndarray, key: str | None = None) -> np.ndarray:
-    """An array as it is, or from an ``.npy`` file, or the one named ``key`` in an ``.npz`` (its only one needs no name).
+def read_array(
+    source: Source | Shaped[np.ndarray, "examples ..."], key: str | None = None
+) -> Shaped[np.ndarray, "examples ..."]:
+    """The array in a file, or a given array unchanged, after a check that it holds at least one example and finite numbers.
 
-    Raises ``DataError`` for a missing or damaged file, an empty array, one without numbers, and non-finite values, by row.
+    ``key`` names the array in an ``.npz``; a file with one array needs no name. Raises ``DataError`` for a missing or damaged
+    file, for an array without examples or without numbers, and for values that are not finite; the message gives the row.
     """
     if isinstance(source, np.ndarray):
         array, name = source, "the array"
     else:
         reader, name = format_of(source).array, f"{source}"
         if reader is None:
-            raise DataError(f"{name} holds texts, not an array: give an .npy or .npz file")
+            raise DataError(f"{name} holds texts, not an array: give a file ({suffixes('array')})")
         array = reader(source, key)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-        raise DataError(f"{name} has dtype {array.dtype}: numbers of at most 64 bits are needed")
+        raise DataError(
+            f"{name} has dtype {array.dtype}, but HPR reads numbers of at most 64 bits: convert it to float32 or int64"
+        )
     if not array.ndim or not array.size:
-        raise DataError(f"{name} has shape {array.shape}: at least one example is needed, and examples along the first axis")
+        raise DataError(f"{name} has shape {array.shape}: give at least one example, with examples along the first axis")
     finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
     if not finite.all():
-        raise DataError(f"{name}: row {int(np.argmin(finite))} is not finite ({int((~finite).sum())} such rows): remove it")
+        count = int((~finite).sum())
+        raise DataError(f"{name}: row {int(np.argmin(finite))} is not finite ({count} such rows): remove these rows")
     return array
 
 
 def _decoded(path: Source) -> str:
+    """The content of a UTF-8 file."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
@@ -133,7 +173,7 @@ def _decoded(path: Source) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
     if not text.strip():
-        raise DataError(f"{path} is empty: at least one example is needed")
+        raise DataError(f"{path} is empty: give at least one example")
     return text
 
 
@@ -153,9 +193,12 @@ def _read_json_texts(path: Source, column: Column) -> list[str]:
         try:
             value = json.loads(line)[field]
         except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{path}, line {number}: no JSON object with a field {field!r}") from error
+            raise DataError(
+                f"{path}, line {number}: no JSON object with a field {field!r}: correct or remove the line"
+            ) from error
         if not isinstance(value, str):
-            raise DataError(f"{path}, line {number}: {field!r} is a {type(value).__name__}, not a string")
+            kind = type(value).__name__
+            raise DataError(f"{path}, line {number}: {field!r} is a {kind}, not a string: correct or remove the line")
         texts.append(value)
     return texts
 
@@ -174,7 +217,7 @@ def _read_label_column(path: Source) -> list[str] | None:
 
 
 def _table(path: Source) -> list[list[str]]:
-    """Rows that are not empty. In a ``.tsv`` quotes are text like any other."""
+    """The rows of a table that are not empty. Quotes in a ``.tsv`` are part of the text."""
     tabs = Path(path).suffix.lower() == ".tsv"
     lines = io.StringIO(_decoded(path), newline="")
     try:
@@ -185,17 +228,18 @@ def _table(path: Source) -> list[list[str]]:
 
 
 def _column(path: Source, rows: list[list[str]], column: Column) -> list[str]:
+    """The cells of one column of a table, without its header."""
     header = [cell.strip() for cell in rows[0]]
     if isinstance(column, int):
         index, body = column, rows
     else:
         wanted = [column] if column is not None else [name for name in TEXT_COLUMNS if name in header]
         if not wanted and len(header) == 1:
-            _log.info("%s has a single column without a known name: its first row is a text, too", path)
+            _log.info("%s has a single column, which is not named text or sentence: its first row is read as a text, too", path)
             index, body = 0, rows
         elif not wanted or wanted[0] not in header:
-            what = "" if column is None else f" {column!r}"
-            raise DataError(f"{path} has no column{what}, it has {', '.join(header)}: name one, or give its number from 0")
+            missing = "" if column is None else f" {column!r}"
+            raise DataError(f"{path} has no column{missing}, it has {', '.join(header)}: name one, or give its number from 0")
         else:
             index, body = header.index(wanted[0]), rows[1:]
     short = next((number for number, row in enumerate(body) if not 0 <= index < len(row)), None)
@@ -205,6 +249,7 @@ def _column(path: Source, rows: list[list[str]], column: Column) -> list[str]:
 
 
 def _read_numpy(path: Source, key: str | None) -> np.ndarray:
+    """The array of an ``.npy`` file, or one array of an ``.npz`` file."""
     try:
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -222,10 +267,14 @@ def _read_numpy(path: Source, key: str | None) -> np.ndarray:
         raise DataError(f"{path} is no array file or is damaged ({error}): write it with numpy.save or savez") from error
 
 
-PLAIN = FileFormat(texts=_read_lines, array=_read_numpy)  # any other suffix: text, or an array if one is asked for
+_LINES = FileFormat(texts=_read_lines)
 _TABLE = FileFormat(texts=_read_column, labels=_read_label_column)
 _NUMPY = FileFormat(array=_read_numpy)
 FORMATS: dict[str, FileFormat] = {
+    ".txt": _LINES,
+    ".text": _LINES,
+    ".md": _LINES,
+    "": _LINES,  # a file without a suffix
     ".jsonl": FileFormat(texts=_read_json_texts, labels=_read_json_labels),
     ".csv": _TABLE,
     ".tsv": _TABLE,

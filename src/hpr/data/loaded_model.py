@@ -1,4 +1,4 @@
-"""A model in memory with its tokenizer and objective."""
+"""``LoadedModel``: a model in memory with its tokenizer and objective."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from hpr.profiling.objectives import Objective, objective_for
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode with what belongs to it.
+    """A model in evaluation mode, with its tokenizer, objective, folder and name.
 
-    ``objective`` is a key of ``hpr.profiling.objectives.OBJECTIVES``; ``folder`` holds the files it was read from (None for
-    a model that was built in memory), ``label`` names it in reports. Without tokenizer files ``tokenizer`` is None.
+    ``tokenizer`` is None for a model without tokenizer files. ``objective`` is a key of
+    ``hpr.profiling.objectives.OBJECTIVES``. ``folder`` holds the files of the model; it is None for a model that was built in
+    memory. ``label`` names the model in reports and error messages.
     """
 
     model: nn.Module
@@ -27,10 +28,10 @@ class LoadedModel:
 
     @property
     def goal(self) -> Objective:
-        """The objective itself."""
+        """The ``Objective`` with the name ``objective``. Raises ``HprError`` for an unknown name."""
         return objective_for(self.model, self.objective)
 
 
 def as_loaded(model: nn.Module, tokenizer: Any | None = None, objective: str | None = None) -> LoadedModel:
-    """A model that is in memory already, with what belongs to it; its objective is that of its class unless named."""
+    """A ``LoadedModel`` for a model in memory. Without ``objective`` it has the default objective of the model's class."""
     return LoadedModel(model, tokenizer, objective or objective_for(model).name, None, type(model).__name__)

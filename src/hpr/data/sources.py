@@ -1,4 +1,4 @@
-"""Several sources of data by name, each with its share."""
+"""Combines several sources of data, each with a name and a share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hpr.runtime.batch import examples_in
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several sources of data by name, each with its share: a kind of data like any other.
+    """Several sources of data, each with a name and a share. Every function that takes data takes a mixture.
 
-    Shares are in proportion to each other; limits on examples and steps of training are divided by them. Raises ``DataError``
-    for shares that are not above 0, or not one for each source.
+    Shares count in proportion to each other: 3 and 1 mean the same as 75 and 25. HPR divides limits on examples and training
+    steps by them. Raises ``DataError`` if a share is not above 0, or if there is not one share for each source.
 
     >>> Mixture({"news": "news.txt", "talk": "talk.txt"}, {"news": 3, "talk": 1}).fractions()
     {'news': 0.75, 'talk': 0.25}
@@ -31,41 +31,47 @@ class Mixture:
         self.fractions()
 
     def fractions(self) -> dict[str, float]:
-        """What each source is of the whole."""
+        """The share of each source as a fraction of 1, by name."""
         return fractions(self.files, self.shares)
 
 
 def sources_of(data: Any) -> tuple[dict[str, Any], Mapping[str, float] | None]:
-    """The sources of data by name, and their shares if the data is a ``Mixture``."""
+    """The sources of data by name, and their shares; the shares are None unless the data is a ``Mixture``."""
     return (dict(data.files), data.shares) if isinstance(data, Mixture) else (named(data), None)
 
 
 def with_shares(data: Any) -> dict[str, tuple[Any, float]]:
-    """The sources of data by name, each with what it is of the whole."""
+    """The sources of data by name, each with its share as a fraction of 1."""
     sources, shares = sources_of(data)
     parts = fractions(sources, shares)
     return {name: (source, parts[name]) for name, source in sources.items()}
 
 
 def named(data: Any) -> dict[str, Any]:
-    """Sources by name: several as they come, one as ``data``."""
+    """A mapping of sources unchanged as a dictionary; any other data as one source with the name ``data``.
+
+    Raises ``DataError`` for an empty mapping.
+    """
     if isinstance(data, Mapping) and not data:
-        raise DataError("data is a mapping without a source: name at least one")
+        raise DataError("data is a mapping without a source: give at least one")
     return dict(data) if isinstance(data, Mapping) else {"data": data}
 
 
 def fractions(names: Collection[str], shares: Mapping[str, float] | None) -> dict[str, float]:
-    """What each source is of the whole; all alike without ``shares``. Raises ``DataError`` for shares that are none."""
+    """The shares as fractions of 1, by name; equal fractions without ``shares``.
+
+    Raises ``DataError`` if a share is not above 0 or not finite, or if there is not one share for each name.
+    """
     shares = dict(shares or dict.fromkeys(names, 1.0))
     if set(shares) != set(names) or not all(0 < share < math.inf for share in shares.values()):
-        raise DataError(f"shares {shares} must be above 0, one for each of {', '.join(names)}")
+        raise DataError(f"shares {shares} must be above 0, one for each of {', '.join(names)}: correct the shares")
     return {name: shares[name] / sum(shares.values()) for name in names}
 
 
 def interleaved(parts: Sequence[Batches]) -> Batches:
-    """The batches of several sources in one list, each source spread over all of it.
+    """The batches of several sources in one list, in which the batches of each source are evenly spread.
 
-    ``order`` counts through the sources one after the other.
+    ``order`` numbers the examples of the first source, then those of the second source, and so on.
     """
     if len(parts) == 1:
         return parts[0]

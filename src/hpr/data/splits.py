@@ -1,4 +1,4 @@
-"""From what a user has (texts, tables, arrays, data sets) to batches for a model, dealt out to the uses of data."""
+"""Turns a user's data (texts, tables, arrays, data sets) into batches, and divides them between the uses of data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from hpr.data.batches import Batches, array_batches, first_batches, given_batches, input_batches, labelled, listed, text_batches
 from hpr.data.datasets import read_columns
 from hpr.data.docstrings import Split, docstrings
-from hpr.data.files import format_of, read_array, read_labels, read_texts
+from hpr.data.files import format_of, read_array, read_labels, read_texts, suffixes
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.sources import Mixture, interleaved, with_shares
 from hpr.data.targets import longest_input, own_answers
@@ -28,13 +28,16 @@ PROFILED = 4096  # examples that a profile is measured on
 TRAINED = 65536  # examples that healing trains on
 RESCORED = 256  # examples that plans are re-scored on
 EVALUATED = 1024  # held-out examples for the final figures
-_VALIDATION_EVERY = 8  # of the examples that the profile does not use, one is for validation
-_SMALLEST_VALIDATION = 32  # fewer say too little: the re-scoring examples validate instead
+_VALIDATION_EVERY = 8  # one of so many examples that the profile does not use is for validation
+_SMALLEST_VALIDATION = 32  # with fewer examples healing validates on the re-scoring examples instead
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The examples of a source: texts, an array, or mappings of model inputs; ``labels`` (one each) where they are wanted."""
+    """The examples of a source: texts, an array, or mappings of model inputs.
+
+    ``name`` names the source in reports and error messages. ``labels`` holds one label for each example, or None.
+    """
 
     values: list[Any] | np.ndarray
     name: str
@@ -44,21 +47,21 @@ class Rows:
         return len(self.values)
 
     def take(self, places: Sequence[int]) -> Rows:
-        """Some of them."""
+        """The examples at some indices, with their labels."""
         values = self.values[list(places)] if isinstance(self.values, np.ndarray) else [self.values[i] for i in places]
         return Rows(values, self.name, None if self.labels is None else [self.labels[i] for i in places])
 
 
 def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Rows:
-    """Examples of a file, a list of texts, an array or a ``datasets.Dataset``; docstrings for None.
+    """The examples of a file, a list of texts, an array or a ``datasets.Dataset``; docstrings for None.
 
-    ``hpr.data.files.FORMATS`` lists the formats of files. Raises ``DataError`` for any other kind of data, for empty or damaged
-    files, and if labels are wanted and there are none.
+    ``hpr.data.files.FORMATS`` lists the formats of files. ``labels`` says whether the examples need labels. Raises
+    ``DataError`` for any other kind of data, for empty or damaged files, and if labels are needed and the data has none.
     """
     if isinstance(data, Mapping | Mixture):
-        raise DataError("a source of data is itself a mapping or a Mixture: give all sources in one")
+        raise DataError("a source of data is a mapping or a Mixture: give all sources in one mapping or Mixture")
     if data is None:
-        _log.info("no data is given: docstrings of Python's standard library are read instead (%s part)", split)
+        _log.info("no data is given: HPR reads docstrings of Python's standard library instead (%s part)", split)
         rows = Rows(docstrings(split), "docstrings of Python's standard library")
     elif hasattr(data, "column_names"):
         rows = Rows(*read_columns(data, labels))
@@ -71,9 +74,9 @@ def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Ro
     else:
         rows = Rows(list(data), "the texts given")
     if labels and rows.labels is None:
-        raise DataError(f"labels count in the loss, but {rows.name} has none: set their weight to 0, or bring a column 'label'")
+        raise DataError(f"labels count in the loss, but {rows.name} has none: set their weight to 0, or give a column 'label'")
     if rows.labels is not None and len(rows.labels) != len(rows):
-        raise DataError(f"{rows.name} has {len(rows)} examples and {len(rows.labels)} labels: remove rows without either")
+        raise DataError(f"{rows.name} has {len(rows)} examples and {len(rows.labels)} labels: give each text one label")
     return rows
 
 
@@ -85,17 +88,19 @@ def open_data(
     batch_size: int = 64,
     max_length: int = 256,
 ) -> tuple[Batches, str]:
-    """Batches for a single use of data, and what to call the data. ``prepare`` divides data between all uses.
+    """Batches for a single use of data, and a name for the data. ``prepare`` divides data between all uses.
 
-    ``data``: any kind that ``prepare`` takes. The first ``examples`` are read, divided by the shares of the sources. ``split``
-    matters for docstrings only. A causal language model reads a text longer than ``max_length`` tokens in several examples; a
-    sequence-to-sequence model gets its own answers as targets (see ``own_answers``). Raises ``DataError`` for texts without a
-    tokenizer, and for empty, damaged or non-finite data.
+    ``data``: any kind that ``prepare`` takes. HPR reads the first ``examples`` examples; several sources divide this number by
+    their shares. ``split`` has an effect on docstrings only. A causal language model reads a text longer than ``max_length``
+    tokens in several examples. A sequence-to-sequence model gets the targets that it generates (see ``own_answers``).
+
+    Raises ``DataError`` for texts if the model has no tokenizer, and for empty, damaged or non-finite data; ``HprError`` for
+    ``examples`` below 1.
 
     >>> batches, label = open_data(["some text", "another text"], loaded)  # doctest: +SKIP
     """
     if examples < 1:
-        raise HprError(f"examples is {examples}: at least one is needed")
+        raise HprError(f"examples is {examples}: give at least 1")
     batches: list[Batches] = []
     labels = []
     for source, share in with_shares(listed(data)).values():
@@ -112,15 +117,19 @@ def open_data(
 
 @dataclass(frozen=True)
 class Splits:
-    """Batches for the uses of data: to profile, to re-score plans on, held out for the figures, to train and to validate on.
+    """Batches for each use of data.
 
-    The first three share no example. ``training`` holds the examples of ``calibration`` and all further ones up to a limit;
-    it is tokenised when it is first asked for, from examples that were read before. ``validation`` is for healing: examples
-    that neither the profile nor the choice of a plan has seen. If the data is too small for a part of its own, or if
-    targets have to be written by the teacher, ``training`` is ``calibration`` and ``validation`` is ``rescoring``.
+    ``calibration`` is for the profile, ``rescoring`` for the choice between plans, and ``heldout`` for the final figures. These
+    three share no example. ``training`` and ``validation`` are for healing. ``training`` holds the examples of
+    ``calibration`` and further ones up to a limit. ``validation`` holds examples that the profile and the choice of a plan do
+    not use. Both are tokenised at their first use.
 
-    ``own``: the user brought the data, so a refit to it is a refit to what the model will see. ``parts`` and ``shares``: the
-    splits of every source by name, and their shares, as ``prepare`` found them.
+    If the data is too small for a separate validation part, ``validation`` is ``rescoring``. If the teacher generates the
+    targets, ``validation`` is ``rescoring`` and ``training`` is ``calibration``.
+
+    ``source`` names the data in reports. ``own`` says whether the user gave the data; a refit then adapts the model to the data
+    of its later use. ``more`` makes ``training`` and ``validation``. ``parts`` and ``shares`` hold the splits and the share of
+    each source by name.
     """
 
     calibration: Batches
@@ -138,25 +147,30 @@ class Splits:
 
     @property
     def training(self) -> Batches:
-        """What healing trains on."""
+        """The batches that healing trains on."""
         return self._healing[0]
 
     @property
     def validation(self) -> Batches:
-        """What tells healing which weights are best."""
+        """The batches on which healing compares weights, to keep the best ones."""
         return self._healing[1]
 
 
 def prepare(data: Any, model: LoadedModel, examples: int = PROFILED, labels: bool = False, share: float = 1.0) -> Splits:
     """Data of any kind as batches for a model, divided between all uses of data (see ``Splits``).
 
-    ``data``: texts, a file, an array, a data set, batches of model inputs, None for the standard library's docstrings, several
-    of these by name, or a ``Mixture`` of them. The limits on examples (``examples`` to profile, 256 to re-score on, 1,024
-    held out, 65,536 to train on) are divided by the shares of the sources; ``share`` scales all of them. Batches are dealt
-    out whole. ``labels`` keeps the labels of the data. ``Splits`` come back as they are.
+    ``data``: texts, a file (see ``hpr.data.files.FORMATS``), an array, a data set, batches of model inputs, None for the
+    standard library's docstrings, a mapping of names to these, or a ``Mixture``. ``Splits`` come back unchanged. ``labels``
+    says whether batches keep the labels of the data.
 
-    Of every eight examples one is for re-scoring and one is held out, so that a sorted file is split fairly. Docstrings have a
-    held-out part of their own. Raises ``DataError`` for unreadable data, and for fewer than eight examples of a source.
+    The parts have limits in examples: ``examples`` for the profile, 256 for re-scoring, 1,024 held out and 65,536 for training.
+    ``share`` scales these limits, and several sources divide them by their shares.
+
+    Of every eight examples one is for re-scoring and one is held out, so that a sorted file is split fairly. Given batches are
+    divided in the same way and stay whole. Docstrings have a separate held-out part.
+
+    Raises ``DataError`` for unreadable data, and for fewer than eight examples or batches of a source; ``HprError`` for
+    ``examples`` below 2.
 
     >>> splits = prepare("texts.txt", open_model("bert-base-uncased"))  # doctest: +SKIP
     >>> profile = hpr.profile(model, splits.calibration)  # doctest: +SKIP
@@ -169,54 +183,56 @@ def prepare(data: Any, model: LoadedModel, examples: int = PROFILED, labels: boo
 
 
 def _dealt(data: Any, model: LoadedModel, examples: int, labels: bool, share: float) -> Splits:
+    """The splits of one source."""
     if examples < 2:
-        raise HprError(f"examples is {examples}: at least 2 are needed")
+        raise HprError(f"examples is {examples}: give at least 2")
     given = given_batches(data)
     if given is not None:
         return _dealt_batches(given, examples)
-    own, rows = data is not None, rows_of(data, labels=labels)
+    given_by_user, rows = data is not None, rows_of(data, labels=labels)
     if len(rows) < 8:
-        raise DataError(f"{len(rows)} examples are too few to profile, re-score and evaluate on: bring at least 8")
+        raise DataError(f"{len(rows)} examples are too few to profile, re-score and evaluate on: give at least 8")
     turns = [index % 8 for index in range(len(rows))]
     parts = [[i for i, turn in enumerate(turns) if turn in wanted] for wanted in ((0, 2, 4, 5, 6, 7), (1,), (3,))]
-    if not own:
+    if not given_by_user:
         parts[0] = [i for i, turn in enumerate(turns) if turn != 1]
     dealt = [rows.take(part) for part in parts]
-    if not own:
+    if not given_by_user:
         dealt[2] = rows_of(None, "heldout")
     limits = [math.ceil(share * min(most, examples)) for most in (examples, RESCORED, EVALUATED)]
     first, second, third = (_batches(part, model, limit) for part, limit in zip(dealt, limits, strict=True))
     spare, most = range(limits[0], len(dealt[0])), math.ceil(share * TRAINED)
     chosen = set(spare[: max(0, most - limits[0]) : _VALIDATION_EVERY][:RESCORED])
     if model.goal.writes_targets or len(chosen) < _SMALLEST_VALIDATION:
-        _log.info("%s: healing trains on the calibration part and validates on the re-scoring part", rows.name)
+        _log.info("%s: healing validates on the re-scoring part", rows.name)
         chosen = set()
 
     def more() -> tuple[Batches, Batches]:
-        kept = [place for place in range(min(most, len(dealt[0]))) if place not in chosen]
-        training = first if model.goal.writes_targets or len(kept) <= limits[0] else _batches(dealt[0].take(kept), model, most)
+        trained = [place for place in range(min(most, len(dealt[0]))) if place not in chosen]
+        calibration_only = model.goal.writes_targets or len(trained) <= limits[0]
+        training = first if calibration_only else _batches(dealt[0].take(trained), model, most)
         return training, _batches(dealt[0].take(sorted(chosen)), model, RESCORED) if chosen else second
 
-    return Splits(first, second, third, rows.name, own, more)
+    return Splits(first, second, third, rows.name, given_by_user, more)
 
 
 def _dealt_batches(batches: list[Batch], examples: int) -> Splits:
-    """Batches of model inputs, dealt out whole by turns of eight, like examples."""
+    """The splits of batches of model inputs: of every eight batches one is for re-scoring and one is held out."""
     if len(batches) < 8:
         raise DataError(f"{len(batches)} batches are too few to profile, re-score and evaluate on: give at least 8")
     first = [batch for place, batch in enumerate(batches) if place % 8 not in (1, 3)]
-    kept = first_batches(first, examples)
-    more = None if len(kept) == len(first) else lambda: (_whole(first), _whole(batches[1::8]))
-    return Splits(_whole(kept), _whole(batches[1::8]), _whole(batches[3::8]), f"{len(batches)} batches", True, more)
+    calibration = first_batches(first, examples)
+    more = None if len(calibration) == len(first) else lambda: (_whole(first), _whole(batches[1::8]))
+    return Splits(_whole(calibration), _whole(batches[1::8]), _whole(batches[3::8]), f"{len(batches)} batches", True, more)
 
 
 def _whole(batches: list[Batch]) -> Batches:
-    """Batches in the order they were given."""
+    """``Batches`` whose examples are in the order of the user's data."""
     return Batches(batches, range(sum(examples_in(batch) for batch in batches)))
 
 
 def _joined(parts: Sequence[Splits]) -> Splits:
-    """The splits of several sources as one."""
+    """The splits of several sources combined into one."""
     if len(parts) == 1:
         return parts[0]
     return Splits(
@@ -230,7 +246,7 @@ def _joined(parts: Sequence[Splits]) -> Splits:
 
 
 def _batches(rows: Rows, model: LoadedModel, examples: int, batch_size: int = 64, max_length: int = 256) -> Batches:
-    """The first examples, as the model takes them."""
+    """The first examples as batches of inputs for the model, with generated targets if the objective needs them."""
     rows = rows.take(range(min(examples, len(rows))))
     if isinstance(rows.values, np.ndarray):
         batches = array_batches(rows.values, batch_size=batch_size, argument=getattr(model.model, "main_input_name", None))
@@ -238,7 +254,9 @@ def _batches(rows: Rows, model: LoadedModel, examples: int, batch_size: int = 64
         batches = input_batches(rows.values, batch_size)
     else:
         if model.tokenizer is None:
-            raise DataError(f"{model.label} has no tokenizer, so it cannot read text: give its inputs as an .npy or .npz file")
+            raise DataError(
+                f"{model.label} has no tokenizer, so it cannot read text: give its inputs as a file ({suffixes('array')})"
+            )
         windows = examples if model.goal.shifts_labels else None
         length = min(max_length, longest_input(model.model))
         batches = text_batches(rows.values, model.tokenizer, batch_size, length, windows)
@@ -246,6 +264,6 @@ def _batches(rows: Rows, model: LoadedModel, examples: int, batch_size: int = 64
             batches = labelled(batches, rows.labels)
     if not model.goal.writes_targets:
         return batches
-    _log.info("%s writes the targets of batches without labels", model.label)
+    _log.info("%s generates the targets of batches without labels", model.label)
     answered = [batch if "labels" in batch else {**batch, "labels": own_answers(model.model, batch)} for batch in batches]
     return Batches(answered, batches.order)

@@ -1,4 +1,4 @@
-"""Targets for sequence-to-sequence models: what the model writes itself."""
+"""Generates targets for sequence-to-sequence models by the model itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -15,18 +16,18 @@ from hpr.runtime.hooks import to_device_of
 
 
 @torch.no_grad()
-def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32) -> Tensor:
-    """What a sequence-to-sequence model writes to a batch, greedily: labels (batch, positions), −100 after the end.
+def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32) -> Int[Tensor, "batch positions"]:
+    """The tokens that a sequence-to-sequence model generates greedily for a batch, as labels with −100 after the end token.
 
-    The targets it meets in use, so no others have to be brought. At most ``longer`` tokens more than the input has positions.
-    Raises ``HprError`` for a model that cannot generate.
+    A user then needs no target texts, and the targets are those that the model meets in use. The labels have at most
+    ``longer`` tokens more than the input has positions. Raises ``HprError`` for a model that cannot generate.
     """
     if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
-        raise HprError(f"{type(model).__name__} cannot write its own targets: give batches with labels to hpr.profile")
+        raise HprError(f"{type(model).__name__} cannot generate targets: give batches with labels")
     given = to_device_of({key: batch[key] for key in (model.main_input_name, "attention_mask") if key in batch}, model)
     length = min(batch[model.main_input_name].shape[1] + longer, longest_input(model) - 1)
     settings: dict[str, Any] = {"max_new_tokens": length, "num_beams": 1, "do_sample": False, "return_dict_in_generate": False}
-    # past the generate of speech models, which cuts recordings and strips what the decoder reads first
+    # the generate method of the base class: that of speech models cuts recordings and strips the first decoder tokens
     written = GenerationMixin.generate(model, **given, **settings)  # type: ignore[arg-type]
     assert isinstance(written, Tensor)
     labels = written[:, 1:].to(batch[model.main_input_name].device)
@@ -38,7 +39,7 @@ def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32)
 
 
 def longest_input(model: nn.Module) -> int:
-    """The most tokens that a model takes at once, as far as its configuration says."""
+    """The highest number of tokens that a model takes at once by its configuration; ``sys.maxsize`` if it names none."""
     config = getattr(model, "config", None)
-    known = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
-    return next((count for count in known if isinstance(count, int) and count > 1), sys.maxsize)
+    counts = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
+    return next((count for count in counts if isinstance(count, int) and count > 1), sys.maxsize)

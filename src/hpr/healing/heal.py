@@ -29,10 +29,10 @@ def heal(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any = None,
 
     The student ends with the weights of least validation loss; it keeps its own if no check was better than the start.
 
-    ``teacher``: a module, or a ``LoadedModel`` (``open_model``), whose tokenizer reads texts. ``data``: texts, a file of them
-    (.txt, .jsonl, .csv, .tsv), an array or its ``.npy`` or ``.npz`` file, a ``datasets.Dataset``, batches of model inputs,
-    ``Splits`` that were read before, or None for the standard library's docstrings; or several of these by name, as a mapping
-    or as a ``Mixture`` with shares of the steps. One eighth of the data is for validation;
+    ``teacher``: a module, or a ``LoadedModel`` (``open_model``), whose tokenizer reads texts. ``data``: texts, a file (see
+    ``hpr.data.files.FORMATS``), an array, a ``datasets.Dataset``, batches of model inputs, ``Splits`` that were read before, or
+    None for the standard library's docstrings; or several of these by name, as a mapping or as a ``Mixture`` with shares of
+    the steps. One eighth of the data is for validation;
     ``Splits`` have a validation part.
     ``recipe``: everything else, see ``Recipe``.
 

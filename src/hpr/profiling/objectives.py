@@ -87,7 +87,7 @@ def softened(objective: Objective, model: nn.Module, batches: Sequence[BatchLike
 
     That is measured as the mean of 1 − Σ p² over predictions, against its value for even outputs: the chance that two labels
     drawn from one output differ, and the trace of the covariance that the curvature is made of. Gaussian outputs have no
-    temperature.
+    temperature. Raises ``HprError`` for a categorical output with one label.
     """
     if not objective.categorical:
         return objective
@@ -95,6 +95,12 @@ def softened(objective: Objective, model: nn.Module, batches: Sequence[BatchLike
     with torch.no_grad(), eval_mode(model):
         for batch in as_batches(batches):
             predictions, weight = objective.read(run(model, batch), batch)
+            if predictions.shape[-1] == 1:
+                raise HprError(
+                    f"{type(model).__name__} has one label, and objective {objective.name!r} gives it the probability 1 for "
+                    f"every input, so no weight has a gradient: use --objective hidden (objective='hidden' in Python), "
+                    f"which compares the scores"
+                )
             for index, temperature in enumerate(TEMPERATURES):
                 same = F.softmax(predictions.float() / temperature, dim=-1).square().sum(-1)
                 differing[index] += float(((1 - same) * weight).sum())
