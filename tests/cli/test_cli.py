@@ -414,6 +414,6 @@ def test_unexpected_errors_keep_their_traceback(home, tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("hpr.sharing.share.share", broken)
+    monkeypatch.setattr("hpr.pipeline.steps.share", broken)
     result = run("share", home / "model", "--plan", home / "plan.json", "-o", tmp_path / "out", code=1)
     assert isinstance(result.exception, RuntimeError)
