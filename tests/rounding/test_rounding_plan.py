@@ -91,7 +91,7 @@ def test_a_plan_survives_its_file(bert: nn.Module, profile: hpr.Profile, tmp_pat
     plan.save(tmp_path / "plan.json")
     loaded = hpr.Plan.load(tmp_path / "plan.json")
     assert loaded == plan
-    assert " b" in str(plan)
+    assert " bits" in str(plan)
     first, second = (hpr.share(bert, each, profile).state_dict() for each in (plan, loaded))
     assert all(torch.equal(first[key], second[key]) for key in first)
 

@@ -17,6 +17,7 @@ from hpr.plans.json_values import dig, number
 from hpr.plans.terms import KEEP
 
 HUES = 7
+CODED = "coded"  # the kind of a site that is rounded and coded
 _FACTORS = ("u", "v", "row_scale", "column_scale")
 
 
@@ -47,9 +48,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Cell:
-    """One site of the table. ``kind`` is keep, shared, private or gone (no weights are left).
+    """One site of the table. ``kind`` is keep, coded, shared, private or gone (no weights are left).
 
-    ``bits``: the mean size of a number of a site that is rounded and coded.
+    ``rank`` of a site that is rounded and coded: the mean number of bits of a number.
 
     ``whole`` holds the ranks of the terms over all rows, ``lanes`` those of the terms over some rows.
     """
@@ -65,7 +66,6 @@ class Cell:
     lanes: tuple[tuple[Segment, ...], ...] = ()
     joins_left: bool = False
     joins_right: bool = False
-    bits: float | None = None
 
     @property
     def partners(self) -> tuple[str, ...]:
@@ -75,9 +75,9 @@ class Cell:
 
     @property
     def word(self) -> str:
-        """``keep``, the code of the operator and the rank (``lr 93``), or the bits of a number (``2.13 b``)."""
-        if self.bits is not None:
-            return f"{self.bits:.2f} b"
+        """``keep``, the code of the operator and the rank (``lr 93``), or the bits of a number (``2.13 bits``)."""
+        if self.kind == CODED:
+            return f"{self.rank} bits"
         return KEEP if self.kind == KEEP else f"{self.code} {self.rank}"
 
 
@@ -149,7 +149,7 @@ def read_plan(plan: Mapping[str, Any]) -> PlanMap:
     order = {name: index for index, name in enumerate(_by_row(places))}
     groups = _groups(sites, places, order)
     codes = _codes(str(entry.get("operator")) for entry in sites.values())
-    cells = {name: replace(_cell(name, sites[name], codes, groups), bits=bits.get(name)) for name in order}
+    cells = {name: _with_bits(_cell(name, sites[name], codes, groups), bits[name]) for name in order}
 
     layers: dict[str, int] = defaultdict(int)
     rows: dict[tuple[str, str], dict[int, Cell]] = defaultdict(dict)
@@ -230,6 +230,13 @@ def _cell(name: str, entry: Mapping[str, Any], codes: Mapping[str, str], groups:
     else:
         kind, rank = "shared" if own_groups else "private", "+".join(whole + pieces)
     return Cell(name, operator, codes[operator], rank, kind, number(entry.get("damage")), "+".join(whole), own_groups, lanes)
+
+
+def _with_bits(cell: Cell, bits: float | None) -> Cell:
+    """The cell of a plan that rounds what it keeps."""
+    if bits is None or cell.kind != KEEP:
+        return cell
+    return replace(cell, kind=CODED, operator="rounded", code="bits", rank=f"{bits:.2f}")
 
 
 def _rank(term: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from hpr.plans.json_values import dig, number
-from hpr.plans.table import Cell, read_plan
+from hpr.plans.table import CODED, Cell, read_plan
 from hpr.plans.terms import KEEP
 
 WIDTH = 100  # characters of a line of text
@@ -21,7 +21,7 @@ def runs(cells: Iterable[Cell | None]) -> list[str]:
         if cell is None:
             continue
         before = joined[-1][-1] if joined else None
-        if before and before[0] == layer - 1 and (cell.joins_left or cell.kind == before[1].kind == KEEP):
+        if before and before[0] == layer - 1 and (cell.joins_left or cell.kind == before[1].kind in (KEEP, CODED)):
             joined[-1].append((layer, cell))
         else:
             joined.append([(layer, cell)])

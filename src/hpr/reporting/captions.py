@@ -15,13 +15,14 @@ _KINDS = (
     ("shared", "shares factors", "share factors"),
     ("private", "is compressed on its own", "are compressed on their own"),
     ("keep", "is kept as it was", "are kept as they were"),
+    ("coded", "is rounded and coded", "are rounded and coded"),
     ("gone", "stores no weights", "store no weights"),
 )
 
 
 def hover(cell: Cell) -> str:
     """One site with its operator, rank, partners and predicted damage."""
-    rank = f", rank {cell.rank}" if cell.kind != "keep" else ""
+    rank = "" if cell.kind == "keep" else f", {cell.word} a number" if cell.kind == "coded" else f", rank {cell.rank}"
     shares = f"; shares with {', '.join(cell.partners)}" if cell.partners else ""
     damage = f"; predicted damage {figure(cell.damage, 'nats')}" if cell.damage is not None else ""
     return f"{cell.site}: {cell.operator}{rank}{shares}{damage}"
