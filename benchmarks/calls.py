@@ -2,7 +2,7 @@
 
 Runs the command in this process; all arguments are those of ``hpr compress``. Prints one JSON line: counts, seconds in each
 (calls inside calls of the same function count twice), wall time, and the time by step from metrics.json:
-python benchmarks/calls.py --output out/demo [options of hpr compress]
+python benchmarks/calls.py --output out/half [options of hpr compress]
 """
 
 from __future__ import annotations

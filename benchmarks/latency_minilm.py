@@ -1,6 +1,6 @@
 """Time of one forward pass of a compressed MiniLM and of its original, taking turns on one thread, eager.
 
-OMP_NUM_THREADS=1 python benchmarks/latency_minilm.py out/demo
+OMP_NUM_THREADS=1 python benchmarks/latency_minilm.py out/half
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A picture of a plan for the README: one row per weight, one column per layer, colour by what becomes of it.
 
-python benchmarks/picture.py out/demo/plan.json docs/plan-map.svg
+python benchmarks/picture.py out/half/plan.json docs/plan-map.svg
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def plan_bytes(
         rounded = round_to_bytes(rounder, limit, beside, step)
         student = rounder.student(rounded.coded)
         score = measure(student) if measure else math.nan
-        _log.info("dampings %g, %g at %.3f MB: divergence %.4g nats", *dampings, rounded.bytes / 1e6, score)
+        if measure:
+            _log.info("dampings %g, %g at %.3f MB: divergence %.4g nats", *dampings, rounded.bytes / 1e6, score)
         return _Attempt(rounder, rounded, student, score)
 
     best = first = attempt(UPWARDS[0], None)
