@@ -120,7 +120,7 @@ class Measured:
 
     @cached_property
     def transposed(self) -> Measured:
-        """The site with the transposed weight (in, out) and swapped sides, so that code for the inputs also serves the outputs."""
+        """The site with the transposed weight (in, out) and swapped sides, so that code for inputs also serves outputs."""
         return Measured(self.site, self.weight.T, self.right, self.left, self.rows)
 
     def segment(self, start: int, stop: int) -> Measured:
@@ -182,10 +182,10 @@ def _metric(site: Site, weight: Tensor, statistics: SiteStatistics) -> Metric:
 def smooth_frequencies(counts: Float[Tensor, " tokens"], window: int = 255) -> Float[Tensor, " tokens"]:
     """Estimate token frequencies outside the calibration text from its counts: (V,) → (V,), with sum 1.
 
-    The estimate is a mixture of three distributions. One fifth is the distribution of the calibration text. Three fifths are the
-    mean over ``window`` neighbouring token numbers, because vocabularies are built in order of frequency and neighbours are about
-    equally frequent; this mean caps frequencies at the 98th percentile, so that one frequent word of the calibration domain does
-    not raise its neighbours. One fifth is uniform, so that no token has frequency 0.
+    The estimate is a mixture of three distributions. One fifth is the distribution of the calibration text. Three fifths are
+    the mean over ``window`` neighbouring token numbers, because vocabularies are built in order of frequency and neighbours are
+    about equally frequent; this mean caps frequencies at the 98th percentile, so that one frequent word of the calibration
+    domain does not raise its neighbours. One fifth is uniform, so that no token has frequency 0.
     """
     seen = counts / counts.sum()
     cap = float(torch.quantile(seen[seen > 0], 0.98)) if len(seen) > window else float(seen.max())

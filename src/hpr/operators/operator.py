@@ -48,8 +48,7 @@ def _no_terms(sites: Sequence[Site], ranks: Ranks) -> dict[str, tuple[Term, ...]
 
 @dataclass(frozen=True)
 class Operator:
-    """One way to store a group of weights. To add one, write a file that ends with its ``Operator`` and list it in
-    ``operators.registry``.
+    """One way to store a group of weights. To add one, end a new file with its ``Operator`` and list it in ``registry.py``.
 
     The three functions run in this order:
 
