@@ -2,8 +2,8 @@
 
 ``left`` is the second moment of the gradients at the site's outputs, ``right`` the second moment of its inputs, and N the
 number of input vectors per example. For an embedding table ``left`` holds token frequencies and ``right`` is the second moment
-of the gradients. Both moments are damped: a share of their mean diagonal is added to the diagonal. Each is factorised once as L
-Lᵀ. The whitened change L_leftᵀ Δ L_right has the damage ½ · N · (sum of its squared entries), so a truncated SVD of the
+of the gradients. Both moments are damped: a share of their mean diagonal is added to the diagonal. Each is factorised as
+L·Lᵀ. The whitened change L_leftᵀ Δ L_right has the damage ½ · N · (sum of its squared entries), so a truncated SVD of the
 whitened weight is the optimal low-rank approximation. All tensors here are float64.
 """
 
