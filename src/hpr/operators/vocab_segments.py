@@ -1,7 +1,7 @@
-"""Segments: the rows of an embedding table in contiguous runs, each low rank with a rank of its own, or kept.
+"""The operator "segments": it cuts an embedding table into runs of rows. Each run is low rank with its own rank, or kept.
 
-Vocabularies are built in order of frequency, so a run of rows is a run of about equally frequent tokens; GroupReduce (Chen et
-al. 2018) clusters rows by frequency for the same reason. Where to cut is decided like where to cut a stack of layers.
+Vocabularies are built in order of frequency, so a run of rows holds tokens of similar frequency. GroupReduce (Chen et al. 2018)
+clusters rows by frequency for the same reason. The solver chooses the cuts with the same search as for a stack of layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHORTEST = 16
 
 
 def track(one: Measured) -> Track:
-    """A track whose positions are blocks of rows: low rank over any run of blocks, each block may also be kept."""
+    """A track whose positions are blocks of rows. Its candidates are low rank for every run of blocks and keep for every block."""
     bounds = row_bounds(one.site.out_features)
     columns = one.site.in_features
     whitened = one.right.whiten(one.weight.T).T
@@ -48,7 +48,7 @@ def track(one: Measured) -> Track:
 
 
 def row_bounds(rows: int) -> list[int]:
-    """Cuts at about rows / √2ᵏ, down to a 128th: 0 < … < rows."""
+    """The row numbers at which a table may be cut: 0, about rows / √2ᵏ down to rows / 128, and ``rows``, ascending."""
     cuts = [rows]
     while cuts[-1] / 2**0.5 > max(_SHORTEST, rows / 128):
         cuts.append(int(cuts[-1] / 2**0.5))
@@ -56,7 +56,10 @@ def row_bounds(rows: int) -> list[int]:
 
 
 def merge(site: Site, chosen: Sequence[tuple[RowRange, tuple[int, ...]]]) -> tuple[Term, ...]:
-    """Terms for the chosen runs, (rows, ranks) each; ranks () is a kept run. Neighbouring kept runs become one."""
+    """The terms for the chosen runs, given as (rows, ranks) pairs.
+
+    A run with ranks () is kept, and neighbouring kept runs become one term. Returns no terms if the whole table is kept.
+    """
     runs: list[tuple[int, int, tuple[int, ...]]] = []
     for (start, stop), ranks in sorted(chosen):
         if runs and not ranks and not runs[-1][2] and runs[-1][1] == start:
@@ -73,7 +76,7 @@ def merge(site: Site, chosen: Sequence[tuple[RowRange, tuple[int, ...]]]) -> tup
 
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
-    """Each run on its own."""
+    """The factors of each run, fitted separately: (rows, in) for a kept run, U (rows, rank) and V (rank, in) for others."""
     one = only_site(group)
     values: dict[str, Tensor] = {}
     for term in terms[one.site.name]:
