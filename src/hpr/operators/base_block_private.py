@@ -42,14 +42,14 @@ def candidate(group: Sequence[Measured]) -> Candidate | None:
         base = _truncated(group, estimate(group), base_rank)
         for block_rank in (max(1, full // 8),):
             rests = [weight for _, weight in _after_blocks(group, base, block_rank)]
-            curves = np.sum([damages(one, rest) for one, rest in zip(group, rests, strict=True)], axis=0)
+            curves = np.sum([damages(member, rest) for member, rest in zip(group, rests, strict=True)], axis=0)
             blocks = len(list(_blocks(group)))
             shared = rank_costs((rows, columns), np.array([base_rank]))[0]
             shared += blocks * rank_costs((rows, columns), np.array([block_rank]))[0]
             choices += [(base_rank, block_rank, int(rank)) for rank in private]
             costs.append(shared + len(group) * rank_costs((rows, columns), private))
             damages_of_ranks.append(curves[private])
-    names = tuple(one.site.name for one in group)
+    names = tuple(member.site.name for member in group)
     return Candidate(NAME, names, tuple(choices), np.concatenate(costs), np.concatenate(damages_of_ranks))
 
 
@@ -74,15 +74,15 @@ def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dic
     """
     if len(group) < BLOCK:
         raise TermsError(f"{len(group)} sites are too few for blocks of {BLOCK}")
-    names_of_members = [[low_rank_factors(term) for term in terms_of(terms, one, 3)] for one in group]
+    names_of_members = [[low_rank_factors(term) for term in terms_of(terms, member, 3)] for member in group]
     (*base_names, base_rank), (_, _, block_rank), _ = names_of_members[0]
     base = _truncated(group, estimate(group), base_rank)
     values: dict[str, Tensor] = dict(zip(base_names, base, strict=True))
     residuals = _after_blocks(group, base, block_rank)
-    for one, names, (pair, rest) in zip(group, names_of_members, residuals, strict=True):
+    for member, names, (pair, rest) in zip(group, names_of_members, residuals, strict=True):
         _, (*block_names, _), (*private_names, private_rank) = names
         values |= dict(zip(block_names, pair, strict=True))
-        values |= dict(zip(private_names, truncate(one, private_rank, rest), strict=True))
+        values |= dict(zip(private_names, truncate(member, private_rank, rest), strict=True))
     return values
 
 
@@ -104,10 +104,10 @@ def _inherited(group: Sequence[Measured], weights: Sequence[Tensor], rank: int) 
 
 def _truncated(group: Sequence[Measured], shared: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U and V of the tied matrix of a group, truncated in the mean metric of the members."""
-    total = sum(one.rows for one in group)
+    total = sum(member.rows for member in group)
     sides = []
     for name in ("left", "right"):
-        moments = [one.rows / total * getattr(one, name).moment for one in group]
+        moments = [member.rows / total * getattr(member, name).moment for member in group]
         sides.append(Side(torch.stack(moments).sum(0), damping=0.0))
     return truncate(Measured(group[0].site, shared, sides[0], sides[1], total), rank)
 
@@ -118,7 +118,7 @@ def _after_blocks(
     """For every member in order: the factors (U, V) of its block, and the residual (out, in) after base and block."""
     result = []
     for block in _blocks(group):
-        rests = [one.weight - base[0] @ base[1] for one in block]
+        rests = [member.weight - base[0] @ base[1] for member in block]
         pair = _inherited(block, rests, rank)
         result += [(pair, rest - pair[0] @ pair[1]) for rest in rests]
     return result

@@ -15,8 +15,8 @@ from hpr.solver.candidates import Candidate
 
 def candidate(group: Sequence[Measured]) -> Candidate:
     """A curve with one point: all parameters of the site, damage 0."""
-    (one,) = group
-    return Candidate(KEEP, (one.site.name,), ((),), np.array([one.site.parameters]), np.zeros(1))
+    (member,) = group
+    return Candidate(KEEP, (member.site.name,), ((),), np.array([member.site.parameters]), np.zeros(1))
 
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ from hpr.plans.terms import Term
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """The rows [start, stop) of the weight for each term, (rows, in), by factor name."""
     values = {}
-    for one in group:
-        for term in terms[one.site.name]:
-            start, stop = term.rows or (0, one.site.out_features)
-            values[term.u] = one.weight[start:stop]
+    for member in group:
+        for term in terms[member.site.name]:
+            start, stop = term.rows or (0, member.site.out_features)
+            values[term.u] = member.weight[start:stop]
     return values
 
 

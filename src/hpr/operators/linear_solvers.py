@@ -25,7 +25,7 @@ def solve_shared(
     ``lefts``: L_s (k, k). ``targets``: T_s (k, in). A_s is the input moment (``right``) of member s and N_s its rows per
     example. ``start``: the first iterate (k, in). ``steps``: conjugate-gradient steps.
     """
-    right_sides = [one.right.times(target.T).T for one, target in zip(group, targets, strict=True)]
+    right_sides = [member.right.times(target.T).T for member, target in zip(group, targets, strict=True)]
     return _solve(group, lefts, right_sides, start, steps)
 
 
@@ -33,15 +33,17 @@ def _solve(
     group: Sequence[Measured], lefts: Sequence[Side], right_sides: Sequence[Tensor], start: Tensor, steps: int = THOROUGH
 ) -> Tensor:
     """Conjugate gradients with the preconditioner X → (mean left)⁻¹ X (mean right)⁻¹, exact if all members have equal sides."""
-    total = sum(one.rows for one in group)
-    shares = [one.rows / total for one in group]
+    total = sum(member.rows for member in group)
+    shares = [member.rows / total for member in group]
     mean_left = _mean(lefts, shares)
-    mean_right = _mean([one.right for one in group], shares)
+    mean_right = _mean([member.right for member in group], shares)
     zero = torch.zeros_like(right_sides[0])
     goal = sum((share * side for share, side in zip(shares, right_sides, strict=True)), zero)
 
     def apply(x: Tensor) -> Tensor:
-        parts = [share * one.right.times(left.times(x).T).T for share, one, left in zip(shares, group, lefts, strict=True)]
+        parts = [
+            share * member.right.times(left.times(x).T).T for share, member, left in zip(shares, group, lefts, strict=True)
+        ]
         return torch.stack(parts).sum(0)
 
     def precondition(x: Tensor) -> Tensor:

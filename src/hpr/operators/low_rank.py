@@ -35,11 +35,13 @@ def rank_costs(shape: Sequence[int], ranks: np.ndarray) -> np.ndarray:
 
 def candidate(group: Sequence[Measured]) -> Candidate | None:
     """A curve with every rank from 1 to full − 1, from one factorisation. None if the weight has one row or one column."""
-    (one,) = group
-    if min(one.weight.shape) < 2:
+    (member,) = group
+    if min(member.weight.shape) < 2:
         return None
-    ranks = np.arange(1, min(one.weight.shape))
-    return Candidate(NAME, (one.site.name,), rank_choices(ranks), rank_costs(one.weight.shape, ranks), damages(one)[ranks])
+    ranks = np.arange(1, min(member.weight.shape))
+    return Candidate(
+        NAME, (member.site.name,), rank_choices(ranks), rank_costs(member.weight.shape, ranks), damages(member)[ranks]
+    )
 
 
 def damages(one: Measured, change: Float[Tensor, "out in"] | None = None) -> np.ndarray:
@@ -70,10 +72,10 @@ def private_term(site: Site, rank: int, name: str = "", rows: tuple[int, int] | 
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """U (out, rank) and V (rank, in) with the least damage, by factor name."""
-    one = only_site(group)
-    (term,) = terms_of(terms, one, 1)
+    member = only_site(group)
+    (term,) = terms_of(terms, member, 1)
     u_name, v_name, rank = low_rank_factors(term)
-    u, v = truncate(one, rank)
+    u, v = truncate(member, rank)
     return {u_name: u, v_name: v}
 
 

@@ -40,15 +40,15 @@ def input_candidate(group: Sequence[Measured]) -> Candidate | None:
         return None
     basis = pooled_basis(group, min(rows, columns - 1))
     ranks = np.arange(1, len(basis) + 1)
-    damages = sum(_damages(one, basis) for one in group)
+    damages = sum(_damages(member, basis) for member in group)
     costs = ranks * (columns - ranks) + columns + len(group) * rows * ranks
-    names = tuple(one.site.name for one in group)
+    names = tuple(member.site.name for member in group)
     return Candidate(INPUT, names, rank_choices(ranks), costs, np.asarray(damages)[ranks])
 
 
 def output_candidate(group: Sequence[Measured]) -> Candidate | None:
     """A curve like that of ``input_candidate``, for the transposed weights. None if the weights have one row."""
-    mirrored = input_candidate([one.transposed for one in group])
+    mirrored = input_candidate([member.transposed for member in group])
     return mirrored and Candidate(OUTPUT, mirrored.sites, mirrored.choices, mirrored.parameters, mirrored.damages)
 
 
@@ -66,7 +66,7 @@ def output_terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tup
 
 def input_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """The shared V (rank, in) and a private U (out, rank) per site, by factor name (see ``alternate``)."""
-    names = [low_rank_factors(terms_of(terms, one, 1)[0]) for one in group]
+    names = [low_rank_factors(terms_of(terms, member, 1)[0]) for member in group]
     _, shared_name, rank = names[0]
     private, shared = alternate(group, rank)
     return {shared_name: shared, **{name: u for (name, _, _), u in zip(names, private, strict=True)}}
@@ -74,9 +74,9 @@ def input_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) 
 
 def output_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """The shared U (out, rank) and a private V (rank, in) per site, by factor name: ``alternate`` on transposed weights."""
-    names = [low_rank_factors(terms_of(terms, one, 1)[0]) for one in group]
+    names = [low_rank_factors(terms_of(terms, member, 1)[0]) for member in group]
     shared_name, _, rank = names[0]
-    private, shared = alternate([one.transposed for one in group], rank)
+    private, shared = alternate([member.transposed for member in group], rank)
     return {shared_name: shared.T, **{name: v.T for (_, name, _), v in zip(names, private, strict=True)}}
 
 
@@ -86,10 +86,12 @@ def pooled_basis(group: Sequence[Measured], count: int | None = None) -> Float[T
     They are the right singular vectors of the stacked whitened weights, unwhitened by the mean input moment. Without ``count``
     all min(n · out, in) vectors are returned for n members.
     """
-    total = sum(one.rows for one in group)
-    moments = [one.right.moment.diag() if one.right.diagonal else one.right.moment for one in group]
-    pooled = Side(sum((one.rows / total * m for one, m in zip(group, moments, strict=True)), torch.zeros_like(moments[0])), 0)
-    stacked = torch.cat([one.rows**0.5 * pooled.whiten(one.left_whitened.T).T for one in group])
+    total = sum(member.rows for member in group)
+    moments = [member.right.moment.diag() if member.right.diagonal else member.right.moment for member in group]
+    pooled = Side(
+        sum((member.rows / total * m for member, m in zip(group, moments, strict=True)), torch.zeros_like(moments[0])), 0
+    )
+    stacked = torch.cat([member.rows**0.5 * pooled.whiten(member.left_whitened.T).T for member in group])
     if stacked.shape[0] >= stacked.shape[1]:
         vectors = eigenvectors(stacked.T)[1][:, :count]
     else:
@@ -108,13 +110,13 @@ def alternate(
     It stops early, with the best factors so far, if a sweep does not lower the damage or lowers it by little.
     """
     shared = pooled_basis(group, rank)
-    private = [best_private(one, shared) for one in group]
+    private = [best_private(member, shared) for member in group]
     damage = _total(group, private, shared)
     for _ in range(sweeps):
-        lefts = [Side(u.T @ one.left.times(u), damping=1e-9) for one, u in zip(group, private, strict=True)]
-        targets = [u.T @ one.left.times(one.weight) for one, u in zip(group, private, strict=True)]
+        lefts = [Side(u.T @ member.left.times(u), damping=1e-9) for member, u in zip(group, private, strict=True)]
+        targets = [u.T @ member.left.times(member.weight) for member, u in zip(group, private, strict=True)]
         updated = solve_shared(group, lefts, targets, start=shared, steps=_STEPS)
-        updated_private = [best_private(one, updated) for one in group]
+        updated_private = [best_private(member, updated) for member in group]
         updated_damage = _total(group, updated_private, updated)
         if not updated_damage < damage:
             break
@@ -131,18 +133,18 @@ def best_private(one: Measured, shared: Float[Tensor, "rank in"]) -> Float[Tenso
 
 
 def _total(group: Sequence[Measured], private: Sequence[Tensor], shared: Tensor) -> float:
-    return sum(one.damage(u @ shared - one.weight) for one, u in zip(group, private, strict=True))
+    return sum(member.damage(u @ shared - member.weight) for member, u in zip(group, private, strict=True))
 
 
-def _damages(one: Measured, basis: Tensor) -> np.ndarray:
+def _damages(member: Measured, basis: Tensor) -> np.ndarray:
     """The exact damage (n + 1,) if V is the first r rows of a basis (n, in) and U is the best for it, for r = 0 … n."""
-    weighted = one.right.times(basis.T)
+    weighted = member.right.times(basis.T)
     gram = basis @ weighted
     lower = torch.linalg.cholesky((gram + gram.T) / 2 + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram))
-    projected = torch.linalg.solve_triangular(lower, (one.left_whitened @ weighted).T, upper=False)
+    projected = torch.linalg.solve_triangular(lower, (member.left_whitened @ weighted).T, upper=False)
     gains = projected.square().sum(1)
-    left = one.squared_norm - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
-    return (0.5 * one.rows * left.clamp(min=0)).cpu().numpy()
+    left = member.squared_norm - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+    return (0.5 * member.rows * left.clamp(min=0)).cpu().numpy()
 
 
 INPUT_OPERATOR = Operator(

@@ -35,8 +35,10 @@ def alike(group: Sequence[Measured]) -> bool:
     the ratio is 1 − 1/n. The weights are alike if the ratio is below a quarter of that, which means that the shared matrix is
     at less than half the distance (damage is a squared distance). Two equal weights have the ratio 0.
     """
-    weights = torch.stack([one.weight for one in group])
-    counts = torch.stack([one.rows * torch.outer(one.left.diagonal_values, one.right.diagonal_values) for one in group])
+    weights = torch.stack([member.weight for member in group])
+    counts = torch.stack(
+        [member.rows * torch.outer(member.left.diagonal_values, member.right.diagonal_values) for member in group]
+    )
     mean = (counts * weights).sum(0) / counts.sum(0)
     apart = (counts * (weights - mean).square()).sum() / (counts * weights.square()).sum()
     return float(apart) < 0.25 * (1 - 1 / len(group))
@@ -45,18 +47,20 @@ def alike(group: Sequence[Measured]) -> bool:
 def candidate(group: Sequence[Measured]) -> Candidate:
     """A curve with one point: the parameters of one matrix, and the damage of the tied matrix after a few solver steps."""
     shared = estimate(group)
-    damage = sum(one.damage(shared - one.weight) for one in group)
-    names = tuple(one.site.name for one in group)
+    damage = sum(member.damage(shared - member.weight) for member in group)
+    names = tuple(member.site.name for member in group)
     return Candidate(TIE, names, ((),), np.array([group[0].site.parameters]), np.array([damage]))
 
 
 def scale_candidate(group: Sequence[Measured]) -> Candidate:
     """A curve with one point: one matrix and two diagonals per site. Its damage is an upper bound: the fit lowers it."""
     shared, rows, columns = tie_and_scale(group, estimate(group), rounds=1)
-    damage = sum(one.damage(r[:, None] * shared * c - one.weight) for one, r, c in zip(group, rows, columns, strict=True))
+    damage = sum(
+        member.damage(r[:, None] * shared * c - member.weight) for member, r, c in zip(group, rows, columns, strict=True)
+    )
     site = group[0].site
     cost = site.parameters + len(group) * (site.out_features + site.in_features)
-    return Candidate(SCALE, tuple(one.site.name for one in group), ((),), np.array([cost]), np.array([damage]))
+    return Candidate(SCALE, tuple(member.site.name for member in group), ((),), np.array([cost]), np.array([damage]))
 
 
 def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term, ...]]:
@@ -78,7 +82,7 @@ def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dic
 
 def scale_fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """The tied matrix (out, in), the row scales (1, out) and the column scales (1, in), by factor name."""
-    member_terms = [terms_of(terms, one, 1)[0] for one in group]
+    member_terms = [terms_of(terms, member, 1)[0] for member in group]
     scales = [_scales(term) for term in member_terms]
     shared, rows, columns = tie_and_scale(group, tie(group))
     values = {whole_matrix(member_terms[0]): shared}
@@ -117,11 +121,11 @@ def tie(
     ``targets``: matrices (out, in) to approximate instead of the weights, one per member. ``start``: the first iterate of the
     solver, by default the mean of the weights or targets. ``steps``: conjugate-gradient steps.
     """
-    lefts = [one.left for one in group]
+    lefts = [member.left for member in group]
     if targets is None:
-        start = torch.stack([one.weight for one in group]).mean(0) if start is None else start
-        return _solve(group, lefts, [one.normal_rhs for one in group], start, steps)
-    right_sides = [one.left.times(target) for one, target in zip(group, targets, strict=True)]
+        start = torch.stack([member.weight for member in group]).mean(0) if start is None else start
+        return _solve(group, lefts, [member.normal_rhs for member in group], start, steps)
+    right_sides = [member.left.times(target) for member, target in zip(group, targets, strict=True)]
     return solve_shared(group, lefts, right_sides, torch.stack(list(targets)).mean(0) if start is None else start, steps)
 
 
@@ -136,17 +140,17 @@ def tie_and_scale(
     rows = [shared.new_ones(len(shared)) for _ in group]
     columns = [shared.new_ones(shared.shape[1]) for _ in group]
     for number in range(rounds):
-        for index, one in enumerate(group):
-            rows[index] = _best_row_scale(one, shared * columns[index])
-            columns[index] = _best_row_scale(one.transposed, (rows[index][:, None] * shared).T)
+        for index, member in enumerate(group):
+            rows[index] = _best_row_scale(member, shared * columns[index])
+            columns[index] = _best_row_scale(member.transposed, (rows[index][:, None] * shared).T)
         if number == rounds - 1:
             break
         scaled = [
-            Measured(one.site, one.weight, _scaled(one.left, r), _scaled(one.right, c), one.rows)
-            for one, r, c in zip(group, rows, columns, strict=True)
+            Measured(member.site, member.weight, _scaled(member.left, r), _scaled(member.right, c), member.rows)
+            for member, r, c in zip(group, rows, columns, strict=True)
         ]
-        right_sides = [r[:, None] * one.normal_rhs * c for one, r, c in zip(group, rows, columns, strict=True)]
-        shared = _solve(scaled, [one.left for one in scaled], right_sides, shared)
+        right_sides = [r[:, None] * member.normal_rhs * c for member, r, c in zip(group, rows, columns, strict=True)]
+        shared = _solve(scaled, [member.left for member in scaled], right_sides, shared)
     return shared, rows, columns
 
 
@@ -156,13 +160,13 @@ def _scaled(side: Side, diagonal: Tensor) -> Side:
     return Side(side.moment * torch.outer(diagonal, diagonal), damping=1e-9)
 
 
-def _best_row_scale(one: Measured, matrix: Tensor) -> Tensor:
+def _best_row_scale(member: Measured, matrix: Tensor) -> Tensor:
     """The row scale r (out,) that minimises the damage of diag(r) · matrix − W. It solves one linear system of size out."""
-    products = matrix @ one.right.times(matrix.T)
-    cross = (one.normal_rhs * matrix).sum(1)
-    if one.left.diagonal:
-        return cross / (one.left.moment * products.diagonal()).clamp(min=torch.finfo(torch.float64).tiny)
-    system = one.left.moment * products
+    products = matrix @ member.right.times(matrix.T)
+    cross = (member.normal_rhs * matrix).sum(1)
+    if member.left.diagonal:
+        return cross / (member.left.moment * products.diagonal()).clamp(min=torch.finfo(torch.float64).tiny)
+    system = member.left.moment * products
     ridge = 1e-9 * float(system.diagonal().mean()) + torch.finfo(torch.float64).tiny  # a zero matrix needs it
     return torch.linalg.solve(system + ridge * torch.eye(len(system)).to(system), cross)
 

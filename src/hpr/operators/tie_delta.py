@@ -37,7 +37,7 @@ def candidate(group: Sequence[Measured]) -> Candidate | None:
     ranks = np.arange(1, min(starts[0].shape))
     costs = starts[0].numel() + len(group) * rank_costs(starts[0].shape, ranks)
     total = np.min([_curve(group, shared) for shared in starts], axis=0)
-    return Candidate(NAME, tuple(one.site.name for one in group), rank_choices(ranks), costs, total[ranks])
+    return Candidate(NAME, tuple(member.site.name for member in group), rank_choices(ranks), costs, total[ranks])
 
 
 def terms(sites: Sequence[Site], ranks: tuple[int, ...]) -> dict[str, tuple[Term, ...]]:
@@ -51,15 +51,15 @@ def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dic
 
     The fit starts from the best matrix of ``_starts`` and alternates for ``_ROUNDS`` rounds.
     """
-    member_terms = [terms_of(terms, one, 2) for one in group]
+    member_terms = [terms_of(terms, member, 2) for member in group]
     pairs = [low_rank_factors(delta) for _, delta in member_terms]
     ranks = [rank for _, _, rank in pairs]
     shared = min(
-        _starts(group), key=lambda start: sum(_damage(one, start, rank) for one, rank in zip(group, ranks, strict=True))
+        _starts(group), key=lambda start: sum(_damage(member, start, rank) for member, rank in zip(group, ranks, strict=True))
     )
     for _ in range(_ROUNDS):
         shared = _settled(group, shared, ranks)
-    deltas = [truncate(one, rank, one.weight - shared) for one, rank in zip(group, ranks, strict=True)]
+    deltas = [truncate(member, rank, member.weight - shared) for member, rank in zip(group, ranks, strict=True)]
     values = {whole_matrix(member_terms[0][0]): shared}
     for (u_name, v_name, _), (u, v) in zip(pairs, deltas, strict=True):
         values |= {u_name: u, v_name: v}
@@ -67,7 +67,7 @@ def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dic
 
 
 def _curve(group: Sequence[Measured], shared: Tensor) -> np.ndarray:
-    return np.sum([damages(one, one.weight - shared) for one in group], axis=0)
+    return np.sum([damages(member, member.weight - shared) for member in group], axis=0)
 
 
 def _starts(group: Sequence[Measured]) -> list[Tensor]:
@@ -77,14 +77,14 @@ def _starts(group: Sequence[Measured]) -> list[Tensor]:
     return [shared, *(_settled(group, shared, [rank] * len(group)) for rank in anchors)]
 
 
-def _damage(one: Measured, shared: Tensor, rank: int) -> float:
-    return float(damages(one, one.weight - shared)[rank])
+def _damage(member: Measured, shared: Tensor, rank: int) -> float:
+    return float(damages(member, member.weight - shared)[rank])
 
 
 def _settled(group: Sequence[Measured], shared: Tensor, ranks: Sequence[int]) -> Tensor:
     """The tied matrix after one round: ``shared`` gives the corrections of these ranks, which give the new tied matrix."""
-    deltas = [truncate(one, rank, one.weight - shared) for one, rank in zip(group, ranks, strict=True)]
-    return tie(group, [one.weight - u @ v for one, (u, v) in zip(group, deltas, strict=True)], start=shared, steps=QUICK)
+    deltas = [truncate(member, rank, member.weight - shared) for member, rank in zip(group, ranks, strict=True)]
+    return tie(group, [member.weight - u @ v for member, (u, v) in zip(group, deltas, strict=True)], start=shared, steps=QUICK)
 
 
 OPERATOR = Operator(NAME, fit, candidate, terms, shared=True, merges=True)

@@ -25,7 +25,7 @@ _SHORTEST = 16
 
 
 def track(one: Measured) -> Track:
-    """A track whose positions are blocks of rows. Its candidates are low rank for every run of blocks and keep for every block."""
+    """A track whose positions are blocks of rows. Candidates: low rank for every run of blocks, and keep for every block."""
     bounds = row_bounds(one.site.out_features)
     columns = one.site.in_features
     whitened = one.right.whiten(one.weight.T).T
@@ -77,25 +77,25 @@ def merge(site: Site, chosen: Sequence[tuple[RowRange, tuple[int, ...]]]) -> tup
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
     """The factors of each run, fitted separately: (rows, in) for a kept run, U (rows, rank) and V (rank, in) for others."""
-    one = only_site(group)
+    member = only_site(group)
     values: dict[str, Tensor] = {}
-    for term in terms[one.site.name]:
-        start, stop = term.rows or (0, one.site.out_features)
+    for term in terms[member.site.name]:
+        start, stop = term.rows or (0, member.site.out_features)
         if term.v is None:
-            values[term.u] = one.weight[start:stop]
+            values[term.u] = member.weight[start:stop]
         else:
             u_name, v_name, rank = low_rank_factors(term)
-            values[u_name], values[v_name] = truncate(one.segment(start, stop), rank)
+            values[u_name], values[v_name] = truncate(member.segment(start, stop), rank)
     return values
 
 
-def _curve(one: Measured, start: int, stop: int, gram: Tensor) -> Candidate:
-    rows, columns = stop - start, one.site.in_features
+def _curve(member: Measured, start: int, stop: int, gram: Tensor) -> Candidate:
+    rows, columns = stop - start, member.site.in_features
     ranks = np.arange(1, min(rows, columns))
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-    damages = (0.5 * one.rows * tails(values)).cpu().numpy()[ranks]
+    damages = (0.5 * member.rows * tails(values)).cpu().numpy()[ranks]
     costs = rank_costs((rows, columns), ranks)
-    return Candidate(NAME, (one.site.name,), rank_choices(ranks), costs, damages, rows=(start, stop))
+    return Candidate(NAME, (member.site.name,), rank_choices(ranks), costs, damages, rows=(start, stop))
 
 
 OPERATOR = Operator(NAME, fit, rows=RowRuns(track, merge))
