@@ -28,10 +28,13 @@ class Candidate:
     A *composite* stores several groups of sites at once; ``composite.compose`` makes it. ``partition`` holds the group of each
     position and ``parts[g]`` the candidates for group g. ``picks[k][g]`` is the pair (candidate, point): point k of the
     composite uses candidate number ``candidate`` of ``parts[g]`` at point number ``point`` of its curve. The ranks are in these
-    candidates, so ``choices[k]`` is ``()``. Example: positions 0 and 2 form group 0, position 1 is group 1, so ``partition`` is
-    (0, 1, 0). Group 0 has one candidate, (100 parameters, 0.3 nats). Group 1 has one candidate with the points (20, 0.2) and
-    (40, 0.1). The composite has the points (120, 0.5) with the picks ((0, 0), (0, 0)) and (140, 0.4) with the picks ((0, 0),
-    (0, 1)).
+    candidates, so ``choices[k]`` is ``()``.
+
+    Example of a composite: positions 0 and 2 are group 0 and position 1 is group 1, so ``partition`` is (0, 1, 0). Group 0 has
+    one candidate with the point (100 parameters, 0.3 nats). Group 1 has one candidate with the points (20, 0.2) and (40, 0.1).
+
+    - Point 0 is (120, 0.5), and ``picks[0]`` is ((0, 0), (0, 0)): the first point of both candidates.
+    - Point 1 is (140, 0.4), and ``picks[1]`` is ((0, 0), (0, 1)): the first point of group 0, the second point of group 1.
 
     >>> Candidate("low rank", ("encoder.0.dense",), ((8,), (16,)), [6144, 12288], [0.2, 0.05])
     """

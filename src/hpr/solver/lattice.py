@@ -27,14 +27,14 @@ class Costs:
 
     A cost is a complex number. Its real part is the cost to minimise; its imaginary part is a tie-breaker. The tie-breaker is
     the number of parameters, or the damage if the real part counts parameters only. Numpy compares the real parts of complex
-    numbers first and the imaginary parts only if the real parts are equal: min([2+9j, 2+5j, 3+0j]) is 2+5j. Of two solutions
+    numbers first and the imaginary parts only if the real parts are equal: np.min([2+9j, 2+5j, 3+0j]) is 2+5j. Of two solutions
     with equal cost the search therefore returns the one with the smaller tie-breaker, and no tolerance has to be chosen.
     """
 
     table: Table
     points: np.ndarray  # (points,)
-    arcs: np.ndarray  # (length + 1, length + 1): the cheapest candidate of [i, j), infinite if there is none
-    paths: np.ndarray  # (length + 1,): the cheapest path over the first j positions
+    arcs: np.ndarray  # (length + 1, length + 1): the least cost of [i, j), infinite without candidates
+    paths: np.ndarray  # (length + 1,): the least cost of a path over the first j positions
 
 
 def least_costs(table: Table, damage_weight: float, parameter_weight: float) -> Costs:
