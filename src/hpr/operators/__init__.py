@@ -1,1 +1,1 @@
-"""The operators define how a group of weights can be stored: each has a curve, terms and a fit in a common metric."""
+"""The operators: ways to store a group of weights. Each has a curve, terms and a fit, all in the same metric (``metric``)."""

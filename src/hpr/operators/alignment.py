@@ -1,7 +1,7 @@
-"""Alignment: transform the layers of a model so that they have more in common, without changing what the model computes.
+"""Transform the layers of a model so that their weights become more similar, while the model computes the same outputs.
 
-The symmetries of a profile say which transforms are possible. The profile is transformed in closed form, so no new pass over
-data is needed. Transforms are orthogonal, so the damage of a site that shares nothing (kept, low rank) stays the same.
+The symmetries of a profile define the possible transforms. The profile is transformed in closed form, without new passes over
+data. Transforms are orthogonal, so they do not change the damage of sites that share no factors (keep, low rank).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hpr.profiling.profile import Profile, SiteStatistics
 
 
 class Transform(NamedTuple):
-    """What is done to the slices of a symmetry in one layer: an order (blocks,) or rotations (blocks, k, k)."""
+    """The transform of all slices of a symmetry in one layer: an order (blocks,) or rotations (blocks, k, k)."""
 
     symmetry: Symmetry
     layer: int
@@ -31,7 +31,7 @@ class Transform(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """A copy of a model that computes the same with transformed weights, its profile, and the transforms in order."""
+    """A copy of a model with transformed weights and the same outputs, its profile, and the transforms in order."""
 
     model: nn.Module
     profile: Profile
@@ -39,9 +39,10 @@ class Alignment(NamedTuple):
 
 
 def align(model: nn.Module, profile: Profile, targets: Iterable[AlignTarget]) -> Alignment:
-    """Transform a copy of a model, and its profile with it. Depends on weights, profile and targets alone.
+    """Return a copy of a model with aligned layers, and the profile of that copy.
 
-    Outputs stay the same but for rounding. Raises ``HprError`` for a profile of another model.
+    The outputs of the copy differ from those of the model only by rounding. The result depends on the weights, the profile and
+    the targets, and on no data. Raises ``HprError`` if the profile belongs to another model.
     """
     anatomy = describe(model)
     profile.check(anatomy)
@@ -51,7 +52,10 @@ def align(model: nn.Module, profile: Profile, targets: Iterable[AlignTarget]) ->
 def align_measured(
     model: nn.Module, anatomy: Anatomy, measured: Mapping[str, Measured], profile: Profile, targets: Iterable[AlignTarget]
 ) -> Alignment:
-    """``align`` for a model whose sites are measured, as far as the targets touch them. ``measured`` stays as it is."""
+    """Like ``align``, for sites that are measured already. ``measured`` needs the sites that the targets transform.
+
+    The function does not change ``measured``.
+    """
     statistics = dict(profile.sites)
     transforms = transform_all(anatomy, dict(measured), statistics, targets)
     aligned = copy.deepcopy(model)
@@ -69,11 +73,12 @@ def transform_all(
     targets: Iterable[AlignTarget],
     only: Sequence[int] | None = None,
 ) -> list[Transform]:
-    """Find the transforms of all layers (or of ``only`` some) and apply them to weights and statistics, in place.
+    """Find the transforms of all layers, apply them to ``measured`` and ``statistics`` in place, and return them in order.
 
-    Each layer is matched to the transformed layer below, so any run of layers is aligned.
+    ``only``: the layers to transform, by default all. A layer with the target "layer below" is matched to the layer below it
+    after that layer was transformed, so all layers of a run are aligned with each other.
     """
-    wanted = sorted(targets, key=lambda target: target.symmetry.kind)  # orders first, so that rotations find their places
+    wanted = sorted(targets, key=lambda target: target.symmetry.kind)  # orders first: a rotation compares blocks by place
     transforms = []
     for target in wanted:
         layers = [layer for layer in layers_of(anatomy, target.symmetry) if only is None or layer in only]
@@ -97,23 +102,26 @@ def transform_all(
 
 
 def symmetry_groups(symmetries: Sequence[Symmetry]) -> list[SymmetryGroup]:
-    """Symmetries that have slices in common (one attention, one feed-forward) together."""
-    found: list[list[Symmetry]] = []
+    """Group the symmetries that transform the same slots, such as all symmetries of the attention of a layer."""
+    groups: list[list[Symmetry]] = []
     for symmetry in symmetries:
-        touched = [group for group in found if any(_meet(symmetry, one) for one in group)]
-        found = [group for group in found if group not in touched] + [[*itertools.chain(*touched), symmetry]]
-    return [tuple(group) for group in found]
+        touched = [group for group in groups if any(_meet(symmetry, member) for member in group)]
+        groups = [group for group in groups if group not in touched] + [[*itertools.chain(*touched), symmetry]]
+    return [tuple(group) for group in groups]
 
 
 def align_options(group: SymmetryGroup) -> list[tuple[AlignTarget, ...]]:
-    """The ways to align a group: each layer to the principal axes of its heads, or each layer to the layer below."""
-    rotations = [one for one in group if one.kind == "rotation" and one.size > 1]
-    principal = tuple(AlignTarget(one, "principal axes") for one in rotations)
-    return [*([principal] if principal else []), tuple(AlignTarget(one, "layer below") for one in group)]
+    """The ways to align a group of symmetries: each layer to the principal axes of its heads, or to the layer below.
+
+    The first way exists only if the group has a rotation of more than one row.
+    """
+    rotations = [symmetry for symmetry in group if symmetry.kind == "rotation" and symmetry.size > 1]
+    principal = tuple(AlignTarget(symmetry, "principal axes") for symmetry in rotations)
+    return [*([principal] if principal else []), tuple(AlignTarget(symmetry, "layer below") for symmetry in group)]
 
 
-def _meet(one: Symmetry, other: Symmetry) -> bool:
-    return one.stack == other.stack and bool(one.slots & other.slots)
+def _meet(symmetry: Symmetry, other: Symmetry) -> bool:
+    return symmetry.stack == other.stack and bool(symmetry.slots & other.slots)
 
 
 def _transform(
@@ -124,36 +132,37 @@ def _transform(
     below: int | None,
     layer: int,
 ) -> Tensor | None:
-    """The best transform of one layer; None where the objective does not depend on it."""
+    """The best transform of one layer. None if a site of this layer or of the layer ``below`` has no gradient."""
     symmetry, layers = target.symmetry, layers_of(anatomy, target.symmetry)
     moved = {axis_slice: measured[layers[layer][axis_slice.slot].name] for axis_slice in symmetry.slices}
-    if not all(one.has_gradient for one in moved.values()):
+    if not all(site.has_gradient for site in moved.values()):
         return None
     if below is None:
         return principal_rotation(list(moved.items()), symmetry.blocks)
     fixed = {axis_slice: measured[layers[below][axis_slice.slot].name] for axis_slice in symmetry.slices}
     pairs = {axis_slice: Pair(axis_slice, fixed[axis_slice], moved[axis_slice]) for axis_slice in symmetry.slices}
-    if not all(one.has_gradient for one in fixed.values()):
+    if not all(site.has_gradient for site in fixed.values()):
         return None
     if symmetry.kind == "rotation":
         return best_rotation(list(pairs.values()), symmetry.blocks)
-    rotations = [one.symmetry for one in targets if one.symmetry.kind == "rotation" and one.symmetry.stack == symmetry.stack]
-    inside = [one.slices for one in rotations if one.blocks == symmetry.blocks and pairs.keys() >= set(one.slices)]
+    same_stack = [other.symmetry for other in targets if other.symmetry.stack == symmetry.stack]
+    rotations = [other for other in same_stack if other.kind == "rotation" and other.blocks == symmetry.blocks]
+    inside = [other.slices for other in rotations if pairs.keys() >= set(other.slices)]
     rotating = [[pairs[axis_slice] for axis_slice in slices] for slices in inside]
     staying = [pair for axis_slice, pair in pairs.items() if not any(axis_slice in slices for slices in inside)]
     return best_order(rotating, staying, symmetry.blocks)
 
 
-def _transformed_statistics(known: SiteStatistics, axis_slice: AxisSlice, transform: Tensor) -> SiteStatistics:
-    """Statistics of the transformed weight: its gradients change with its rows, its inputs with its columns."""
+def _transformed_statistics(statistics: SiteStatistics, axis_slice: AxisSlice, transform: Tensor) -> SiteStatistics:
+    """The statistics of the transformed weight. Rows change the moment of the gradients, columns that of the inputs."""
     if axis_slice.side == "rows":
-        return replace(known, left=_transformed_moment(known.left, axis_slice, transform))
-    mean = None if known.mean is None else transformed(known.mean, axis_slice, transform)
-    return replace(known, right=_transformed_moment(known.right, axis_slice, transform), mean=mean)
+        return replace(statistics, left=_transformed_moment(statistics.left, axis_slice, transform))
+    mean = None if statistics.mean is None else transformed(statistics.mean, axis_slice, transform)
+    return replace(statistics, right=_transformed_moment(statistics.right, axis_slice, transform), mean=mean)
 
 
 def _transformed_moment(moment: Tensor, axis_slice: AxisSlice, transform: Tensor) -> Tensor:
-    if moment.dim() == 1 and transform.dim() > 1:  # a diagonal cannot follow a rotation
+    if moment.dim() == 1 and transform.dim() > 1:  # the rotated moment is not diagonal
         moment = moment.diag()
     moment = transformed(moment, axis_slice, transform)
     return moment if moment.dim() == 1 else transformed(moment.T, axis_slice, transform).T

@@ -1,4 +1,4 @@
-"""Fits: a model measured once, and the factors of its plans, each group of sites fitted once."""
+"""``Fits`` measures a model once and computes the factors of its plans. It fits each group of sites once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe
@@ -27,21 +28,21 @@ from hpr.profiling.profile import Profile
 
 @dataclass(frozen=True)
 class Fitted:
-    """Factors as the bank stores them, float64, by name; and what to add to the biases of changed sites, by site."""
+    """``factors``: float64, by name, in the form that the bank stores. ``bias_changes``: (out,) by site, to add to its bias."""
 
     factors: dict[str, Tensor]
     bias_changes: dict[str, Tensor]
 
 
 class Fits:
-    """A model measured in the metric of its profile, and the fits of its groups, each made once.
+    """Measures a model in the metric of its profile and fits the factors of plans. It caches both.
 
-    Without a profile the metric is plain Frobenius. Give one ``Fits`` to ``draft``, ``share`` and ``refit`` to measure a model
-    once for several plans. It assumes that the weights of ``model`` do not change meanwhile.
+    Without a profile the metric is the plain Frobenius norm. Give the same ``Fits`` to ``draft``, ``share`` and ``refit`` to
+    measure a model once for several plans. The weights of ``model`` must not change in the meantime.
 
-    It keeps the damped moments and their roots, (out, out) and (in, in) float64 for every measured site, the fitted factors of
-    every distinct group, float64, and one aligned copy of the model for the alignment of each plan. Weights in float64 live
-    only as long as the caller of ``measured`` keeps them. Raises ``HprError`` for a profile of another model.
+    The cache holds, in float64: the damped moments and their roots, (out, out) and (in, in), of every measured site; the
+    factors of every distinct group; and one aligned copy of the model per alignment. It does not hold the float64 weights that
+    ``measured`` returns. Raises ``HprError`` if the profile belongs to another model.
 
     >>> fits = Fits(model, profile)  # doctest: +SKIP
     >>> students = [share(model, plan, fits=fits) for plan in plans]  # doctest: +SKIP
@@ -58,43 +59,48 @@ class Fits:
         self._aligned: dict[tuple[AlignTarget, ...], Fits] = {}
 
     def check(self, model: nn.Module, profile: Profile | None) -> None:
-        """Raise ``PlanError`` if these are the fits of another model, or of a profile with other statistics."""
+        """Raise ``PlanError`` if this ``Fits`` was made for another model, or for a profile with other statistics."""
         other = profile is not None and (self.profile is None or self.profile.sites is not profile.sites)
         if self.model is not model or other:
-            raise PlanError("these fits are of another model or profile: use Fits(model, profile) of this one")
+            raise PlanError(
+                "these fits belong to another model or profile: use Fits(model, profile) with this model and profile"
+            )
 
     def measured(self, names: Iterable[str] | None = None) -> dict[str, Measured]:
-        """Some sites, by default all, with their weights in float64 and their metric, by name."""
+        """``Measured`` (weight in float64 and metric) for the named sites, by default for all, by site name."""
         sites = self.anatomy.sites if names is None else [self.anatomy[name] for name in names]
-        found = {}
+        measured = {}
         for site in sites:
             weight = weight64(self.model, site)
             if site.name not in self._metrics:
                 self._metrics[site.name] = metric_of(site, self.profile, weight)
-            found[site.name] = self._metrics[site.name].of(site, weight)
-        return found
+            measured[site.name] = self._metrics[site.name].of(site, weight)
+        return measured
 
     def aligned(self, targets: Sequence[AlignTarget]) -> Fits:
-        """The fits of the aligned model: a copy that computes the same with transformed weights. Itself without targets."""
+        """The ``Fits`` of the aligned copy of the model (see ``alignment.align``). Without targets it returns itself.
+
+        Raises ``PlanError`` if this ``Fits`` has no profile.
+        """
         key = tuple(targets)
         if not key:
             return self
         if key not in self._aligned:
             if self.profile is None:
-                raise PlanError("the plan aligns layers, which takes the profile it was made with: give that profile, too")
+                raise PlanError("the plan aligns layers and needs the profile it was made with: give that profile")
             sites = [site.name for site in self.anatomy.sites if any(target.touches(site) for target in key)]
             model, profile, _ = align_measured(self.model, self.anatomy, self.measured(sites), self.profile, key)
             aligned = Fits(model, profile)
             touched = set(sites)
-            aligned._metrics = {name: one for name, one in self._metrics.items() if name not in touched}
+            aligned._metrics = {name: metric for name, metric in self._metrics.items() if name not in touched}
             self._aligned[key] = aligned
         return self._aligned[key]
 
     def fit(self, plan: Plan) -> Fitted:
-        """All factors of a plan in closed form. A plan with an alignment needs the fits of the aligned model.
+        """Fit all factors of a plan in closed form. For a plan with an alignment, call it on ``aligned(targets)``.
 
-        Biases absorb what the change does to the mean output: W E[x] - Ŵ E[x]. Raises ``PlanError`` for unknown operators and
-        for terms that are not of the form of their operator.
+        Replacing W by Ŵ changes the mean output of a site; the bias changes W E[x] − Ŵ E[x] compensate this. Routers start with
+        zeros. Raises ``PlanError`` for unknown operators and for terms that their operator would not write.
         """
         factors: dict[str, Tensor] = {}
         changes: dict[str, Tensor] = {}
@@ -116,36 +122,37 @@ class Fits:
     def _fit_group(self, operator: str, terms: Terms) -> Fitted:
         first = next(iter(terms))
         if operator not in OPERATORS:
-            raise PlanError(f"{first}: no operator {operator!r}; there are {', '.join(OPERATORS)}")
+            raise PlanError(f"{first}: no operator {operator!r}; there are {', '.join(OPERATORS)}. Use one of these")
         measured = self.measured(terms)
         try:
             values = OPERATORS[operator].fit(Group(measured.values()), terms)
             _check_shapes(values, terms, self.anatomy)
         except TermsError as error:
-            raise PlanError(f"{first}: its terms are not those of {operator!r} ({error}); plan this site anew") from error
+            raise PlanError(f"{first}: these are no terms of {operator!r} ({error}): plan this site anew") from error
         changes = {}
-        for name, several in terms.items():
-            one = measured[name]
-            if one.mean is not None:
-                changes[name] = (one.weight - product(several, values, one.site)) @ one.mean * _covered(several, one)
-        return Fitted(store(values, [term for several in terms.values() for term in several]), changes)
+        for name, site_terms in terms.items():
+            site = measured[name]
+            if site.mean is not None:
+                lost = site.weight - product(site_terms, values, site.site)
+                changes[name] = lost @ site.mean * _covered(site_terms, site)
+        return Fitted(store(values, [term for site_terms in terms.values() for term in site_terms]), changes)
 
 
 def _check_shapes(values: Mapping[str, Tensor], terms: Terms, anatomy: Anatomy) -> None:
     """Raise ``TermsError`` if a factor that the terms name is missing or has another shape."""
-    for name, several in terms.items():
-        for term in several:
+    for name, site_terms in terms.items():
+        for term in site_terms:
             shapes = term.shapes(anatomy[name])
             for factor in term.factors:
                 if factor not in values:
-                    raise TermsError(f"nothing gives {factor}")
+                    raise TermsError(f"the fit returns no factor {factor}")
                 if values[factor].shape != shapes[factor][:2]:
-                    raise TermsError(f"{factor} would be {tuple(values[factor].shape)}, not {shapes[factor][:2]}")
+                    raise TermsError(f"factor {factor} has shape {tuple(values[factor].shape)}, not {shapes[factor][:2]}")
 
 
-def _covered(terms: Sequence[Term], one: Measured) -> Tensor:
-    """1 for the rows of a site that its terms give, 0 for those that no longer have an effect: (out,)."""
-    covered = one.weight.new_zeros(len(one.weight))
+def _covered(terms: Sequence[Term], site: Measured) -> Tensor:
+    """1 for each weight row that a term covers and 0 for each row that was dropped: (out,)."""
+    covered = site.weight.new_zeros(len(site.weight))
     for term in terms:
         start, stop = term.rows or (0, len(covered))
         covered[start:stop] = 1
@@ -153,11 +160,11 @@ def _covered(terms: Sequence[Term], one: Measured) -> Tensor:
 
 
 def groups(plan: Plan) -> list[tuple[str, list[str]]]:
-    """(operator, site names in plan order) for every set of sites tied together by common factors."""
+    """(operator, site names in plan order) for every set of sites that are connected by shared factors."""
     sets = connected({name: entry.terms for name, entry in plan.entries.items()})
     return [(plan.entries[names[0]].operator, names) for names in sets]
 
 
-def product(terms: Sequence[Term], values: Mapping[str, Tensor], site: Site) -> Tensor:
-    """The (out, in) matrix that terms of plain factors add up to."""
+def product(terms: Sequence[Term], values: Mapping[str, Tensor], site: Site) -> Float[Tensor, "out in"]:
+    """The matrix (out, in) that the terms of a site add up to. ``values``: factors by name, with their identity blocks."""
     return terms_product(terms, values, site.out_features, site.in_features)

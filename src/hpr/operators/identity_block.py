@@ -1,4 +1,4 @@
-"""Rewriting products U·V so that one factor holds an identity block that need not be stored (see ``FactorShape``)."""
+"""Rewrite products U·V so that one factor contains an identity block, which is not stored (see ``FactorShape``)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import scipy.linalg
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpr.plans.terms import Term
 
 
 def store(values: Mapping[str, Tensor], terms: Iterable[Term]) -> dict[str, Tensor]:
-    """Factors as the bank stores them: identity blocks taken out, ``name.order`` added, every product unchanged.
+    """The factors in the form that the bank stores: without identity blocks, and with the row order as ``name.order``.
 
-    A factor with an identity block is divided by a square matrix T, and every partner it is multiplied with by T's inverse,
-    once, however many sites share the pair.
+    All products U V stay the same. For a term with identity "u", U = U' T and U' contains an identity block; U' and T V replace
+    U and V. For identity "v", V = T V' and V' contains an identity block; U T and V' replace U and V. The same T changes every
+    partner of a factor, and a pair of factors that several sites share is changed once.
     """
     stored = dict(values)
     changed: dict[str, Tensor] = {}
@@ -25,21 +27,24 @@ def store(values: Mapping[str, Tensor], terms: Iterable[Term]) -> dict[str, Tens
         if not term.identity or term.v is None or (term.u, term.v) in done:
             continue
         done.add((term.u, term.v))
-        own, partner = (term.u, term.v) if term.identity == "u" else (term.v, term.u)
-        if own not in changed:
-            tall = values[own] if term.identity == "u" else values[own].T
-            rest, order, changed[own] = divide(tall)
-            stored[own] = rest if term.identity == "u" else rest.T
-            stored[f"{own}.order"] = order
-        change = changed[own]
+        factor, partner = (term.u, term.v) if term.identity == "u" else (term.v, term.u)
+        if factor not in changed:
+            tall = values[factor] if term.identity == "u" else values[factor].T
+            rest, order, changed[factor] = divide(tall)
+            stored[factor] = rest if term.identity == "u" else rest.T
+            stored[f"{factor}.order"] = order
+        change = changed[factor]
         stored[partner] = change @ values[partner] if term.identity == "u" else values[partner] @ change.T
     return stored
 
 
-def divide(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """F (n, r) = [I; rest][order] · T: returns rest (n − r, r), order (n,) and T (r, r).
+def divide(
+    tall: Float[Tensor, "n r"],
+) -> tuple[Float[Tensor, "n_minus_r r"], Int[Tensor, " n"], Float[Tensor, "r r"]]:
+    """Factor F (n, r) as F = [I; rest][order] · T. Returns rest (n − r, r), order (n,) and T (r, r).
 
-    Rows are chosen by QR with column pivoting, which keeps the entries of the rest small (Cheng et al. 2005).
+    T consists of r rows of F. QR with column pivoting chooses these rows, which keeps the entries of ``rest`` small (Cheng et
+    al. 2005).
     """
     rows, rank = tall.shape
     _, _, pivots = scipy.linalg.qr(tall.T.cpu().numpy(), mode="economic", pivoting=True)

@@ -1,4 +1,4 @@
-"""Keep: the original weight, owned by its site alone. Always an option, always exact."""
+"""The operator "keep": a site keeps its original weight. It applies to every site and has no damage."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hpr.solver.candidates import Candidate
 
 
 def candidate(group: Sequence[Measured]) -> Candidate:
-    """One point: all parameters, no damage."""
-    (one,) = group
-    return Candidate(KEEP, (one.site.name,), ((),), np.array([one.site.parameters]), np.zeros(1))
+    """A curve with one point: all parameters of the site, damage 0."""
+    (member,) = group
+    return Candidate(KEEP, (member.site.name,), ((),), np.array([member.site.parameters]), np.zeros(1))
 
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
-    """No factors: the site's own module stays."""
+    """No factors, because the module of the site stays in the model."""
     return {}
 
 

@@ -1,6 +1,7 @@
-"""Kept rows: what stays of a weight if its layer reuses the attention of a layer below and some rows lose their effect.
+"""The operator for layers that reuse the attention of a layer below: it stores the rows that still have an effect.
 
-The remaining rows are stored unchanged, one term per run. For a fused query-key-value projection these are the value rows.
+The other rows of the weight have no effect and are dropped. Each run of remaining rows is one term and is stored unchanged. In
+a fused query-key-value projection the remaining rows are the value rows.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from hpr.plans.terms import Term
 
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
-    """The rows of each term."""
+    """The rows [start, stop) of the weight for each term, (rows, in), by factor name."""
     values = {}
-    for one in group:
-        for term in terms[one.site.name]:
-            start, stop = term.rows or (0, one.site.out_features)
-            values[term.u] = one.weight[start:stop]
+    for member in group:
+        for term in terms[member.site.name]:
+            start, stop = term.rows or (0, member.site.out_features)
+            values[term.u] = member.weight[start:stop]
     return values
 
 

@@ -1,7 +1,10 @@
-"""The metric that every operator plans and fits in: damage = ½ · N · tr(left Δ right Δᵀ), in nats per example.
+"""The metric of all operators: a change Δ of a weight costs ½ · N · tr(left Δ right Δᵀ) nats per example.
 
-Moments are damped (a share of their mean diagonal is added) and factorised once as L Lᵀ; in the whitened coordinates
-``L_leftᵀ W L_right`` damage is a plain sum of squares, so truncated SVDs are optimal there. Everything here is float64.
+``left`` is the second moment of the gradients at the site's outputs, ``right`` the second moment of its inputs, and N the
+number of input vectors per example. For an embedding table ``left`` holds token frequencies and ``right`` is the second moment
+of the gradients. Both moments are damped: a share of their mean diagonal is added to the diagonal. Each is factorised as
+L·Lᵀ. The whitened change L_leftᵀ Δ L_right has the damage ½ · N · (sum of its squared entries), so a truncated SVD of the
+whitened weight is the optimal low-rank approximation. All tensors here are float64.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from scipy.ndimage import uniform_filter1d
 from torch import Tensor, nn
 
@@ -18,48 +22,48 @@ from hpr.anatomy.model import Anatomy, Site
 from hpr.profiling.profile import Profile, SiteStatistics
 
 DAMPING = 1e-3
-OUTPUT_DAMPING = 0.05  # output directions without gradient are flat to first order only: a fit must not run off along them
+OUTPUT_DAMPING = 0.05  # larger: directions without gradient cost nothing to first order only, so fits must not use them freely
 
 
 class Side:
-    """One damped second moment, full (n, n) or diagonal (n,), with its square root."""
+    """One damped second moment and its square root. ``moment`` is full, (n, n), or a diagonal, (n,)."""
 
-    def __init__(self, moment: Tensor, damping: float = DAMPING):
+    def __init__(self, moment: Float[Tensor, "n n"] | Float[Tensor, " n"], damping: float = DAMPING):
         diagonal = moment if moment.dim() == 1 else moment.diagonal()
         extra = damping * float(diagonal.mean()) + torch.finfo(torch.float64).tiny
         self.moment = moment + extra if moment.dim() == 1 else moment + extra * torch.eye(len(moment)).to(moment)
         self.diagonal = moment.dim() == 1
 
     @property
-    def diagonal_values(self) -> Tensor:
+    def diagonal_values(self) -> Float[Tensor, " n"]:
         """The moment's diagonal, (n,)."""
         return self.moment if self.diagonal else self.moment.diagonal()
 
     @cached_property
-    def root(self) -> Tensor:
-        """L with L Lᵀ = moment: lower triangular, or the square roots of a diagonal."""
+    def root(self) -> Float[Tensor, "n n"] | Float[Tensor, " n"]:
+        """L with L Lᵀ = moment: lower triangular (n, n), or the square roots (n,) of a diagonal moment."""
         return self.moment.sqrt() if self.diagonal else torch.linalg.cholesky(self.moment)
 
-    def times(self, matrix: Tensor) -> Tensor:
+    def times(self, matrix: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """moment · matrix, (n, k)."""
         return self.moment[:, None] * matrix if self.diagonal else self.moment @ matrix
 
-    def whiten(self, matrix: Tensor) -> Tensor:
+    def whiten(self, matrix: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Lᵀ · matrix, (n, k)."""
         return self.root[:, None] * matrix if self.diagonal else self.root.T @ matrix
 
-    def unwhiten(self, matrix: Tensor) -> Tensor:
+    def unwhiten(self, matrix: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """L⁻ᵀ · matrix, (n, k)."""
         if self.diagonal:
             return matrix / self.root[:, None]
         return torch.linalg.solve_triangular(self.root.T, matrix, upper=True)
 
-    def solve(self, matrix: Tensor) -> Tensor:
+    def solve(self, matrix: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """moment⁻¹ · matrix, (n, k)."""
         return matrix / self.moment[:, None] if self.diagonal else torch.cholesky_solve(matrix, self.root)
 
     def part(self, start: int, stop: int) -> Side:
-        """The same moment on a range of coordinates."""
+        """The side for the coordinates [start, stop): the diagonal block of the moment. It is not damped again."""
         side = Side.__new__(Side)
         side.moment = self.moment[start:stop] if self.diagonal else self.moment[start:stop, start:stop]
         side.diagonal = self.diagonal
@@ -68,71 +72,81 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A site with its weight (out, in), float64, and the two sides of its metric.
+    """A site with its weight (out, in), float64, and its metric, which gives the damage of every change of the weight.
 
-    ``rows`` per example; ``mean`` E[x] (in,) where the site's bias absorbs changes of the mean.
+    ``left`` (outputs) and ``right`` (inputs) are the damped moments. ``rows`` is N in the damage: the mean number of input
+    vectors (tokens) that the site processes per example. It does not count rows of the weight; ``segment`` selects such rows.
+    ``rows`` is 0 if the site has no gradient. ``mean`` (in,) is the mean input E[x] if the site has a bias that can compensate
+    a change of the mean output, otherwise None.
     """
 
     site: Site
-    weight: Tensor
+    weight: Float[Tensor, "out in"]
     left: Side
     right: Side
     rows: float
-    mean: Tensor | None = None
+    mean: Float[Tensor, " in"] | None = None
 
     @property
     def has_gradient(self) -> bool:
+        """Whether the objective depends on this site."""
         return self.rows > 0
 
     @cached_property
-    def left_whitened(self) -> Tensor:
-        """L_leftᵀ W, (out, in): every group that the site may join asks for it."""
+    def left_whitened(self) -> Float[Tensor, "out in"]:
+        """L_leftᵀ W, (out, in). Every group that the site may join needs this product, so it is cached."""
         return self.left.whiten(self.weight)
 
     @cached_property
-    def normal_rhs(self) -> Tensor:
-        """left · W · right, (out, in): what the equations for a shared matrix are made of."""
+    def normal_rhs(self) -> Float[Tensor, "out in"]:
+        """left · W · right, (out, in): the right-hand side of the normal equations for a shared matrix."""
         return self.right.times(self.left.times(self.weight).T).T
 
-    def whitened(self, matrix: Tensor | None = None) -> Tensor:
-        """L_leftᵀ M L_right of a matrix (out, in), by default of the weight."""
+    def whitened(self, matrix: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
+        """L_leftᵀ M L_right, (out, in), for a matrix M (out, in), by default the weight."""
         return self.right.whiten((self.left_whitened if matrix is None else self.left.whiten(matrix)).T).T
 
     @cached_property
-    def squared_norm(self) -> Tensor:
-        """Squared norm of the whitened weight: what is lost, but for ½ · rows, where nothing is left of it."""
+    def squared_norm(self) -> Float[Tensor, ""]:
+        """The sum of the squared entries of the whitened weight, a scalar.
+
+        ½ · ``rows`` · ``squared_norm`` is the damage (nats per example) of replacing the whole weight by zeros.
+        """
         return self.whitened().square().sum()
 
-    def damage(self, change: Tensor) -> float:
-        """Nats per example for W + change."""
+    def damage(self, change: Float[Tensor, "out in"]) -> float:
+        """The damage, in nats per example, if the weight becomes W + change; ``change`` is (out, in)."""
         return 0.5 * self.rows * float(self.whitened(change).square().sum())
 
     @cached_property
     def transposed(self) -> Measured:
-        """The same site read the other way round, so that input-side code serves the output side too."""
+        """The site with the transposed weight (in, out) and swapped sides, so that code for inputs also serves outputs."""
         return Measured(self.site, self.weight.T, self.right, self.left, self.rows)
 
     def segment(self, start: int, stop: int) -> Measured:
-        """The rows [start, stop) alone (their coupling through ``left`` to other rows is left out)."""
+        """The site with only the rows [start, stop) of its weight. Products with other rows in ``left`` are ignored."""
         return Measured(self.site, self.weight[start:stop], self.left.part(start, stop), self.right, self.rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """The metric of one site: ``Measured`` without the weight."""
+    """The metric of one site: the fields of ``Measured`` without the weight."""
 
     left: Side
     right: Side
     rows: float
-    mean: Tensor | None = None
+    mean: Float[Tensor, " in"] | None = None
 
-    def of(self, site: Site, weight: Tensor) -> Measured:
-        """A weight (out, in), float64, in this metric."""
+    def of(self, site: Site, weight: Float[Tensor, "out in"]) -> Measured:
+        """``Measured`` for a weight (out, in), float64, in this metric."""
         return Measured(site, weight, self.left, self.right, self.rows, self.mean)
 
 
 def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict[str, Measured]:
-    """Every site of a model in its metric, on its GPU if it has one; without a profile, in the plain Frobenius metric."""
+    """``Measured`` for every site of a model, by site name. Without a profile the metric is the plain Frobenius norm.
+
+    The tensors of a site are on the GPU of its weight, or on the CPU if the weight is not on a GPU.
+    """
     measured = {}
     for site in anatomy.sites:
         weight = weight64(model, site)
@@ -140,37 +154,38 @@ def measure(model: nn.Module, anatomy: Anatomy, profile: Profile | None) -> dict
     return measured
 
 
-def weight64(model: nn.Module, site: Site) -> Tensor:
-    """The weight of a site (out, in), float64, on its GPU or on the CPU: other accelerators have no float64."""
+def weight64(model: nn.Module, site: Site) -> Float[Tensor, "out in"]:
+    """The weight (out, in) of a site in float64: on its GPU, otherwise on the CPU, because other accelerators lack float64."""
     weight = weight_at(model, site).detach()
     return weight.to(weight.device if weight.is_cuda else "cpu", torch.float64)
 
 
-def metric_of(site: Site, profile: Profile | None, weight: Tensor) -> Metric:
-    """The metric of a site by its profile, on the device of ``weight``; plain Frobenius without a profile."""
-    known = profile.sites[site.name] if profile else plain_statistics(site)
-    if profile and site.kind == "embedding" and known.has_gradient:
-        known = replace(known, left=smooth_frequencies(known.left))
-    return _metric(site, weight, known)
+def metric_of(site: Site, profile: Profile | None, weight: Float[Tensor, "out in"]) -> Metric:
+    """The metric of a site from its profile, on the device of ``weight``. Without a profile it is the plain Frobenius norm."""
+    statistics = profile.sites[site.name] if profile else plain_statistics(site)
+    if profile and site.kind == "embedding" and statistics.has_gradient:
+        statistics = replace(statistics, left=smooth_frequencies(statistics.left))
+    return _metric(site, weight, statistics)
 
 
-def measured_site(site: Site, weight: Tensor, known: SiteStatistics) -> Measured:
-    """A site's weight (out, in), float64, in the metric of its statistics, on the device of the weight."""
+def measured_site(site: Site, weight: Float[Tensor, "out in"], known: SiteStatistics) -> Measured:
+    """``Measured`` for a weight (out, in), float64, in the metric of the statistics ``known``, on the device of the weight."""
     return _metric(site, weight, known).of(site, weight)
 
 
-def _metric(site: Site, weight: Tensor, known: SiteStatistics) -> Metric:
-    left = Side(known.left.to(weight), OUTPUT_DAMPING if site.kind == "linear" else DAMPING)
-    mean = None if known.mean is None else known.mean.to(weight)
-    return Metric(left, Side(known.right.to(weight)), known.rows, mean)
+def _metric(site: Site, weight: Tensor, statistics: SiteStatistics) -> Metric:
+    left = Side(statistics.left.to(weight), OUTPUT_DAMPING if site.kind == "linear" else DAMPING)
+    mean = None if statistics.mean is None else statistics.mean.to(weight)
+    return Metric(left, Side(statistics.right.to(weight)), statistics.rows, mean)
 
 
-def smooth_frequencies(counts: Tensor, window: int = 255) -> Tensor:
-    """Token frequencies for text other than the calibration text: (V,) → (V,), summing to 1.
+def smooth_frequencies(counts: Float[Tensor, " tokens"], window: int = 255) -> Float[Tensor, " tokens"]:
+    """Estimate token frequencies outside the calibration text from its counts: (V,) → (V,), with sum 1.
 
-    A mixture of what was seen (a fifth), of what was seen around the token's number (three fifths; vocabularies are built
-    in order of frequency, so neighbours are about as frequent; capped at the 98th percentile, so that one word of the
-    calibration domain does not lift its neighbours), and of all tokens alike (a fifth), which no token falls below.
+    The estimate is a mixture of three distributions. One fifth is the distribution of the calibration text. Three fifths are
+    the mean over ``window`` neighbouring token numbers, because vocabularies are built in order of frequency and neighbours are
+    about equally frequent; this mean caps frequencies at the 98th percentile, so that one frequent word of the calibration
+    domain does not raise its neighbours. One fifth is uniform, so that no token has frequency 0.
     """
     seen = counts / counts.sum()
     cap = float(torch.quantile(seen[seen > 0], 0.98)) if len(seen) > window else float(seen.max())
@@ -179,16 +194,16 @@ def smooth_frequencies(counts: Tensor, window: int = 255) -> Tensor:
 
 
 def plain_statistics(site: Site) -> SiteStatistics:
-    """Identity moments: damage is half the squared Frobenius norm."""
+    """Statistics with identity moments and one row per example: the damage is then half the squared Frobenius norm."""
     return SiteStatistics(torch.ones(site.out_features).double(), torch.ones(site.in_features).double(), 1.0)
 
 
-def eigenvectors(whitened: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values and left singular vectors of a matrix with at most as many rows as columns, largest first."""
+def eigenvectors(whitened: Float[Tensor, "n m"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """The squared singular values (n,) and left singular vectors (n, n) of a matrix (n, m), n ≤ m, largest first."""
     values, vectors = torch.linalg.eigh(whitened @ whitened.T)
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
-def tails(values: Tensor) -> Tensor:
-    """Sum of what is left after the first r of n squared singular values, r = 0 … n: (n + 1,)."""
+def tails(values: Float[Tensor, " n"]) -> Float[Tensor, " n_plus_1"]:
+    """The sum of all but the first r values, for r = 0 … n: (n,) → (n + 1,)."""
     return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])

@@ -8,10 +8,11 @@ from hpr.anatomy.model import Site
 
 
 def group_name(sites: Sequence[Site]) -> str:
-    """``encoder.0-2.mlp.up`` for a run of one slot, ``encoder.0-1+4.mlp.up`` for several; other site names are joined.
+    """The name of a group of sites, from which the names of its shared factors are made.
 
-    Several slots stand beside each other: ``encoder.0-1.fc1+decoder.2-2.fc1``. The experts of one layer are named by their
-    numbers instead: ``decoder.0.mlp.experts.down_proj.0-7``.
+    One slot in neighbouring layers: ``encoder.0-2.mlp.up``. One slot in other layers: ``encoder.0-1+4.mlp.up``. Several slots:
+    ``encoder.0-1.fc1+decoder.2-2.fc1``. Experts of one layer: ``decoder.0.mlp.experts.down_proj.0-7``. The names of all other
+    sites are joined with ``+``.
     """
     first = sites[0]
     alike = all((site.stack, site.slot) == (first.stack, first.slot) for site in sites)
@@ -29,7 +30,7 @@ def group_name(sites: Sequence[Site]) -> str:
 
 
 def _runs(numbers: Sequence[int]) -> str:
-    """``0-2+5``: numbers in order, neighbours as runs. One alone is 3-3, so that no factor has the name of a site."""
+    """Write sorted numbers as runs, such as ``0-2+5``. A single number 3 becomes ``3-3``, which no site name contains."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

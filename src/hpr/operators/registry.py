@@ -23,5 +23,5 @@ OPERATORS: dict[str, Operator] = {
 
 
 def plannable() -> tuple[str, ...]:
-    """Names of the operators that the planner may choose and a user may name."""
+    """The names of the operators that the planner may choose. Users may pass these names to the planner."""
     return tuple(name for name, operator in OPERATORS.items() if not operator.needs_layer_state)

@@ -1,7 +1,7 @@
-"""Segments: the rows of an embedding table in contiguous runs, each low rank with a rank of its own, or kept.
+"""The operator "segments": it cuts an embedding table into runs of rows. Each run is low rank with its own rank, or kept.
 
-Vocabularies are built in order of frequency, so a run of rows is a run of about equally frequent tokens; GroupReduce (Chen et
-al. 2018) clusters rows by frequency for the same reason. Where to cut is decided like where to cut a stack of layers.
+Vocabularies are built in order of frequency, so a run of rows holds tokens of similar frequency. GroupReduce (Chen et al. 2018)
+clusters rows by frequency for the same reason. The solver chooses the cuts with the same search as for a stack of layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHORTEST = 16
 
 
 def track(one: Measured) -> Track:
-    """A track whose positions are blocks of rows: low rank over any run of blocks, each block may also be kept."""
+    """A track whose positions are blocks of rows. Candidates: low rank for every run of blocks, and keep for every block."""
     bounds = row_bounds(one.site.out_features)
     columns = one.site.in_features
     whitened = one.right.whiten(one.weight.T).T
@@ -48,7 +48,7 @@ def track(one: Measured) -> Track:
 
 
 def row_bounds(rows: int) -> list[int]:
-    """Cuts at about rows / √2ᵏ, down to a 128th: 0 < … < rows."""
+    """The row numbers at which a table may be cut: 0, about rows / √2ᵏ down to rows / 128, and ``rows``, ascending."""
     cuts = [rows]
     while cuts[-1] / 2**0.5 > max(_SHORTEST, rows / 128):
         cuts.append(int(cuts[-1] / 2**0.5))
@@ -56,7 +56,10 @@ def row_bounds(rows: int) -> list[int]:
 
 
 def merge(site: Site, chosen: Sequence[tuple[RowRange, tuple[int, ...]]]) -> tuple[Term, ...]:
-    """Terms for the chosen runs, (rows, ranks) each; ranks () is a kept run. Neighbouring kept runs become one."""
+    """The terms for the chosen runs, given as (rows, ranks) pairs.
+
+    A run with ranks () is kept, and neighbouring kept runs become one term. Returns no terms if the whole table is kept.
+    """
     runs: list[tuple[int, int, tuple[int, ...]]] = []
     for (start, stop), ranks in sorted(chosen):
         if runs and not ranks and not runs[-1][2] and runs[-1][1] == start:
@@ -73,26 +76,26 @@ def merge(site: Site, chosen: Sequence[tuple[RowRange, tuple[int, ...]]]) -> tup
 
 
 def fit(group: Sequence[Measured], terms: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
-    """Each run on its own."""
-    one = only_site(group)
+    """The factors of each run, fitted separately: (rows, in) for a kept run, U (rows, rank) and V (rank, in) for others."""
+    member = only_site(group)
     values: dict[str, Tensor] = {}
-    for term in terms[one.site.name]:
-        start, stop = term.rows or (0, one.site.out_features)
+    for term in terms[member.site.name]:
+        start, stop = term.rows or (0, member.site.out_features)
         if term.v is None:
-            values[term.u] = one.weight[start:stop]
+            values[term.u] = member.weight[start:stop]
         else:
             u_name, v_name, rank = low_rank_factors(term)
-            values[u_name], values[v_name] = truncate(one.segment(start, stop), rank)
+            values[u_name], values[v_name] = truncate(member.segment(start, stop), rank)
     return values
 
 
-def _curve(one: Measured, start: int, stop: int, gram: Tensor) -> Candidate:
-    rows, columns = stop - start, one.site.in_features
+def _curve(member: Measured, start: int, stop: int, gram: Tensor) -> Candidate:
+    rows, columns = stop - start, member.site.in_features
     ranks = np.arange(1, min(rows, columns))
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-    damages = (0.5 * one.rows * tails(values)).cpu().numpy()[ranks]
+    damages = (0.5 * member.rows * tails(values)).cpu().numpy()[ranks]
     costs = rank_costs((rows, columns), ranks)
-    return Candidate(NAME, (one.site.name,), rank_choices(ranks), costs, damages, rows=(start, stop))
+    return Candidate(NAME, (member.site.name,), rank_choices(ranks), costs, damages, rows=(start, stop))
 
 
 OPERATOR = Operator(NAME, fit, rows=RowRuns(track, merge))

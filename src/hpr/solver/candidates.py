@@ -17,16 +17,24 @@ from hpr.errors import BudgetError, HprError
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One operator on one group of sites. Entry k of ``choices``, ``parameters`` and ``damages`` is one choice of ranks.
+    """One operator on one group of sites, with its curve. Point k of the curve is one choice of ranks.
 
-    ``choices[k]`` holds the ranks (``()`` for operators without one), ``parameters[k]`` (int64) the number of parameters that
-    it stores and ``damages[k]`` (float64) its predicted damage in nats per example. The curve need be neither sorted nor
-    convex. Raises ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not
-    finite. ``rows`` is the run [start, stop) of rows that the candidate covers, None for whole sites.
+    ``choices[k]`` holds the ranks of point k (``()`` for an operator without ranks), ``parameters[k]`` (int64) the number of
+    parameters that it stores, and ``damages[k]`` (float64) its predicted damage in nats per example. The curve need not be
+    sorted or convex. ``rows`` is the range [start, stop) of weight rows that the candidate covers, or None if it covers whole
+    sites. Raises ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not
+    finite.
 
-    A *composite* (see ``composite``) has several groups: ``partition`` holds the group of each position, ``parts`` the
-    candidates of each group. ``picks[k]`` says what point k takes for each group: the number of one of its candidates, and
-    the number of a point on that candidate's curve. The ranks are those of these points; ``choices[k]`` is ``()``.
+    A *composite* stores several groups of sites at once; ``composite.compose`` makes it. ``partition`` holds the group of each
+    position and ``parts[g]`` the candidates for group g. ``picks[k][g]`` is the pair (candidate, point): point k of the
+    composite uses candidate number ``candidate`` of ``parts[g]`` at point number ``point`` of its curve. The ranks are in these
+    candidates, so ``choices[k]`` is ``()``.
+
+    Example of a composite: positions 0 and 2 are group 0 and position 1 is group 1, so ``partition`` is (0, 1, 0). Group 0 has
+    one candidate with the point (100 parameters, 0.3 nats). Group 1 has one candidate with the points (20, 0.2) and (40, 0.1).
+
+    - Point 0 is (120, 0.5), and ``picks[0]`` is ((0, 0), (0, 0)): the first point of both candidates.
+    - Point 1 is (140, 0.4), and ``picks[1]`` is ((0, 0), (0, 1)): the first point of group 0, the second point of group 1.
 
     >>> Candidate("low rank", ("encoder.0.dense",), ((8,), (16,)), [6144, 12288], [0.2, 0.05])
     """

@@ -38,10 +38,18 @@ class Hull(NamedTuple):
 
 
 def compose(operator: str, partition: Sequence[int], parts: Sequence[tuple[Candidate, ...]]) -> Candidate:
-    """A composite for an interval of ``len(partition)`` positions.
+    """A composite candidate for an interval of ``len(partition)`` positions (see ``Candidate``).
 
-    ``partition``: the group of each position, from 0; ``parts[g]``: the candidates for group g, possibly composites.
-    ``operator`` names the grouping. The curve has the vertices of the hull, thinned evenly to at most ``POINTS``.
+    ``operator``: the name of the grouping. ``partition``: the group of each position, from 0. ``parts[g]``: the candidates for
+    group g, which may be composites. The curve has the vertices of the lower convex hull, thinned evenly to at most ``POINTS``.
+
+    >>> tie = Candidate("tie", ("s.0", "s.2"), ((),), [100], [0.3])
+    >>> low_rank = Candidate("low rank", ("s.1",), ((2,), (4,)), [20, 40], [0.2, 0.1])
+    >>> cycle = compose("cycle", (0, 1, 0), ((tie,), (low_rank,)))
+    >>> cycle.parameters.tolist(), cycle.damages.tolist()
+    ([120, 140], [0.5, 0.4])
+    >>> cycle.picks
+    (((0, 0), (0, 0)), ((0, 0), (0, 1)))
     """
     hulls = [hull(options) for options in parts]
     rates = np.concatenate([group.rates for group in hulls])

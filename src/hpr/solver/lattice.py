@@ -1,7 +1,8 @@
-"""The paths over a track: the cheapest one (semi-Markov Viterbi) and all of them in order of cost (lazy K-best).
+"""Find the cheapest path over a track (semi-Markov Viterbi), or list all paths in order of cost (lazy K-best).
 
-The lattice has a node for each cut of the track, 0 to ``length``, and an arc [start, stop) for each interval with candidates. A
-path from 0 to ``length`` covers every position once; with one candidate per arc it is a structure.
+The lattice of a track has the nodes 0 to ``length``, one before, between and after the positions, and an arc [start, stop) for
+each interval that has candidates. A path from 0 to ``length`` covers every position once. A *structure* is a path together with
+one candidate for each of its arcs.
 """
 
 from __future__ import annotations
@@ -22,22 +23,25 @@ Stream = Iterator[tuple[float, Structure]]  # (cost, structure), cheapest first
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """Least costs of a table's points, arcs and paths at one multiplier.
+    """The least costs of the points, arcs and paths of a table for one Lagrange multiplier.
 
-    Costs are complex because numpy orders complex numbers lexicographically: the real part is minimised, the imaginary part
-    (parameters, or damage if only parameters count) breaks ties exactly, so that no epsilon has to be chosen.
+    A cost is a complex number. Its real part is the cost to minimise; its imaginary part is a tie-breaker. The tie-breaker is
+    the number of parameters, or the damage if the real part counts parameters only. Numpy compares the real parts of complex
+    numbers first and the imaginary parts only if the real parts are equal: np.min([2+9j, 2+5j, 3+0j]) is 2+5j. Of two solutions
+    with equal cost the search therefore returns the one with the smaller tie-breaker, and no tolerance has to be chosen.
     """
 
     table: Table
     points: np.ndarray  # (points,)
-    arcs: np.ndarray  # (length + 1, length + 1): the cheapest candidate of [i, j), infinite if there is none
-    paths: np.ndarray  # (length + 1,): the cheapest path over the first j positions
+    arcs: np.ndarray  # (length + 1, length + 1): the least cost of [i, j), infinite without candidates
+    paths: np.ndarray  # (length + 1,): the least cost of a path over the first j positions
 
 
 def least_costs(table: Table, damage_weight: float, parameter_weight: float) -> Costs:
-    """Minimise ``damage_weight · damage + parameter_weight · parameters`` over the paths of a table.
+    """The least costs damage_weight · damage + parameter_weight · parameters over all paths of a table.
 
-    The semi-Markov (segmental) Viterbi recursion, Sarawagi & Cohen 2004. Raises ``HprError`` if no path covers the track.
+    The recursion is the semi-Markov (segmental) Viterbi algorithm (Sarawagi & Cohen 2004). Raises ``HprError`` if no path
+    covers the track.
     """
     tie_breaker = table.parameters if damage_weight else table.damages
     points = (damage_weight * table.damages + parameter_weight * table.parameters) + 1j * tie_breaker
@@ -54,7 +58,7 @@ def least_costs(table: Table, damage_weight: float, parameter_weight: float) -> 
 
 
 def trace(costs: Costs) -> list[tuple[Table, int]]:
-    """The points (table, number of the point) of a cheapest path, from the last to the first."""
+    """The points of a cheapest path as (table, number of the point), from the last arc to the first."""
     table, path, stop = costs.table, [], costs.table.track.length
     while stop > 0:
         start = int((costs.paths[:stop] + costs.arcs[:stop, stop]).argmin())
@@ -66,7 +70,7 @@ def trace(costs: Costs) -> list[tuple[Table, int]]:
 
 
 def uncovered(track: Track, reached: np.ndarray) -> HprError:
-    """The error for a track that no path covers; ``reached`` (length + 1,) says which cuts a path reaches."""
+    """The error for a track that no path covers. ``reached`` (length + 1,): whether a path from node 0 reaches each node."""
     position = int(np.flatnonzero(reached)[-1])
     return HprError(
         f"track {track.name!r}: no candidates cover position {position} after a full cover of those before it: add a keep"
@@ -74,7 +78,7 @@ def uncovered(track: Track, reached: np.ndarray) -> HprError:
 
 
 class _Lazy:
-    """A stream that remembers what it gave, so that many readers share it."""
+    """A stream that stores the items it has produced, so that several readers can share it."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -96,15 +100,16 @@ class _Lazy:
 
 
 def structures(tracks: Sequence[Costs]) -> Stream:
-    """Structures of all tracks together, cheapest first: segmentation and operators, at the best ranks for these costs.
+    """Yield the structures of all tracks together as (cost, structure), cheapest first.
 
-    Lazy K-best (Huang & Chiang 2005, algorithm 3): the exact least costs say when a path is worth opening at all.
+    A structure fixes the intervals and their candidates. Its cost is that of the best ranks for these costs. The algorithm is
+    lazy K-best (Huang & Chiang 2005, algorithm 3): it opens the stream of an arc only when the least cost of that arc is next.
     """
     return _all_of([_paths(costs) for costs in tracks])
 
 
 def _paths(costs: Costs) -> _Lazy:
-    """All paths over a track, cheapest first; the streams for its prefixes are shared."""
+    """All structures of a track, cheapest first. Longer prefixes of the track read the streams of shorter ones."""
     prefixes = [_Lazy(iter([(0.0, ())]))]
     for stop in range(1, costs.table.track.length + 1):
         prefixes.append(_Lazy(_merge(_last_arcs(costs, prefixes, stop))))
@@ -112,7 +117,7 @@ def _paths(costs: Costs) -> _Lazy:
 
 
 def _last_arcs(costs: Costs, prefixes: Sequence[_Lazy], stop: int) -> Iterator[tuple[float, Callable[[], Stream]]]:
-    """(least cost, how to open the stream) of the paths over the first ``stop`` positions, by their last arc."""
+    """For each last arc of the paths over the first ``stop`` positions: its least cost and a function that opens its stream."""
 
     def open_stream(start: int) -> Stream:
         return _sums(prefixes[start], _Lazy(_candidates(costs, start, stop)))
@@ -133,7 +138,7 @@ def _candidates(costs: Costs, start: int, stop: int) -> Stream:
 
 
 def _merge(sources: Iterator[tuple[float, Callable[[], Stream]]]) -> Stream:
-    """The union of streams in order of cost; a stream stays closed until its least cost comes up."""
+    """Merge streams in order of cost. A stream is opened only when its least cost is the next to yield."""
     heap: list = [(first, number, None, opener) for number, (first, opener) in enumerate(sources)]
     heapq.heapify(heap)
     while heap:
@@ -146,7 +151,10 @@ def _merge(sources: Iterator[tuple[float, Callable[[], Stream]]]) -> Stream:
 
 
 def _sums(left: _Lazy, right: _Lazy) -> Stream:
-    """All pairs in order of cost: each pair (l, r) is reached from (l, r - 1), or from (l - 1, 0) if r is 0."""
+    """All pairs (item of ``left``, item of ``right``) in order of total cost.
+
+    Pair (l, r) enters the heap after (l, r - 1), or after (l - 1, 0) if r is 0. Each pair thus enters once.
+    """
     heap: list = []
 
     def push(l_number: int, r_number: int) -> None:
@@ -163,7 +171,7 @@ def _sums(left: _Lazy, right: _Lazy) -> Stream:
 
 
 def _all_of(parts: Sequence[_Lazy]) -> Stream:
-    """One structure of every part, in order of total cost; by halves, so that the recursion stays shallow."""
+    """Combine one structure of every part, in order of total cost. Halving the parts limits the recursion depth."""
     if len(parts) == 1:
         return iter(parts[0])
     half = len(parts) // 2
