@@ -40,9 +40,9 @@ class Fits:
     Without a profile the metric is the plain Frobenius norm. Give the same ``Fits`` to ``draft``, ``share`` and ``refit`` to
     measure a model once for several plans. The weights of ``model`` must not change in the meantime.
 
-    The cache holds, in float64: the damped moments and their roots, (out, out) and (in, in), of every measured site; the
-    factors of every distinct group; and one aligned copy of the model per alignment. It does not hold the float64 weights that
-    ``measured`` returns. Raises ``HprError`` if the profile belongs to another model.
+    The cache holds the damped moments and their roots, (out, out) and (in, in), of every measured site, and the factors of
+    every distinct group, all in float64. It also holds one aligned copy of the model per alignment, in the model's own type. It
+    does not hold the float64 weights that ``measured`` returns. Raises ``HprError`` if the profile belongs to another model.
 
     >>> fits = Fits(model, profile)  # doctest: +SKIP
     >>> students = [share(model, plan, fits=fits) for plan in plans]  # doctest: +SKIP
