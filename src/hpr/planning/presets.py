@@ -15,7 +15,7 @@ from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site, Stack
 from hpr.anatomy.swappable import not_swappable
-from hpr.errors import HprError
+from hpr.errors import PlanError
 from hpr.operators import tie
 from hpr.operators.fitting import Fitted
 from hpr.planning.rows import rows
@@ -31,7 +31,7 @@ class Preset:
     ``number`` is that of the groups, or for ``adjacent`` that of the layers in each. ``only`` is a shell pattern of site names
     (``encoder.*``, several separated by commas); all other sites stay as they are. ``spanning``: the layers of an encoder and,
     after them, those of its decoder are one sequence (Tied Transformers, Xia et al. 2019): what both have, self-attention and
-    feed-forward, is shared between them. Raises ``HprError`` where the name is unknown or the number is no whole number from
+    feed-forward, is shared between them. Raises ``PlanError`` where the name is unknown or the number is no whole number from
     the least that the rule can do with.
     """
 
@@ -42,10 +42,10 @@ class Preset:
 
     def __post_init__(self) -> None:
         if self.name not in _RULES:
-            raise HprError(f"no preset {self.name!r}; there are {', '.join(_RULES)}")
+            raise PlanError(f"no preset {self.name!r}; there are {', '.join(_RULES)}: use one of these")
         least = _LEAST.get(self.name, 1)
         if type(self.number) is not int or self.number < least:
-            raise HprError(f"{self}: {self.number!r} is not a whole number from {least} up: give {least} or more")
+            raise PlanError(f"{self}: {self.number!r} is not a whole number from {least} up: give {least} or more")
 
     def __str__(self) -> str:
         more = ", spanning=True" if self.spanning else ""
@@ -55,12 +55,12 @@ class Preset:
         """Group number of every layer of a stack, in layer order: (layers,).
 
         Groups are numbered from 0 in order of their first layer, so layer 0 is in group 0 and no number is left out. Raises
-        ``HprError`` for a number of layers that is no whole number from 1 up, or is too small for the rule.
+        ``PlanError`` for a number of layers that is no whole number from 1 up, or is too small for the rule.
         """
         if type(layers) is not int or layers < 1:
-            raise HprError(f"{self}: {layers!r} is not a number of layers: give a whole number from 1 up")
+            raise PlanError(f"{self}: {layers!r} is not a number of layers: give a whole number from 1 up")
         if self.number > layers:
-            raise HprError(f"{self} needs {self.number} layers or more, the stack has {layers}: take {layers} or less")
+            raise PlanError(f"{self} needs {self.number} layers or more, the stack has {layers}: give {layers} or less")
         return _RULES[self.name](layers, self.number)
 
     def plan(self, model: nn.Module) -> Plan:
@@ -68,7 +68,7 @@ class Preset:
 
         Kept are embeddings, sites outside the stacks and outside ``only``, sites that cannot be shared, and those alone in
         their group. An expert is tied to those of its number in other layers. Where a slot has several shapes, each shape has
-        groups of its own. The budget is exactly what the plan needs. Raises ``HprError`` where there is nothing to share, or
+        groups of its own. The budget is exactly what the plan needs. Raises ``PlanError`` where there is nothing to share, or
         a stack has fewer layers than the preset needs.
         """
         anatomy = describe(model)
@@ -96,11 +96,11 @@ class Preset:
         return Fitted(factors, {})
 
     def _free(self, model: nn.Module, anatomy: Anatomy) -> set[Site]:
-        """Sites that may be tied. Raises ``HprError`` where there are none."""
+        """Sites that may be tied. Raises ``PlanError`` where there are none."""
         deep = {stack.name for stack in anatomy.stacks if stack.layers > 1}
         if not deep:
             found = ", ".join(f"{stack.name} with {stack.layers}" for stack in anatomy.stacks) or "none"
-            raise HprError(
+            raise PlanError(
                 f"{self} needs a stack of 2 layers or more to share between, {anatomy.model_class} has {found}: "
                 f"build the model with more layers"
             )
@@ -109,7 +109,9 @@ class Preset:
         free = {site for site in inside if site.name not in bound}
         if not free:
             why = next((bound[site.name] for site in inside), "those are embeddings or outside the stacks")
-            raise HprError(f"{self} with only={self.only!r} finds no site that layers could share ({why}): name others")
+            raise PlanError(
+                f"{self} with only={self.only!r} finds no site that layers could share ({why}): name other sites with only="
+            )
         return free
 
     def _by_stack(self, anatomy: Anatomy, free: set[Site]) -> list[list[Site]]:
@@ -126,10 +128,10 @@ class Preset:
         return found
 
     def _spanning(self, model: nn.Module, anatomy: Anatomy, free: set[Site]) -> list[list[Site]]:
-        """The groups of every row of counterparts. Raises ``HprError`` for a model that is no encoder–decoder."""
+        """The groups of every row of counterparts. Raises ``PlanError`` for a model that is no encoder–decoder."""
         every = [row for row in rows(model, anatomy, {site.name for site in free}) if row.sites[0].expert is None]
         if not any(len(row.spans) > 1 for row in every):
-            raise HprError(f"{self} needs an encoder and a decoder with slots in common: leave spanning out")
+            raise PlanError(f"{self} needs an encoder and a decoder with slots in common: leave spanning out")
         found: list[list[Site]] = []
         for row in every:
             groups: dict[int, list[Site]] = {}
@@ -142,8 +144,8 @@ class Preset:
     def _assigned(self, stack: Stack) -> tuple[int, ...]:
         try:
             return self.assign(stack.layers)
-        except HprError as error:
-            raise HprError(f"{stack.name}: {error}, or leave this stack out with only=") from error
+        except PlanError as error:
+            raise PlanError(f"{stack.name}: {error}, or leave this stack out with only=") from error
 
 
 def sequence(groups: int, only: str | None = None, spanning: bool = False) -> Preset:

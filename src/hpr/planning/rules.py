@@ -19,7 +19,7 @@ from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site, Stack
 from hpr.anatomy.swappable import not_swappable
-from hpr.errors import HprError, PlanError
+from hpr.errors import PlanError
 from hpr.operators import naming, tie
 from hpr.operators.fitting import Fitted
 from hpr.plans.budget import Budget
@@ -71,7 +71,7 @@ class ByRule:
                 factors.setdefault(term.u, weight_at(model, site).detach()[start:stop])
         needed = {name for entry in plan.entries.values() for name in factors_of(entry.terms)}
         if set(factors) != needed:
-            raise PlanError(f"the plan needs factors that rules do not give: {sorted(needed - set(factors))}. Use ByRule.plan")
+            raise PlanError(f"the plan needs factors that rules do not give: {sorted(needed - set(factors))}: use ByRule.plan")
         return Fitted(factors, {})
 
 
@@ -164,30 +164,32 @@ def replication(rules: Rules, model: nn.Module, anatomy: Anatomy) -> Replication
     ``hidden_states``: False, own parameters; True or ``"share"``, computed with the parameters of the layer below;
     ``"copy"``, the hidden states themselves are copied and the layer is skipped. ``attention_weights``: False, own; True, those
     of the layer below. Layer 0 has nothing below, so any value there means own. Rules for an encoder or a decoder that the
-    model lacks are noted as without effect. Raises ``HprError`` for stacks that no model has, unknown rules, lists that
+    model lacks are noted as without effect. Raises ``PlanError`` for stacks that no model has, unknown rules, lists that
     are empty or longer than the stack, and values that mean nothing.
     """
     if not isinstance(rules, Mapping):
-        raise HprError(f"replication_rules is a {type(rules).__name__}: give a dictionary such as {{'encoder': {{...}}}}")
+        raise PlanError(f"replication_rules is a {type(rules).__name__}: give a dictionary such as {{'encoder': {{...}}}}")
     stacks = stacks_by_role(model, anatomy)
     found = Replication()
     taken: dict[str, str] = {}
     for name, own in rules.items():
         if name not in stacks and name not in ROLES:
-            there = ", ".join(repr(one) for one in dict.fromkeys((*ROLES, *stacks)))
-            raise HprError(f"replication_rules names a stack {name!r}; {anatomy.model_class} knows {there}: correct the name")
+            names = ", ".join(repr(role) for role in dict.fromkeys((*ROLES, *stacks)))
+            raise PlanError(f"replication_rules names a stack {name!r}; {anatomy.model_class} has {names}: use one of these")
         if not isinstance(own, Mapping):
             form = f"{{{HIDDEN!r}: [...], {ATTENTION!r}: [...]}}"
-            raise HprError(f"the rules of {name!r} are a {type(own).__name__}: give {form}")
+            raise PlanError(f"the rules of {name!r} are a {type(own).__name__}: give {form}")
         if unknown := [key for key in own if key not in _VALUES]:
-            raise HprError(f"{name!r} has a rule {unknown[0]!r}; there are {HIDDEN!r} and {ATTENTION!r}")
+            raise PlanError(f"{name!r} has a rule {unknown[0]!r}; there are {HIDDEN!r} and {ATTENTION!r}: use one of these")
         stack = stacks.get(name)
         values = {rule: _values(name, rule, own.get(rule, (False,)), stack) for rule in _VALUES}
         if stack is None:
             found = _noted(found, f"{anatomy.model_class} has no {name}: its rules are without effect")
             continue
         if stack.path in taken:
-            raise HprError(f"{taken[stack.path]!r} and {name!r} are the same stack of {anatomy.model_class}: rule it once")
+            raise PlanError(
+                f"{taken[stack.path]!r} and {name!r} are the same stack of {anatomy.model_class}: give rules for one"
+            )
         taken[stack.path] = name
         found = _add(found, stack, values[HIDDEN], values[ATTENTION])
     return found
@@ -197,16 +199,18 @@ def _values(name: str, rule: str, given: Any, stack: Stack | None) -> list[Any]:
     """One value per layer; as given where there is no stack to fill."""
     allowed = _VALUES[rule]
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise HprError(f"{name!r}: {rule!r} is {given!r}: give a list with one value per layer")
+        raise PlanError(f"{name!r}: {rule!r} is {given!r}: give a list with one value per layer")
     if not given:
-        raise HprError(f"{name!r}: {rule!r} is empty: give at least one value, it repeats for the layers above")
+        raise PlanError(f"{name!r}: {rule!r} is empty: give at least one value, it repeats for the layers above")
     for value in given:
         if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
-            raise HprError(f"{name!r}: {value!r} means nothing for {rule!r}: give {', '.join(repr(one) for one in allowed)}")
+            raise PlanError(f"{name!r}: {value!r} means nothing for {rule!r}: give {', '.join(repr(one) for one in allowed)}")
     if stack is None:
         return list(given)
     if len(given) > stack.layers:
-        raise HprError(f"{name!r}: {rule!r} has {len(given)} values, the stack has {stack.layers} layers: leave some out")
+        raise PlanError(
+            f"{name!r}: {rule!r} has {len(given)} values, the stack has {stack.layers} layers: give {stack.layers} or less"
+        )
     return [given[layer % len(given)] for layer in range(stack.layers)]
 
 
