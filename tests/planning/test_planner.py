@@ -199,6 +199,11 @@ def test_unknown_operators() -> None:
     assert known_operators(None) == set(NAMES)
 
 
+@pytest.mark.parametrize("names", [("low-rank", "tie+delta"), ["Low Rank", "tie + delta"], ("low rank", "tie  +delta")])
+def test_an_operator_has_several_spellings(names) -> None:
+    assert known_operators(PlanOptions(operators=names).operators) == {"low rank", "tie + delta"}
+
+
 def test_tracks(draft: Draft) -> None:
     stack = [track for track in draft.tracks if "·" in track.name]
     assert [track.length for track in stack] == [4] * 6

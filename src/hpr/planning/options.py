@@ -14,7 +14,8 @@ class PlanOptions:
     """Options of ``hpr.plan`` and ``hpr.compress``. Frozen; make a changed copy with ``dataclasses.replace``.
 
     ``only``: shell patterns of site names, separated by commas; other sites stay as they are, and a percentage then counts
-    the selected weights alone. ``operators``: names of the operators to consider; *keep* is always among them, None means all.
+    the selected weights alone. ``operators``: names of the operators to consider, ``low rank`` or ``low-rank``; *keep* is
+    always among them, None means all.
     ``align``: also plan with aligned layers; None means only if a look at a few layers says that it pays.
     ``longest_group``: the largest number of neighbouring layers in one group.
 

@@ -7,7 +7,7 @@ layer, or blocks of rows of an embedding table.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -84,13 +84,24 @@ def draft(model: nn.Module, profile: Profile, options: PlanOptions = DEFAULTS, *
     return Draft(anatomy, tuple(searches), fixed, bytes_per_parameter(model), options.only)
 
 
-def known_operators(names: Iterable[str] | None) -> set[str]:
-    """The operators to consider, all for None. Raises ``HprError`` for one that does not exist."""
-    there = plannable()
-    allowed = set(there if names is None else names)
-    if unknown := sorted(allowed.difference(there)):
-        raise PlanError(f"no operator {unknown[0]!r}; there are {', '.join(there)}")
-    return allowed
+def known_operators(names: Collection[str] | None) -> set[str]:
+    """The names of the operators to consider, as the registry spells them; all of them for None.
+
+    Upper case, spaces and hyphens make no difference: ``low-rank`` and ``tie+delta`` are ``low rank`` and ``tie + delta``.
+    Raises ``PlanError`` if an operator does not exist.
+    """
+    plannable_names = plannable()
+    if names is None:
+        return set(plannable_names)
+    by_spelling = {_spelling(name): name for name in plannable_names}
+    if unknown := sorted(name for name in names if _spelling(name) not in by_spelling):
+        raise PlanError(f"no operator {unknown[0]!r}; there are {', '.join(plannable_names)}: use some of these")
+    return {by_spelling[_spelling(name)] for name in names}
+
+
+def _spelling(name: str) -> str:
+    """The name of an operator in lower case and without spaces and hyphens."""
+    return "".join(name.lower().replace("-", " ").split())
 
 
 def plan(model: nn.Module, profile: Profile, budget: str = "50%", options: PlanOptions = DEFAULTS) -> Plan:
