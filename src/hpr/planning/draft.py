@@ -77,7 +77,7 @@ class Draft:
         return replace(self._with_sites({site.name for site in self.anatomy.select(only)}), only=only, reuse=None)
 
     def limit(self, budget: Budget) -> int:
-        """Parameters left for the sites that are planned. Raises ``BudgetError``, with the least budget, if they are too few."""
+        """Parameters left for the planned sites. Raises ``BudgetError``, with the least budget, if too few are left."""
         limit = budget.parameters - self.untouched
         if limit < self._smallest:
             raise BudgetError(f"a budget of {budget.text} is {budget.parameters:,} parameters, but {self._least()}")
@@ -211,7 +211,7 @@ def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:
 
 
 def _used(targets: Sequence[AlignTarget], plan: Plan, anatomy: Anatomy) -> tuple[AlignTarget, ...]:
-    """Those that serve a group of the plan: of an attention or feed-forward that shares anything all, else none."""
+    """The targets of every attention and feed-forward in which the plan shares at least one site."""
     sharing = [anatomy[name] for names in plan.groups() for name in names]
     used: set[Symmetry] = set()
     for group in symmetry_groups([target.symmetry for target in targets]):
