@@ -1,7 +1,7 @@
 """Measures every candidate group of a model, and makes a ``Draft`` of them, which proposes plans for any budget.
 
-Candidates lie on tracks. Positions on a track are layers (of one slot, or of a slot of an encoder and its counterpart in the decoder), the experts of one
-layer, or blocks of rows of an embedding table.
+Candidates lie on tracks. Positions on a track are layers (of one slot, or of a slot of an encoder and its counterpart in the
+decoder), the experts of one layer, or blocks of rows of an embedding table.
 """
 
 from __future__ import annotations
