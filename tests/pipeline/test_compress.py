@@ -134,7 +134,7 @@ def test_compress_with_routers(model, tokenizer) -> None:
     assert "routes" not in hpr.compress(loaded, "60%", TEXTS, options=options).metrics
     with pytest.raises(hpr.HprError, match=r"routers is 1.*give 2 or more"):
         hpr.PlanOptions(routers=1)
-    with pytest.raises(hpr.HprError, match="choose one"):
+    with pytest.raises(hpr.HprError, match="Set one of them"):
         hpr.PlanOptions(routers=2, reuse=True)
 
 

@@ -59,6 +59,10 @@ def least(draft: Draft) -> int:
     return draft.untouched + sum(lagrangian.smallest(track) for track in draft.tracks)
 
 
+def used(plan: Plan) -> set[str]:
+    return {entry.operator for entry in plan.entries.values()}
+
+
 def as_json(plan: Plan) -> str:
     return json.dumps(plan.to_dict(), allow_nan=False)
 
@@ -160,8 +164,7 @@ def test_operators_can_be_restricted(model, profile, draft: Draft, name: str) ->
         return
     plan = alone.best(alone.budget("90%"))
     plan.validate(draft.anatomy)
-    assert {entry.operator for entry in plan.entries.values()} <= {name, KEEP}
-    assert any(entry.operator == name for entry in plan.entries.values())
+    assert name in used(plan) <= {name, KEEP}
     for percent in ("90%", "60%"):
         try:
             single = alone.best(alone.budget(percent))
@@ -173,9 +176,9 @@ def test_operators_can_be_restricted(model, profile, draft: Draft, name: str) ->
 def test_without_an_operator(draft: Draft) -> None:
     budget = draft.budget("50%")
     best = draft.best(budget)
-    for name in sorted({entry.operator for entry in best.entries.values()} - {KEEP}):
+    for name in sorted(used(best) - {KEEP}):
         plan = draft.without(name, budget)
-        assert name not in {entry.operator for entry in plan.entries.values()}
+        assert name not in used(plan)
         assert plan.damage >= best.damage * (1 - 1e-9)
         assert plan.parameters(draft.anatomy) <= budget.parameters
         assert plan.diagnostics["label"] == f"without {name}"
@@ -197,6 +200,11 @@ def test_unknown_operators() -> None:
     with pytest.raises(hpr.HprError, match="no operator 'svd'; there are keep, low rank"):
         known_operators(["low rank", "svd"])
     assert known_operators(None) == set(NAMES)
+
+
+@pytest.mark.parametrize("names", [("low-rank", "tie+delta"), ["Low Rank", "tie + delta"], ("low rank", "tie  +delta")])
+def test_an_operator_has_several_spellings(names) -> None:
+    assert known_operators(PlanOptions(operators=names).operators) == {"low rank", "tie + delta"}
 
 
 def test_tracks(draft: Draft) -> None:
@@ -293,10 +301,18 @@ def encoder_decoder(request, build):
     return model
 
 
-def test_groups_span_encoder_and_decoder(encoder_decoder, tmp_path) -> None:
-    model = encoder_decoder
-    batches = batches_for(model)
-    profile = hpr.profile(model, batches)
+@pytest.fixture
+def batches(encoder_decoder) -> list[dict[str, torch.Tensor]]:
+    return batches_for(encoder_decoder)
+
+
+@pytest.fixture
+def encoder_decoder_profile(encoder_decoder, batches):
+    return hpr.profile(encoder_decoder, batches)
+
+
+def test_groups_span_encoder_and_decoder(encoder_decoder, batches, encoder_decoder_profile, tmp_path) -> None:
+    model, profile = encoder_decoder, encoder_decoder_profile
     draft = planner.draft(model, profile)
     kept = sum(site.parameters for site in draft.anatomy.sites if site.stack == "encoder" and site.kind == "linear")
     plan = draft.best(draft.budget(str(draft.anatomy.total_parameters - kept)))  # just what sharing all of them saves
@@ -321,9 +337,8 @@ def test_groups_span_encoder_and_decoder(encoder_decoder, tmp_path) -> None:
     assert describe(dense).total_parameters == draft.anatomy.total_parameters
 
 
-def test_an_encoder_decoders_identity_plan_and_refit(encoder_decoder) -> None:
-    model, batches = encoder_decoder, batches_for(encoder_decoder)
-    profile = hpr.profile(model, batches)
+def test_an_encoder_decoders_identity_plan_and_refit(encoder_decoder, batches, encoder_decoder_profile) -> None:
+    model, profile = encoder_decoder, encoder_decoder_profile
     draft = planner.draft(model, profile, PlanOptions(operators=["shared input basis"]))
     whole = draft.best(draft.budget("100%"))
     assert all(entry.operator == KEEP for entry in whole.entries.values())
@@ -337,8 +352,8 @@ def test_an_encoder_decoders_identity_plan_and_refit(encoder_decoder) -> None:
         assert (student(**batches[0]).logits - model(**batches[0]).logits).square().mean() < before
 
 
-def test_narrowing_an_encoder_decoder_leaves_the_other_stack(encoder_decoder) -> None:
-    profile = hpr.profile(encoder_decoder, batches_for(encoder_decoder))
+def test_narrowing_an_encoder_decoder_leaves_the_other_stack(encoder_decoder, encoder_decoder_profile) -> None:
+    profile = encoder_decoder_profile
     draft = planner.draft(encoder_decoder, profile)
     for pattern in ("encoder.*", "decoder.*"):
         narrowed, anew = draft.narrowed(pattern), planner.draft(encoder_decoder, profile, PlanOptions(only=pattern))
@@ -372,7 +387,7 @@ def test_a_planted_grouping_is_found(model, groups) -> None:
 
 def test_composites_know_which_operators_they_need(draft: Draft) -> None:
     budget = draft.budget("50%")
-    for name in sorted({entry.operator for entry in draft.best(budget).entries.values()} - {KEEP}):
+    for name in sorted(used(draft.best(budget)) - {KEEP}):
         assert name in NAMES
     alone = restrict(draft.tracks, {"shared output basis"})
     composites = [one for track in alone for one in track.candidates.get((0, 4), ()) if one.parts]

@@ -15,7 +15,7 @@ import hpr
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, weight_of
 from hpr.anatomy.swappable import not_swappable
-from hpr.errors import HprError
+from hpr.errors import HprError, PlanError
 from hpr.nn.bank import bank_of
 from hpr.operators import naming
 from hpr.planning import presets
@@ -138,34 +138,34 @@ def test_assignments_of_the_papers(preset: Preset, layers: int, groups: str) -> 
 
 @pytest.mark.parametrize("number", [0, -1, 2.0, True, "2", None])
 def test_what_is_no_number_of_groups_is_refused(number: object) -> None:
-    with pytest.raises(HprError, match="is not a whole number from 1 up"):
+    with pytest.raises(PlanError, match="is not a whole number from 1 up"):
         presets.cycle(number)  # type: ignore[arg-type]
 
 
 def test_other_wrong_arguments_are_refused() -> None:
-    with pytest.raises(HprError, match="from 3 up"):
+    with pytest.raises(PlanError, match="from 3 up"):
         presets.sandwich(2)
-    with pytest.raises(HprError, match="no preset 'spiral'; there are sequence"):
+    with pytest.raises(PlanError, match="no preset 'spiral'; there are sequence"):
         Preset("spiral", 2)
-    with pytest.raises(HprError, match=r"cycle\(groups=7\) needs 7 layers or more, the stack has 6: take 6 or less"):
+    with pytest.raises(PlanError, match=r"cycle\(groups=7\) needs 7 layers or more, the stack has 6: give 6 or less"):
         presets.cycle(7).assign(6)
-    with pytest.raises(HprError, match="0 is not a number of layers"):
+    with pytest.raises(PlanError, match="0 is not a number of layers"):
         presets.albert().assign(0)
 
 
 def test_models_that_a_preset_does_not_fit_are_refused() -> None:
-    with pytest.raises(HprError, match=r"encoder: cycle\(groups=5\) needs 5 layers or more, the stack has 4: .*only="):
+    with pytest.raises(PlanError, match=r"encoder: cycle\(groups=5\) needs 5 layers or more, the stack has 4: .*only="):
         presets.cycle(5).plan(built("t5"))
-    with pytest.raises(HprError, match="has none: build the model"):
+    with pytest.raises(PlanError, match="has none: build the model"):
         presets.albert().plan(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
-    with pytest.raises(HprError, match="has encoder with 1: build the model"):
+    with pytest.raises(PlanError, match="has encoder with 1: build the model"):
         presets.albert().plan(tf.BertModel(tf.BertConfig(**TEXT | {"num_hidden_layers": 1})))
-    with pytest.raises(HprError, match="embeddings or outside the stacks"):
+    with pytest.raises(PlanError, match="embeddings or outside the stacks"):
         presets.albert(only="*word_embeddings*").plan(built("bert"))
     with pytest.raises(HprError, match="matches no site"):
         presets.albert(only="nowhere.*").plan(built("bert"))
     torch_layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False)
-    with pytest.raises(HprError, match="reads its weight past the module"):
+    with pytest.raises(PlanError, match="reads its weight past the module"):
         presets.albert(only="*out_proj").plan(nn.ModuleDict({"body": torch_layers}))
     bert = built("bert")
     with pytest.raises(HprError, match="takes no profile"):
@@ -344,5 +344,5 @@ def test_an_encoder_and_its_decoder_as_one_sequence(groups: int, expected: str) 
 
 def test_one_stack_has_nothing_to_span() -> None:
     model = tf.BertModel(tf.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16))
-    with pytest.raises(HprError, match=r"cycle\(groups=2, spanning=True\) needs an encoder and a decoder"):
+    with pytest.raises(PlanError, match=r"cycle\(groups=2, spanning=True\) needs an encoder and a decoder"):
         presets.cycle(2, spanning=True).plan(model)

@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 from hpr.anatomy.describe import describe
-from hpr.errors import HprError
+from hpr.errors import PlanError
 from hpr.planning.rules import Replication, replication
 
 Build = Callable[..., nn.Module]
@@ -90,12 +90,12 @@ def test_stacks_are_known_by_role_and_by_name(build: Build) -> None:
     ],
 )
 def test_rules_that_mean_nothing(build: Build, rules: Any, match: str) -> None:
-    with pytest.raises(HprError, match=match):
+    with pytest.raises(PlanError, match=match):
         read(build("bert"), rules)
 
 
 def test_one_stack_is_ruled_once(build: Build) -> None:
     gpt2 = build("gpt2", tf.AutoModelForCausalLM)
     (stack,) = describe(gpt2).stacks
-    with pytest.raises(HprError, match="the same stack"):
+    with pytest.raises(PlanError, match="the same stack"):
         read(gpt2, {"decoder": {"hidden_states": [True]}, stack.name: {"hidden_states": [True]}})

@@ -69,14 +69,5 @@ def _with_share(text: str) -> tuple[str, float]:
 
 
 def operator_names(text: str | None) -> tuple[str, ...] | None:
-    """``tie+scale, low-rank`` as the names that the planner knows; what is unknown is left for it to refuse."""
-    from hpr.operators.registry import plannable
-
-    if text is None:
-        return None
-
-    def squeezed(name: str) -> str:
-        return "".join(name.lower().replace("-", " ").split())
-
-    known = {squeezed(name): name for name in plannable()}
-    return tuple(known.get(squeezed(part), part.strip()) for part in text.split(","))
+    """The names in ``tie+scale, low-rank``. The planner accepts several spellings of a name, and refuses unknown names."""
+    return None if text is None else tuple(part.strip() for part in text.split(","))

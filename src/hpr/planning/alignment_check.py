@@ -1,7 +1,8 @@
-"""Whether aligning layers pays, from a look at a few of them.
+"""Decides whether alignment of layers pays, from measurements at a few layers.
 
-Curves are the slowest part of planning, so they are not measured twice to find that out. Each attention and each feed-forward
-is looked at in one pair of layers: the least damage that any operator gives there, before and after turning them.
+Curves are the slowest part of planning, so the planner measures all of them again only if alignment promises a gain. The check
+takes one pair of layers for each attention and each feed-forward. It compares the least damage that any operator gives in this
+pair before and after alignment.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ def alignment_targets(
     operators: Set[str],
     margin: float = MARGIN,
 ) -> tuple[AlignTarget, ...]:
-    """For every attention and feed-forward the best targets, where they lower its damage by more than a share of ``margin``.
+    """The best targets of every attention and feed-forward whose damage (nats per example) they lower enough.
 
-    ``chosen``: names of the sites that are planned; ``operators``: names of those that may be used. The pair is that in the
-    middle of its stack. Damage is the least at half and at a quarter of the pair's parameters, summed over its slots.
+    ``chosen``: names of the sites that are planned. ``operators``: names of the operators that may be used. ``margin``: the
+    least relative decrease of the damage. The check measures the pair of layers in the middle of a stack. Its damage is the
+    least at half and at a quarter of the pair's parameters, summed over its slots.
     """
-    every = [operator for name, operator in OPERATORS.items() if operator.shared and name in operators]
-    tried = [operator for operator in every if operator.quick] or every
+    sharing = [operator for name, operator in OPERATORS.items() if operator.shared and name in operators]
+    tried = [operator for operator in sharing if operator.quick] or sharing
     names = [operator.name for operator in tried]
-    found: list[AlignTarget] = []
+    all_targets: list[AlignTarget] = []
     for symmetries in symmetry_groups(profile.symmetries):
         pairs = _middle_pairs(anatomy, symmetries, chosen)
         if not pairs:
@@ -57,16 +59,16 @@ def alignment_targets(
             helped = [operator.name for operator in tried if option[0].align_to in operator.helped_by] or names
             transformed = [_least([state[site.name] for site in pair], helped) for pair in pairs]
             after = _total([old | new for old, new in zip(shared, transformed, strict=True)], alone)
-            known = np.isfinite(before) & (before > 0)
-            ratio = float((after[known] / before[known]).mean()) if known.any() else 1.0
+            comparable = np.isfinite(before) & (before > 0)
+            ratio = float((after[comparable] / before[comparable]).mean()) if comparable.any() else 1.0
             if ratio < best:
                 best, targets = ratio, option
-        found += targets
-    return tuple(found)
+        all_targets += targets
+    return tuple(all_targets)
 
 
 def _middle_pairs(anatomy: Anatomy, symmetries: SymmetryGroup, chosen: Set[str]) -> list[tuple[Site, Site]]:
-    """The sites of each slot of a group in two neighbouring layers, as far as they are chosen."""
+    """The chosen sites of each slot of a group in two neighbouring layers, those nearest to the middle of the stack."""
     sites: dict[int, dict[str, Site]] = {}
     for symmetry in symmetries:
         for layer, slots in layers_of(anatomy, symmetry).items():
@@ -79,23 +81,24 @@ def _middle_pairs(anatomy: Anatomy, symmetries: SymmetryGroup, chosen: Set[str])
 
 
 def _alone(group: Sequence[Measured], operators: Set[str]) -> np.ndarray:
-    """Damage at each share if nothing is shared; no transform changes it."""
+    """Damage at each share of the parameters if nothing is shared, (shares,). Alignment does not change it."""
     if low_rank.NAME not in operators:
         return np.full(len(SHARES), np.inf)
-    return np.sum([_least([one], [low_rank.NAME])[low_rank.NAME] for one in group], axis=0)
+    return np.sum([_least([site], [low_rank.NAME])[low_rank.NAME] for site in group], axis=0)
 
 
 def _least(group: Sequence[Measured], names: Sequence[str]) -> Damages:
-    """The least damage at each share of a group's parameters, operator by operator; inf where it cannot be as small."""
-    found = {}
+    """Operator → its least damage at each share of a group's parameters, (shares,); inf if it needs more parameters."""
+    damages = {}
     for name in names:
         curve = OPERATORS[name].candidate(group)
-        limits = [share * sum(one.site.parameters for one in group) for share in SHARES]
+        limits = [share * sum(measured.site.parameters for measured in group) for share in SHARES]
         if curve is not None:
-            found[name] = np.array([curve.damages[curve.parameters <= limit].min(initial=np.inf) for limit in limits])
-    return found
+            damages[name] = np.array([curve.damages[curve.parameters <= limit].min(initial=np.inf) for limit in limits])
+    return damages
 
 
 def _total(shared: Sequence[Damages], alone: Sequence[np.ndarray]) -> np.ndarray:
-    """The least of all, summed over slots."""
-    return np.sum([np.min([one, *several.values()], axis=0) for several, one in zip(shared, alone, strict=True)], axis=0)
+    """The least damage of all operators at each share, summed over slots: (shares,)."""
+    pairs = zip(shared, alone, strict=True)
+    return np.sum([np.min([private, *by_operator.values()], axis=0) for by_operator, private in pairs], axis=0)

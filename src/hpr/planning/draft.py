@@ -1,7 +1,7 @@
-"""A draft: all candidates of a model, measured. It proposes plans for any budget.
+"""A draft holds all measured candidates of a model, and proposes plans for any budget.
 
-The solver is pure; here its choices become entries of a ``Plan``. A draft can be narrowed to some sites, or to what remains
-if some layers are dropped or reuse attention.
+The solver works with numbers alone; this module turns its choices into entries of a ``Plan``. A draft can be narrowed to some
+sites, or to the sites that remain if some layers are dropped or reuse attention.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Proposal:
-    """A plan and the Lagrange ``multiplier`` it was found at: the nats per example that one more parameter would save.
+    """A plan and its Lagrange ``multiplier``: the nats per example that one more parameter would save.
 
-    ``score``: its measured divergence in nats per example, once somebody has measured it.
+    ``score``: the measured divergence of the plan in nats per example, None before it is measured.
     """
 
     plan: Plan
@@ -42,9 +42,9 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Draft:
-    """All candidates of a model, measured. ``fixed`` sites stay as they are.
+    """All measured candidates of a model. ``fixed`` sites stay as they are.
 
-    ``searches``: the candidates of the model, then those of its aligned copy if alignment may pay. Plans come from either.
+    ``searches``: the candidates of the model, then those of its aligned copy if alignment may pay. Plans come from both.
 
     >>> draft = hpr.planning.planner.draft(model, profile)  # doctest: +SKIP
     >>> plans = draft.alternatives(draft.budget("50%"), 4)  # doctest: +SKIP
@@ -68,16 +68,16 @@ class Draft:
         return replace(self, searches=self.searches[:1])
 
     def reusing(self, reuse: Reuse) -> Draft:
-        """The same candidates for what remains if some layers are dropped or reuse what others compute."""
+        """The same candidates for the sites that remain if some layers are dropped or reuse the attention of others."""
         gone = set(reuse.dead_weights.rows)
         return replace(self._with_sites({site.name for site in self.anatomy.sites} - gone, gone), reuse=reuse)
 
     def narrowed(self, only: str) -> Draft:
-        """The same candidates for some sites alone; all others stay as they are."""
+        """The same candidates for the sites that match the pattern ``only``; all other sites stay as they are."""
         return replace(self._with_sites({site.name for site in self.anatomy.select(only)}), only=only, reuse=None)
 
     def limit(self, budget: Budget) -> int:
-        """Parameters left for the sites that are planned. Raises ``BudgetError`` if none are left, naming the least budget."""
+        """Parameters left for the planned sites. Raises ``BudgetError``, with the least budget, if too few are left."""
         limit = budget.parameters - self.untouched
         if limit < self._smallest:
             raise BudgetError(f"a budget of {budget.text} is {budget.parameters:,} parameters, but {self._least()}")
@@ -93,13 +93,13 @@ class Draft:
         return kept + dead - self.reuse.parameters(self.anatomy)
 
     def budget(self, text: str) -> Budget:
-        """A budget as text (50%, 11M, 45MB) for this model."""
+        """The budget that a text (50%, 11M, 45MB) means for this model. Raises ``BudgetError`` if it cannot be read."""
         return parse_budget(text, self.anatomy, self.bytes_per_parameter, self.only)
 
     def best(self, budget: Budget) -> Plan:
-        """The plan of least predicted damage, of all searches: all operators together and each one alone.
+        """The plan of least predicted damage of all searches, which try all operators together and each one alone.
 
-        Raises ``BudgetError`` for a budget that no plan meets, naming the least.
+        Raises ``BudgetError``, with the least budget, if no plan meets the budget.
         """
         return self.propose(budget).plan
 
@@ -112,11 +112,11 @@ class Draft:
         return [proposal.plan for proposal in self.proposals(budget, count)]
 
     def proposals(self, budget: Budget, count: int) -> list[Proposal]:
-        """Up to ``count`` plans worth measuring, unlike each other, the best by its own measure first.
+        """Up to ``count`` different plans worth measuring, the plan of least predicted damage first.
 
-        In turn: the best plan, the best without each operator that it uses (an operator whose damage is predicted too low
-        shows up there), then the best structures of the K-best search. If alignment may pay, the last one is the best plan
-        of the worse of the two searches, aligned or not. Raises ``BudgetError`` as ``best`` does.
+        In order: the best plan, the best plan without each operator that it uses (which helps if the predicted damage of an
+        operator is too low), then the best structures of the K-best search. If alignment may pay, the last plan is the best
+        one of the worse of the two searches, aligned or not. Raises ``BudgetError`` as ``best`` does.
         """
         better, *worse = sorted(self.searches, key=lambda search: _damage(self._best(search, budget)))
         others = [self._best(search, budget) for search in worse][: count - 1]
@@ -125,11 +125,11 @@ class Draft:
     def without(self, operator: str, budget: Budget) -> Plan:
         """The best plan that does not use one operator. Raises ``BudgetError`` if no such plan meets the budget."""
         limit = budget.parameters - self.untouched
-        found = [self.plan(search.without(operator, limit), budget, search.alignment) for search in self.searches]
-        return min(found, key=lambda plan: plan.damage)
+        plans = [self.plan(search.without(operator, limit), budget, search.alignment) for search in self.searches]
+        return min(plans, key=lambda plan: plan.damage)
 
     def plan(self, solution: Solution, budget: Budget, alignment: tuple[AlignTarget, ...] = ()) -> Plan:
-        """Write a solution down, one entry per site in model order. ``alignment``: of the search that found it."""
+        """The plan of a solution, with one entry per site in model order. ``alignment``: that of the solution's search."""
         entries = {site.name: Entry(KEEP) for site in self.fixed}
         for choice in solution.choices:
             if choice.candidate.rows is None:
@@ -155,17 +155,17 @@ class Draft:
     def _unlike(self, search: Search, budget: Budget, count: int) -> list[Proposal]:
         """Up to ``count`` proposals of one search, each of another structure."""
         limit = self.limit(budget)
-        found = [search.best(limit)]
-        used = {choice.candidate.operator for choice in found[0].choices if choice.candidate.rows is None} - {KEEP}
+        solutions = [search.best(limit)]
+        used = {choice.candidate.operator for choice in solutions[0].choices if choice.candidate.rows is None} - {KEEP}
         if len(used) > 1:
             for operator in sorted(used):
                 try:
-                    found.append(search.without(operator, limit))
+                    solutions.append(search.without(operator, limit))
                 except BudgetError:
                     _log.info("no plan within %s without %s", budget.text, operator)
-        found += search.k_best(limit, count)
+        solutions += search.k_best(limit, count)
         unique: dict[Any, Solution] = {}
-        for solution in found:
+        for solution in solutions:
             unique.setdefault(solution.structure, solution)
         return [self._proposal(search, solution, budget) for solution in list(unique.values())[:count]]
 
@@ -205,13 +205,13 @@ def _with_reuse(plan: Plan, anatomy: Anatomy, reuse: Reuse) -> Plan:
     plan = with_layers(plan, anatomy, reuse.states, reuse.dead_weights)
     share = reuse.damage / len(reuse.dead_weights.rows)
     spread = {name: replace(plan.entries[name], damage=share) for name in reuse.dead_weights.rows}
-    named = ", ".join(f"{layer} {state}" for layer, state in reuse.states.items())
-    label = f"{plan.diagnostics['label']}, {named}"
+    states = ", ".join(f"{layer} {state}" for layer, state in reuse.states.items())
+    label = f"{plan.diagnostics['label']}, {states}"
     return replace(plan, entries={**plan.entries, **spread}, diagnostics={**plan.diagnostics, "label": label})
 
 
 def _used(targets: Sequence[AlignTarget], plan: Plan, anatomy: Anatomy) -> tuple[AlignTarget, ...]:
-    """Those that serve a group of the plan: of an attention or feed-forward that shares anything all, else none."""
+    """The targets of every attention and feed-forward in which the plan shares at least one site."""
     sharing = [anatomy[name] for names in plan.groups() for name in names]
     used: set[Symmetry] = set()
     for group in symmetry_groups([target.symmetry for target in targets]):
@@ -226,22 +226,22 @@ def _entries(choice: Choice, anatomy: Anatomy) -> dict[str, Entry]:
     candidate = choice.candidate
     terms = OPERATORS[candidate.operator].terms([anatomy[name] for name in candidate.sites], choice.ranks)
     share = choice.damage / len(terms)
-    return {name: Entry(candidate.operator, own, share) for name, own in terms.items()}
+    return {name: Entry(candidate.operator, site_terms, share) for name, site_terms in terms.items()}
 
 
 def _entries_by_rows(choices: Sequence[Choice], anatomy: Anatomy) -> dict[str, Entry]:
-    """Entries of the embedding tables, each put together from the choices for its runs of rows."""
+    """Entries of the embedding tables; each joins the choices for the runs of rows of one table."""
     runs: dict[str, list[Choice]] = {}
     for choice in choices:
         if choice.candidate.rows is not None:
             runs.setdefault(choice.candidate.sites[0], []).append(choice)
     entries = {}
-    for name, several in runs.items():
-        operator = next((one.candidate.operator for one in several if one.candidate.operator != KEEP), KEEP)
-        chosen = [(one.candidate.rows, one.ranks) for one in several if one.candidate.rows is not None]
+    for name, table_choices in runs.items():
+        operator = next((choice.candidate.operator for choice in table_choices if choice.candidate.operator != KEEP), KEEP)
+        chosen = [(choice.candidate.rows, choice.ranks) for choice in table_choices if choice.candidate.rows is not None]
         by_rows = OPERATORS[operator].rows
         terms = () if by_rows is None else by_rows.terms(anatomy[name], chosen)
-        entries[name] = Entry(operator if terms else KEEP, terms, sum(one.damage for one in several))
+        entries[name] = Entry(operator if terms else KEEP, terms, sum(choice.damage for choice in table_choices))
     return entries
 
 

@@ -1,4 +1,4 @@
-"""What a user can ask of a plan, besides its budget."""
+"""The options of a plan, besides its budget."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hpr.errors import PlanError
 
-LONGEST_GROUP = 3  # neighbouring layers in one group, at most; whole stacks are candidates too
+LONGEST_GROUP = 3  # the most neighbouring layers in one group; whole stacks are candidates too
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,9 @@ class PlanOptions:
     """Options of ``hpr.plan`` and ``hpr.compress``. Frozen; make a changed copy with ``dataclasses.replace``.
 
     ``only``: shell patterns of site names, separated by commas; other sites stay as they are, and a percentage then counts
-    the selected weights alone. ``operators``: names of the operators to consider; *keep* is always among them, None means all.
-    ``align``: also plan with aligned layers; None means only if a look at a few layers says that it pays.
+    the selected weights alone. ``operators``: names of the operators to consider, ``low rank`` or ``low-rank``; *keep* is
+    always among them, None means all.
+    ``align``: also plan with aligned layers; None means only if measurements at a few layers promise a gain.
     ``longest_group``: the largest number of neighbouring layers in one group.
 
     The rest is for ``hpr.compress``: ``plans``: how many plans to run end to end before one is chosen; ``refit``: fit private
@@ -49,7 +50,9 @@ class PlanOptions:
         if self.routers == 1:
             raise PlanError("routers is 1, but a router chooses between experts: give 2 or more, or 0 for none")
         if self.routers and self.reuse:
-            raise PlanError(f"routers is {self.routers} and reuse is on: plans that reuse layers are not routed; choose one")
+            raise PlanError(
+                f"routers is {self.routers} and reuse is on: plans that reuse layers cannot be routed. Set one of them"
+            )
 
 
 DEFAULTS = PlanOptions()

@@ -15,7 +15,7 @@ from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site, Stack
 from hpr.anatomy.swappable import not_swappable
-from hpr.errors import HprError
+from hpr.errors import PlanError
 from hpr.operators import tie
 from hpr.operators.fitting import Fitted
 from hpr.planning.rows import rows
@@ -30,9 +30,9 @@ class Preset:
 
     ``number`` is that of the groups, or for ``adjacent`` that of the layers in each. ``only`` is a shell pattern of site names
     (``encoder.*``, several separated by commas); all other sites stay as they are. ``spanning``: the layers of an encoder and,
-    after them, those of its decoder are one sequence (Tied Transformers, Xia et al. 2019): what both have, self-attention and
-    feed-forward, is shared between them. Raises ``HprError`` where the name is unknown or the number is no whole number from
-    the least that the rule can do with.
+    after them, those of its decoder are one sequence (Tied Transformers, Xia et al. 2019). Self-attention and feed-forward,
+    which both stacks have, are then shared between them. Raises ``PlanError`` if the name is unknown, or if the number is no
+    whole number or is below the least number that the rule accepts.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Preset:
 
     def __post_init__(self) -> None:
         if self.name not in _RULES:
-            raise HprError(f"no preset {self.name!r}; there are {', '.join(_RULES)}")
+            raise PlanError(f"no preset {self.name!r}; there are {', '.join(_RULES)}: use one of these")
         least = _LEAST.get(self.name, 1)
         if type(self.number) is not int or self.number < least:
-            raise HprError(f"{self}: {self.number!r} is not a whole number from {least} up: give {least} or more")
+            raise PlanError(f"{self}: {self.number!r} is not a whole number from {least} up: give {least} or more")
 
     def __str__(self) -> str:
         more = ", spanning=True" if self.spanning else ""
@@ -55,21 +55,21 @@ class Preset:
         """Group number of every layer of a stack, in layer order: (layers,).
 
         Groups are numbered from 0 in order of their first layer, so layer 0 is in group 0 and no number is left out. Raises
-        ``HprError`` for a number of layers that is no whole number from 1 up, or is too small for the rule.
+        ``PlanError`` if the number of layers is no whole number from 1 up, or is too small for the rule.
         """
         if type(layers) is not int or layers < 1:
-            raise HprError(f"{self}: {layers!r} is not a number of layers: give a whole number from 1 up")
+            raise PlanError(f"{self}: {layers!r} is not a number of layers: give a whole number from 1 up")
         if self.number > layers:
-            raise HprError(f"{self} needs {self.number} layers or more, the stack has {layers}: take {layers} or less")
+            raise PlanError(f"{self} needs {self.number} layers or more, the stack has {layers}: give {layers} or less")
         return _RULES[self.name](layers, self.number)
 
     def plan(self, model: nn.Module) -> Plan:
-        """An ordinary, validated plan: the sites of one slot in one group are tied, and all others are kept.
+        """A validated plan that ties the sites of one slot in one group, and keeps all other sites.
 
-        Kept are embeddings, sites outside the stacks and outside ``only``, sites that cannot be shared, and those alone in
-        their group. An expert is tied to those of its number in other layers. Where a slot has several shapes, each shape has
-        groups of its own. The budget is exactly what the plan needs. Raises ``HprError`` where there is nothing to share, or
-        a stack has fewer layers than the preset needs.
+        The plan keeps embeddings, sites outside the stacks or outside ``only``, sites that cannot be shared, and sites that
+        are alone in their group. It ties an expert to the experts of the same number in other layers. If a slot has several
+        shapes, each shape has separate groups. The budget is the number of parameters that the plan needs. Raises
+        ``PlanError`` if there is nothing to share, or if a stack has fewer layers than the preset needs.
         """
         anatomy = describe(model)
         free = self._free(model, anatomy)
@@ -84,24 +84,24 @@ class Preset:
         return plan
 
     def fit(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> Fitted:
-        """Every factor with the weight of its group's lowest layer; no bias changes.
+        """Factor name → the weight of its group's lowest layer, (out, in); no bias changes.
 
-        Not their mean, as N independent draws of standard deviation σ have a mean of σ/√N: training would start from other
-        statistics than the model's initialisation was made for.
+        The mean of the group would be a bad start for training. The mean of N independent draws of standard deviation σ has
+        the standard deviation σ/√N, which is not the one that the model's initialisation chose.
         """
         factors: dict[str, Tensor] = {}
-        for site in sorted(anatomy.sites, key=lambda one: one.layer or 0):
+        for site in sorted(anatomy.sites, key=lambda site: site.layer or 0):
             for factor in factors_of(plan.entries[site.name].terms):
                 factors.setdefault(factor, weight_at(model, site).detach())
         return Fitted(factors, {})
 
     def _free(self, model: nn.Module, anatomy: Anatomy) -> set[Site]:
-        """Sites that may be tied. Raises ``HprError`` where there are none."""
+        """Sites that may be tied. Raises ``PlanError`` if there are none."""
         deep = {stack.name for stack in anatomy.stacks if stack.layers > 1}
         if not deep:
-            found = ", ".join(f"{stack.name} with {stack.layers}" for stack in anatomy.stacks) or "none"
-            raise HprError(
-                f"{self} needs a stack of 2 layers or more to share between, {anatomy.model_class} has {found}: "
+            stacks = ", ".join(f"{stack.name} with {stack.layers}" for stack in anatomy.stacks) or "none"
+            raise PlanError(
+                f"{self} needs a stack of 2 layers or more to share between, {anatomy.model_class} has {stacks}: "
                 f"build the model with more layers"
             )
         inside = [site for site in anatomy.select(self.only) if site.stack is not None and site.kind == "linear"]
@@ -109,87 +109,89 @@ class Preset:
         free = {site for site in inside if site.name not in bound}
         if not free:
             why = next((bound[site.name] for site in inside), "those are embeddings or outside the stacks")
-            raise HprError(f"{self} with only={self.only!r} finds no site that layers could share ({why}): name others")
+            raise PlanError(
+                f"{self} with only={self.only!r} finds no site that layers could share ({why}): name other sites with only="
+            )
         return free
 
     def _by_stack(self, anatomy: Anatomy, free: set[Site]) -> list[list[Site]]:
-        """The groups of every slot, each stack by itself."""
+        """The groups of every slot; each stack has separate groups."""
         used = {site.stack for site in free}
         group_of = {stack.name: self._assigned(stack) for stack in anatomy.stacks if stack.name in used}
-        found: list[list[Site]] = []
+        all_groups: list[list[Site]] = []
         for sites in anatomy.slots().values():
             groups: dict[tuple[int, int | None], list[Site]] = {}
             for site in sites:
                 if site in free and site.stack is not None and site.layer is not None:
                     groups.setdefault((group_of[site.stack][site.layer], site.expert), []).append(site)
-            found += groups.values()
-        return found
+            all_groups += groups.values()
+        return all_groups
 
     def _spanning(self, model: nn.Module, anatomy: Anatomy, free: set[Site]) -> list[list[Site]]:
-        """The groups of every row of counterparts. Raises ``HprError`` for a model that is no encoder–decoder."""
-        every = [row for row in rows(model, anatomy, {site.name for site in free}) if row.sites[0].expert is None]
-        if not any(len(row.spans) > 1 for row in every):
-            raise HprError(f"{self} needs an encoder and a decoder with slots in common: leave spanning out")
-        found: list[list[Site]] = []
-        for row in every:
+        """The groups of every row of counterparts. Raises ``PlanError`` if the model is no encoder–decoder."""
+        all_rows = [row for row in rows(model, anatomy, {site.name for site in free}) if row.sites[0].expert is None]
+        if not any(len(row.spans) > 1 for row in all_rows):
+            raise PlanError(f"{self} needs an encoder and a decoder with slots in common: leave spanning out")
+        all_groups: list[list[Site]] = []
+        for row in all_rows:
             groups: dict[int, list[Site]] = {}
             rule = replace(self, number=min(self.number, len(row.sites)))
             for site, group in zip(row.sites, rule.assign(len(row.sites)), strict=True):
                 groups.setdefault(group, []).append(site)
-            found += groups.values()
-        return found
+            all_groups += groups.values()
+        return all_groups
 
     def _assigned(self, stack: Stack) -> tuple[int, ...]:
         try:
             return self.assign(stack.layers)
-        except HprError as error:
-            raise HprError(f"{stack.name}: {error}, or leave this stack out with only=") from error
+        except PlanError as error:
+            raise PlanError(f"{stack.name}: {error}, or leave this stack out with only=") from error
 
 
 def sequence(groups: int, only: str | None = None, spanning: bool = False) -> Preset:
-    """Consecutive layers in equal groups, 6 layers in 3 groups: 0 0 1 1 2 2 (SEQUENCE of Takase & Kiyono 2021).
+    """Puts consecutive layers into equal groups; 6 layers in 3 groups are 0 0 1 1 2 2 (SEQUENCE of Takase & Kiyono 2021).
 
-    Where they do not divide, sizes differ by one at most, 7 in 3: 0 0 0 1 1 2 2.
+    If the layers do not divide evenly, sizes differ by one at most; 7 layers in 3 groups are 0 0 0 1 1 2 2.
     """
     return Preset("sequence", groups, only, spanning)
 
 
 def cycle(groups: int, only: str | None = None, spanning: bool = False) -> Preset:
-    """The groups in order, over and over, 6 layers in 3 groups: 0 1 2 0 1 2 (CYCLE of Takase & Kiyono 2021).
+    """Repeats the groups in order; 6 layers in 3 groups are 0 1 2 0 1 2 (CYCLE of Takase & Kiyono 2021).
 
-    Where they do not divide, the last repetition is cut short, 7 in 3: 0 1 2 0 1 2 0.
+    If the layers do not divide evenly, the last repetition is cut short; 7 layers in 3 groups are 0 1 2 0 1 2 0.
     """
     return Preset("cycle", groups, only, spanning)
 
 
 def cycle_rev(groups: int, only: str | None = None, spanning: bool = False) -> Preset:
-    """``cycle`` with its last repetition reversed, 6 layers in 3 groups: 0 1 2 2 1 0 (CYCLE (REV) of Takase & Kiyono 2021).
+    """``cycle`` with its last repetition reversed; 6 layers in 3 groups are 0 1 2 2 1 0 (CYCLE (REV) of Takase & Kiyono 2021).
 
-    Where they do not divide, the last repetition is cut short after it is reversed, 7 in 3: 0 1 2 0 1 2 2.
-    The first is never reversed: as many groups as layers share nothing.
+    If the layers do not divide evenly, the last repetition is reversed and then cut short; 7 layers in 3 groups are
+    0 1 2 0 1 2 2. The first repetition is never reversed, so as many groups as layers share nothing.
     """
     return Preset("cycle_rev", groups, only, spanning)
 
 
 def sandwich(groups: int = 3, only: str | None = None) -> Preset:
-    """The first and the last layer private, those between shared: 6 layers are 0 1 1 1 1 2 (Subformer, Reid et al. 2021).
+    """Shares all layers but the first and the last; 6 layers are 0 1 1 1 1 2 (Subformer, Reid et al. 2021).
 
-    With more than three groups the middle is a ``sequence`` of all but two of them, 6 layers in 4 groups: 0 1 1 2 2 3. Fewer
-    than three groups are refused.
+    With more than three groups, the layers in the middle are a ``sequence`` of all groups but two; 6 layers in 4 groups are
+    0 1 1 2 2 3. Raises ``PlanError`` for fewer than three groups.
     """
     return Preset("sandwich", groups, only)
 
 
 def albert(only: str | None = None, spanning: bool = False) -> Preset:
-    """All layers in one group (ALBERT, Lan et al. 2020, which also shares biases and norms; here they stay private)."""
+    """Puts all layers into one group (ALBERT, Lan et al. 2020). ALBERT also shares biases and norms; here they stay private."""
     return Preset("albert", 1, only, spanning)
 
 
 def adjacent(size: int = 2, only: str | None = None) -> Preset:
-    """Every ``size`` neighbours share, 6 layers by 2: 0 0 1 1 2 2 (immediate block-wise sharing, MobileLLM, Liu et al. 2024).
+    """Shares between ``size`` neighbours; 6 layers by 2 are 0 0 1 1 2 2 (block-wise sharing, MobileLLM, Liu et al. 2024).
 
-    Where the layers do not divide, the last group is smaller, 7 by 2: 0 0 1 1 2 2 3. The number of groups follows from that
-    of the layers; ``sequence`` fixes it instead.
+    If the layers do not divide evenly, the last group is smaller; 7 layers by 2 are 0 0 1 1 2 2 3. The number of groups
+    follows from the number of layers; ``sequence`` fixes the number of groups instead.
     """
     return Preset("adjacent", size, only)
 

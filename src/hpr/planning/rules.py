@@ -1,8 +1,8 @@
-"""Reuse by rule: which layers replicate hidden states and attention weights of the layer below, said by hand.
+"""Reuse by rule: the user says which layers replicate hidden states and attention weights of the layer below.
 
-The rules are those of the source of hierarchical parameter replication: one dictionary a stack, with one value per layer for
-``hidden_states`` and one for ``attention_weights``. No profile is needed, since nothing is fitted: a layer that shares computes
-with the very parameters of the layer below.
+The rules have the form of hierarchical parameter replication: one dictionary per stack, with one value per layer for
+``hidden_states`` and one for ``attention_weights``. Nothing is fitted, so no profile is needed: a layer that shares computes
+with the parameters of the layer below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site, Stack
 from hpr.anatomy.swappable import not_swappable
-from hpr.errors import HprError, PlanError
+from hpr.errors import PlanError
 from hpr.operators import naming, tie
 from hpr.operators.fitting import Fitted
 from hpr.plans.budget import Budget
@@ -32,21 +32,24 @@ from hpr.runtime.batch import Batch
 
 @dataclass(frozen=True)
 class ByRule:
-    """Rules in the place of a plan, for ``hpr.share``: like a preset they fit nothing."""
+    """Replication rules that ``hpr.share`` accepts in place of a plan. Like a preset, they fit nothing."""
 
     rules: Rules
     batch: Batch | None = None
     name: str = "replication rules"
 
     def read(self, model: nn.Module) -> Replication:
-        """What the rules mean for a model."""
+        """The layers that the rules name in a model, as a ``Replication``. Raises ``PlanError`` as ``replication`` does."""
         return replication(self.rules, model, describe(model))
 
     def plan(self, model: nn.Module) -> Plan:
-        """A validated plan whose budget is exactly what it needs."""
-        anatomy, found = describe(model), self.read(model)
+        """A validated plan, whose budget is the number of parameters that it needs.
+
+        Raises ``PlanError`` as ``replication`` does.
+        """
+        anatomy, replicated = describe(model), self.read(model)
         plan = keep_all(anatomy)
-        states = dict.fromkeys(found.copied, DROPPED) | dict.fromkeys(found.reused, WEIGHTS)
+        states = dict.fromkeys(replicated.copied, DROPPED) | dict.fromkeys(replicated.reused, WEIGHTS)
         if states:
             from hpr.layer_reuse.dead_weights import dead_weights  # an optional feature: other rules never load it
             from hpr.layer_reuse.reuse import with_layers
@@ -54,7 +57,7 @@ class ByRule:
             plan = with_layers(plan, anatomy, states, dead_weights(model, states, self.batch))
         bound = not_swappable(model, anatomy)
         entries = dict(plan.entries)
-        for members in _groups(anatomy, found):
+        for members in _groups(anatomy, replicated):
             if not bound.keys() & {site.name for site in members}:
                 entries |= _tied(members, plan)
         plan = replace(plan, entries=entries, diagnostics={"label": self.name})
@@ -63,38 +66,45 @@ class ByRule:
         return plan
 
     def fit(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> Fitted:
-        """Every factor with the weight of the lowest layer that uses it, or some of its rows."""
+        """Factor name → the weight of the lowest layer that uses it, (out, in), or the rows of it that the factor covers.
+
+        Raises ``PlanError`` if the plan needs factors that rules do not make.
+        """
         factors: dict[str, torch.Tensor] = {}
-        for site in sorted(anatomy.sites, key=lambda one: one.layer or 0):
+        for site in sorted(anatomy.sites, key=lambda site: site.layer or 0):
             for term in plan.entries[site.name].terms:
                 start, stop = term.rows or (0, site.out_features)
                 factors.setdefault(term.u, weight_at(model, site).detach()[start:stop])
         needed = {name for entry in plan.entries.values() for name in factors_of(entry.terms)}
         if set(factors) != needed:
-            raise PlanError(f"the plan needs factors that rules do not give: {sorted(needed - set(factors))}. Use ByRule.plan")
+            raise PlanError(f"the plan needs factors that rules do not give: {sorted(needed - set(factors))}: use ByRule.plan")
         return Fitted(factors, {})
 
 
-def _groups(anatomy: Anatomy, found: Replication) -> Iterable[list[Site]]:
-    """Sites that are to read the same weight: one of a layer that lends its parameters, then those of the layers above."""
+def _groups(anatomy: Anatomy, replicated: Replication) -> Iterable[list[Site]]:
+    """Sites that will read the same weight: the site of the layer that lends its parameters, then the sites above it."""
     by_layer: dict[str, dict[tuple[str, int | None], Site]] = {}
     for site in anatomy.sites:
         if site.kind == "linear" and (layer := site_layer(site)) is not None:
             by_layer.setdefault(layer, {})[site.slot, site.expert] = site
     borrowers: dict[str, list[str]] = {}
-    for layer, owner in found.computed_with.items():
+    for layer, owner in replicated.computed_with.items():
         borrowers.setdefault(owner, []).append(layer)
     for owner, layers in borrowers.items():
         for key, site in by_layer.get(owner, {}).items():
             others = [by_layer[layer][key] for layer in layers if key in by_layer[layer]]
             yield [
                 site,
-                *(one for one in others if (one.out_features, one.in_features) == (site.out_features, site.in_features)),
+                *(
+                    other
+                    for other in others
+                    if (other.out_features, other.in_features) == (site.out_features, site.in_features)
+                ),
             ]
 
 
 def _tied(members: list[Site], plan: Plan) -> dict[str, Entry]:
-    """Entries by which sites share all rows that several have; of a fused projection some have those of values alone."""
+    """Entries that share every row that two or more sites use. Some sites use only the value rows of a fused projection."""
     rows = {site.name: _rows(site, plan.entries[site.name]) for site in members}
     cuts = sorted({cut for runs in rows.values() for run in runs for cut in run})
     terms: dict[str, list[Term]] = {site.name: [] for site in members}
@@ -109,9 +119,9 @@ def _tied(members: list[Site], plan: Plan) -> dict[str, Entry]:
     if not shared:
         return {}
     return {
-        name: Entry(REUSED if plan.entries[name].operator == REUSED else tie.TIE, tuple(own))
-        for name, own in terms.items()
-        if own
+        name: Entry(REUSED if plan.entries[name].operator == REUSED else tie.TIE, tuple(site_terms))
+        for name, site_terms in terms.items()
+        if site_terms
     }
 
 
@@ -131,11 +141,11 @@ Rules = Mapping[str, Mapping[str, Sequence[Any]]]
 
 @dataclass(frozen=True)
 class Replication:
-    """What the rules mean for a model, by layer name (``encoder.3``).
+    """The layers that the rules name in a model, by layer name (``encoder.3``).
 
-    ``computed_with``: layer → the layer whose parameters it uses. ``copied``: layers that are skipped, so that the hidden
-    states below pass on. ``reused``: layers that take the attention weights of the layer below. ``notes``: rules without
-    effect, and why.
+    ``computed_with``: layer → the layer whose parameters it uses. ``copied``: layers that are skipped; the hidden states
+    from below pass through unchanged. ``reused``: layers that use the attention weights of the layer below. ``notes``: rules
+    without effect, each with the reason.
     """
 
     computed_with: dict[str, str] = field(default_factory=dict)
@@ -145,10 +155,10 @@ class Replication:
 
 
 def stacks_by_role(model: nn.Module, anatomy: Anatomy) -> dict[str, Stack]:
-    """``encoder`` and ``decoder``, as far as the model has them, and every stack under its own name.
+    """Stacks by name, and by ``encoder`` and ``decoder`` if the model has them.
 
-    A stack whose path says which it is, is that; the only stack of a language model that generates is a decoder, any
-    other only stack an encoder.
+    A stack has the role that its path names. If no path names a role and the model has one stack, the stack is a decoder in
+    a language model that generates, and an encoder in any other model.
     """
     named = {stack.name: stack for stack in anatomy.stacks}
     roles = {role: stack for stack in anatomy.stacks for role in ROLES if role in stack.path.split(".")}
@@ -159,65 +169,70 @@ def stacks_by_role(model: nn.Module, anatomy: Anatomy) -> dict[str, Stack]:
 
 
 def replication(rules: Rules, model: nn.Module, anatomy: Anatomy) -> Replication:
-    """Read the rules for one model: one value per layer, shorter lists repeat, longer ones are an error.
+    """The layers that share, copy or reuse under the rules. A rule has one value per layer; shorter lists repeat.
 
-    ``hidden_states``: False, own parameters; True or ``"share"``, computed with the parameters of the layer below;
-    ``"copy"``, the hidden states themselves are copied and the layer is skipped. ``attention_weights``: False, own; True, those
-    of the layer below. Layer 0 has nothing below, so any value there means own. Rules for an encoder or a decoder that the
-    model lacks are noted as without effect. Raises ``HprError`` for stacks that no model has, unknown rules, lists that
-    are empty or longer than the stack, and values that mean nothing.
+    ``hidden_states``: False, the layer has private parameters; True or ``"share"``, it computes with the parameters of the
+    layer below; ``"copy"``, it is skipped and the hidden states from below are copied. ``attention_weights``: False, the layer
+    computes them; True, it uses those of the layer below. Layer 0 has no layer below, so any value there means False. Rules
+    for an encoder or a decoder that the model lacks become notes. Raises ``PlanError`` for unknown stacks, rules and values,
+    and for lists that are empty or longer than the stack.
     """
     if not isinstance(rules, Mapping):
-        raise HprError(f"replication_rules is a {type(rules).__name__}: give a dictionary such as {{'encoder': {{...}}}}")
+        raise PlanError(f"replication_rules is a {type(rules).__name__}: give a dictionary such as {{'encoder': {{...}}}}")
     stacks = stacks_by_role(model, anatomy)
-    found = Replication()
-    taken: dict[str, str] = {}
-    for name, own in rules.items():
+    replicated = Replication()
+    name_by_path: dict[str, str] = {}
+    for name, stack_rules in rules.items():
         if name not in stacks and name not in ROLES:
-            there = ", ".join(repr(one) for one in dict.fromkeys((*ROLES, *stacks)))
-            raise HprError(f"replication_rules names a stack {name!r}; {anatomy.model_class} knows {there}: correct the name")
-        if not isinstance(own, Mapping):
+            names = ", ".join(repr(role) for role in dict.fromkeys((*ROLES, *stacks)))
+            raise PlanError(f"replication_rules names a stack {name!r}; {anatomy.model_class} allows {names}: use one of these")
+        if not isinstance(stack_rules, Mapping):
             form = f"{{{HIDDEN!r}: [...], {ATTENTION!r}: [...]}}"
-            raise HprError(f"the rules of {name!r} are a {type(own).__name__}: give {form}")
-        if unknown := [key for key in own if key not in _VALUES]:
-            raise HprError(f"{name!r} has a rule {unknown[0]!r}; there are {HIDDEN!r} and {ATTENTION!r}")
+            raise PlanError(f"the rules of {name!r} are a {type(stack_rules).__name__}: give {form}")
+        if unknown := [key for key in stack_rules if key not in _VALUES]:
+            raise PlanError(f"{name!r} has a rule {unknown[0]!r}; there are {HIDDEN!r} and {ATTENTION!r}: use one of these")
         stack = stacks.get(name)
-        values = {rule: _values(name, rule, own.get(rule, (False,)), stack) for rule in _VALUES}
+        values = {rule: _values(name, rule, stack_rules.get(rule, (False,)), stack) for rule in _VALUES}
         if stack is None:
-            found = _noted(found, f"{anatomy.model_class} has no {name}: its rules are without effect")
+            replicated = _noted(replicated, f"{anatomy.model_class} has no {name}: its rules are without effect")
             continue
-        if stack.path in taken:
-            raise HprError(f"{taken[stack.path]!r} and {name!r} are the same stack of {anatomy.model_class}: rule it once")
-        taken[stack.path] = name
-        found = _add(found, stack, values[HIDDEN], values[ATTENTION])
-    return found
+        if stack.path in name_by_path:
+            raise PlanError(
+                f"{name_by_path[stack.path]!r} and {name!r} are the same stack of {anatomy.model_class}: give rules for one"
+            )
+        name_by_path[stack.path] = name
+        replicated = _add(replicated, stack, values[HIDDEN], values[ATTENTION])
+    return replicated
 
 
 def _values(name: str, rule: str, given: Any, stack: Stack | None) -> list[Any]:
-    """One value per layer; as given where there is no stack to fill."""
+    """One value per layer; the given list if the model has no such stack."""
     allowed = _VALUES[rule]
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise HprError(f"{name!r}: {rule!r} is {given!r}: give a list with one value per layer")
+        raise PlanError(f"{name!r}: {rule!r} is {given!r}: give a list with one value per layer")
     if not given:
-        raise HprError(f"{name!r}: {rule!r} is empty: give at least one value, it repeats for the layers above")
+        raise PlanError(f"{name!r}: {rule!r} is empty: give at least one value, it repeats for the layers above")
     for value in given:
-        if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
-            raise HprError(f"{name!r}: {value!r} means nothing for {rule!r}: give {', '.join(repr(one) for one in allowed)}")
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+            raise PlanError(f"{name!r}: {value!r} means nothing for {rule!r}: give {', '.join(map(repr, allowed))}")
     if stack is None:
         return list(given)
     if len(given) > stack.layers:
-        raise HprError(f"{name!r}: {rule!r} has {len(given)} values, the stack has {stack.layers} layers: leave some out")
+        raise PlanError(
+            f"{name!r}: {rule!r} has {len(given)} values, the stack has {stack.layers} layers: give {stack.layers} or less"
+        )
     return [given[layer % len(given)] for layer in range(stack.layers)]
 
 
-def _add(found: Replication, stack: Stack, hidden: Sequence[Any], attention: Sequence[Any]) -> Replication:
-    computed_with, copied, reused, notes = dict(found.computed_with), list(found.copied), list(found.reused), list(found.notes)
+def _add(replicated: Replication, stack: Stack, hidden: Sequence[Any], attention: Sequence[Any]) -> Replication:
+    computed_with, copied = dict(replicated.computed_with), list(replicated.copied)
+    reused, notes = list(replicated.reused), list(replicated.notes)
     owner = f"{stack.name}.0"
     for layer in range(stack.layers):
         name = f"{stack.name}.{layer}"
         if layer == 0:
             if hidden[0] is not False or attention[0] is not False:
-                notes.append(f"{name} has nothing below: it keeps its own parameters and attention weights")
+                notes.append(f"{name} has no layer below: it keeps its own parameters and attention weights")
             continue
         if hidden[layer] == COPY:
             copied.append(name)
@@ -233,5 +248,5 @@ def _add(found: Replication, stack: Stack, hidden: Sequence[Any], attention: Seq
     return Replication(computed_with, tuple(copied), tuple(reused), tuple(notes))
 
 
-def _noted(found: Replication, note: str) -> Replication:
-    return Replication(found.computed_with, found.copied, found.reused, (*found.notes, note))
+def _noted(replicated: Replication, note: str) -> Replication:
+    return replace(replicated, notes=(*replicated.notes, note))

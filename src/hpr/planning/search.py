@@ -1,4 +1,4 @@
-"""One set of measured candidates, and what the solver answers for it. Each question is solved once."""
+"""One set of measured candidates, and the solver's solutions for it. Each question is solved once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """Candidates of a model, or of its aligned copy, as the ``alignment`` says: one track for each row of sites.
+    """Candidates of a model, or of its aligned copy if ``alignment`` has targets: one track for each row of sites.
 
-    The methods take a limit on the parameters of these sites and remember their answers. They raise ``BudgetError`` for a
-    limit that no choice of candidates meets.
+    The methods accept a limit on the parameters of these sites and remember their solutions. They raise ``BudgetError`` if no
+    choice of candidates meets the limit.
     """
 
     rows: tuple[SiteRow, ...]
@@ -68,7 +68,7 @@ class Search:
         if not self.tracks:
             raise BudgetError("no site is left to plan: choose more sites with only=, or drop fewer layers")
         if limit < smallest:
-            raise BudgetError(f"{limit:,} parameters are too few for these sites: they need {smallest:,}; raise the budget")
+            raise BudgetError(f"{limit:,} parameters are too few for these sites: they need {smallest:,}: raise the budget")
 
     def _once(self, compute: Callable[[], T], *key: object) -> T:
         if key not in self._answers:
@@ -77,17 +77,17 @@ class Search:
 
 
 def _narrowed(row: SiteRow, track: Track, chosen: Set[str]) -> tuple[SiteRow, Track] | None:
-    """A row and its track with the chosen sites alone; None if there are none. Blocks of a table stay together."""
-    kept = [index for index, site in enumerate(row.sites) if site.name in chosen]
-    if not kept:
+    """A row and its track for the chosen sites alone, None if no site is chosen. Blocks of rows of a table stay together."""
+    positions = [index for index, site in enumerate(row.sites) if site.name in chosen]
+    if not positions:
         return None
-    if len(kept) == len(row.sites):
+    if len(positions) == len(row.sites):
         return row, track
-    place = {index: number for number, index in enumerate(kept)}
+    place = {index: number for number, index in enumerate(positions)}
     candidates = {
-        (place[start], place[stop - 1] + 1): several
-        for (start, stop), several in track.candidates.items()
+        (place[start], place[stop - 1] + 1): run_candidates
+        for (start, stop), run_candidates in track.candidates.items()
         if all(index in place for index in range(start, stop))
     }
-    narrowed = row.narrowed(kept)
-    return narrowed, Track(narrowed.name, len(kept), candidates)
+    narrowed = row.narrowed(positions)
+    return narrowed, Track(narrowed.name, len(positions), candidates)
