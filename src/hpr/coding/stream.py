@@ -55,10 +55,12 @@ class _Layout:
             sizes = self.row_sizes[0] - self.rows[:, None] - self.columns
         else:
             sizes = np.full((len(self.rows), len(self.columns)), self.row_sizes[0])
-        buckets = np.clip(sizes, _SMALLEST, _LARGEST).ravel() // self.width
-        order = np.argsort(buckets.astype(np.int8), kind="stable")
-        numbers, starts = np.unique(buckets[order], return_index=True)
-        yield from zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
+        buckets = (np.clip(sizes, _SMALLEST, _LARGEST) // self.width).astype(np.int8).ravel()
+        order = np.argsort(buckets, kind="stable")
+        ordered = buckets[order]
+        starts = np.flatnonzero(np.diff(ordered)) + 1
+        for places in np.split(order, starts):
+            yield int(buckets[places[0]]), places
 
 
 def encode(codes: Codes) -> bytes:
