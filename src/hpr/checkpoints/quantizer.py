@@ -40,6 +40,7 @@ class HprConfig(QuantizationConfigMixin):
         factors: Mapping[str, list[Any]],
         aliases: Mapping[str, list[str]] | None = None,
         layers: Mapping[str, str] | None = None,
+        objective: str | None = None,
         quant_method: str = METHOD,
         format: int = FORMAT,
         hpr_version: str = "",
@@ -60,6 +61,7 @@ class HprConfig(QuantizationConfigMixin):
         self.factors = dict(factors)
         self.aliases = dict(aliases or {})
         self.layers = dict(layers or {})
+        self.objective = objective
 
 
 class HprQuantizer(HfQuantizer):
@@ -127,7 +129,9 @@ def rebuild(model: nn.Module, config: HprConfig) -> FactorBank | None:
         raise CheckpointError(f"{CONFIG} has no shape for factor {missing[0]!r}: save the model again with hpr")
     if not terms and not layers:
         return None
-    return attach(model, terms, {name: shape for name, shape in shapes.items() if name in used}, aliases, layers=layers)
+    bank = attach(model, terms, {name: shape for name, shape in shapes.items() if name in used}, aliases, layers=layers)
+    bank.objective = config.objective
+    return bank
 
 
 def _has(model: nn.Module, path: str) -> bool:
