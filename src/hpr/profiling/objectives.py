@@ -55,7 +55,7 @@ class Objective:
     """
 
     name: str
-    read: Callable[[Any, Batch], tuple[Float[Tensor, "batch *positions d"], Float[Tensor, batch * positions]]]
+    read: Callable[[Any, Batch], tuple[Float[Tensor, "batch ... d"], Float[Tensor, batch * positions]]]
     categorical: bool
     temperature: float = 1.0
     labels: Literal["tokens", "classes"] | None = None
