@@ -1,20 +1,21 @@
-"""Objectives: how to read the outputs of a model, so that the change of an output is a number of nats.
+"""Objectives: how to read a model's outputs, so that damage to the model has a unit.
 
-An objective turns the output for an example into a probability distribution. Logits become a categorical distribution.
-An embedding e becomes a Gaussian with mean e and covariance I. The *divergence* of a student from its teacher is the KL
-divergence of the two distributions, in nats per example: 0 if the outputs are equal, larger if they differ more.
+An objective answers two questions. Which numbers of the output count: class logits, token logits, an embedding, hidden states?
+And how far apart are the outputs of two models? The answer to the second question is a divergence in nats per example.
 
-For example, a teacher gives two classes the probabilities (0.9, 0.1), and the student gives them (0.7, 0.3). The objective
-``classification`` reports 0.9 · ln(0.9 / 0.7) + 0.1 · ln(0.1 / 0.3) = 0.116 nats. For Gaussians the KL divergence is
-½‖e − ê‖², so embeddings (1, 0) and (0.8, 0.6) are ½ · (0.2² + 0.6²) = 0.2 nats apart.
+- *Categorical* outputs are logits. The divergence is KL(teacher ‖ student), summed over the predictions of an example. If a
+  classifier gives the probabilities (0.5, 0.5) and its compressed copy gives (0.8, 0.2), the divergence is
+  0.5 · ln(0.5 / 0.8) + 0.5 · ln(0.5 / 0.2) = 0.223 nats.
+- *Gaussian* outputs are vectors, which count as means of unit Gaussians. The divergence is ½‖e − ê‖². The embeddings (1, 0) and
+  (0.8, 0.6) have ½ · (0.2² + 0.6²) = 0.2 nats.
 
-Profiling needs a *loss*, too. It draws a target from the model's own output distribution and takes the negative log-likelihood
-of that target. The covariance of its gradients is the Fisher matrix, which is the curvature of the divergence. Predicted
-damage and measured divergence therefore have the same unit.
+An objective also has a loss. The loss compares the outputs with a random draw from the model's own output distribution, so it
+needs no labels. The expected outer product of its gradients is the Fisher matrix, which is the second derivative of the
+divergence. So the damage that a profile predicts and the divergence that an evaluation measures share a unit.
 
-If a categorical model is almost certain of its outputs, the gradients of this loss are close to 0 and say little about larger
-changes. ``softened`` then raises the temperature of the loss, as in distillation (Hinton et al. 2015). The divergence is
-always measured at temperature 1.
+If a categorical model is almost certain of its outputs, its gradients nearly vanish, and they predict large changes badly.
+``softened`` then raises the temperature of the loss, as distillation does (Hinton et al. 2015). The divergence always uses
+temperature 1.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Objective:
     """
 
     name: str
-    read: Callable[[Any, Batch], tuple[Float[Tensor, "batch ... d"], Float[Tensor, batch * positions]]]
+    read: Callable[[Any, Batch], tuple[Float[Tensor, "batch ... d"], Float[Tensor, "batch ..."]]]
     categorical: bool
     temperature: float = 1.0
     labels: Literal["tokens", "classes"] | None = None
