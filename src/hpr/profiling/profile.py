@@ -89,7 +89,7 @@ class Profile:
     """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions.
 
     ``symmetries``: transforms of weights that leave the model's outputs unchanged, as trials confirm.
-    ``interventions``: layer → state → measured divergence in nats per example (``layer_reuse.ablation``); empty if not measured.
+    ``interventions``: layer → state → measured divergence in nats per example, if measured (``layer_reuse.ablation``).
 
     >>> profile = hpr.profile(loaded, texts)
     >>> profile.save(folder / "profile.safetensors")
