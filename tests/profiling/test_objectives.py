@@ -177,7 +177,7 @@ def test_objective_by_class(cls: type, expected: str) -> None:
 
 
 def test_unknown_objective() -> None:
-    with pytest.raises(HprError, match="no objective 'accuracy'; there are embedding, "):
+    with pytest.raises(HprError, match="no objective 'accuracy': use one of embedding, "):
         objective_for(nn.Linear(1, 1), "accuracy")
 
 

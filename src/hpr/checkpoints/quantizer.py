@@ -46,6 +46,7 @@ class HprConfig(QuantizationConfigMixin):
         aliases: Mapping[str, list[str]] | None = None,
         layers: Mapping[str, str] | None = None,
         coded: Mapping[str, Any] | None = None,
+        objective: str | None = None,
         quant_method: str = METHOD,
         format: int = FORMAT,
         hpr_version: str = "",
@@ -67,6 +68,7 @@ class HprConfig(QuantizationConfigMixin):
         self.aliases = dict(aliases or {})
         self.layers = dict(layers or {})
         self.coded = dict(coded or {})
+        self.objective = objective
 
 
 class DecodeWeight(ConversionOps):
@@ -188,7 +190,9 @@ def rebuild(model: nn.Module, config: HprConfig) -> FactorBank | None:
         raise CheckpointError(f"{CONFIG} has no shape for factor {missing[0]!r}: save the model again with hpr")
     if not terms and not layers:
         return None
-    return attach(model, terms, {name: shape for name, shape in shapes.items() if name in used}, aliases, layers=layers)
+    bank = attach(model, terms, {name: shape for name, shape in shapes.items() if name in used}, aliases, layers=layers)
+    bank.objective = config.objective
+    return bank
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -173,15 +173,15 @@ def evaluate(
     from hpr.data.splits import open_data
     from hpr.evaluation.evaluate import evaluate as evaluate_batches
     from hpr.evaluation.evaluate import measured_on
+    from hpr.nn.bank import recorded_objective
     from hpr.pipeline.record import check_original, note_metrics
-    from hpr.profiling.objectives import objective_for
 
-    student, original = open_model(folder, device), open_model(teacher, device, objective=objective)
+    student = open_model(folder, device)
+    original = open_model(teacher, device, objective=objective or recorded_objective(student.model))
     check_original(folder, original)
     batches, label = open_data(mixture(data), original, "heldout", examples)
-    goal = objective_for(original.model, original.objective)
     with err.status("evaluating"):
-        metrics = measured_on(evaluate_batches(student.model, original.model, batches, goal), label)
+        metrics = measured_on(evaluate_batches(student.model, original.model, batches, original.goal), label)
     note_metrics(folder, original, metrics)
     show(metrics, as_json, *tables.before_after({}, metrics))
 

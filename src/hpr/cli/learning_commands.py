@@ -134,12 +134,14 @@ def _opened(folder: Path, teacher: str | None, target: Path, device: str | None)
     """Open a smaller model and its original. Raises ``HprError`` at once if the result could not be written later."""
     from hpr.checkpoints import save
     from hpr.checkpoints.open import open_model
+    from hpr.nn.bank import recorded_objective
     from hpr.pipeline.record import check_original
     from hpr.plans.plan import Plan
 
     save.check_folder(target)
     Plan.load(folder / "plan.json")  # raises now, not after minutes of training
-    student, original = open_model(folder, device), open_model(teacher, device)
+    student = open_model(folder, device)
+    original = open_model(teacher, device, objective=recorded_objective(student.model))
     check_original(folder, original)
     return student, original
 

@@ -1,10 +1,11 @@
-"""Everything that can be said of a student beside its teacher, as values for ``metrics.json``."""
+"""Compare quality, size and latency of a student and its teacher, as JSON values for ``metrics.json``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe
@@ -12,6 +13,7 @@ from hpr.errors import HprError
 from hpr.evaluation.cost import parts, sizes
 from hpr.evaluation.divergence import Comparison, accuracy, compare, neighbour_agreement
 from hpr.evaluation.latency import latency, peak_memory
+from hpr.nn.bank import recorded_objective
 from hpr.profiling.objectives import Objective, objective_for
 from hpr.runtime.batch import BatchLike, as_batches, examples_in
 
@@ -21,22 +23,27 @@ def evaluate(
     teacher: nn.Module,
     batches: Sequence[BatchLike],
     objective: Objective | None = None,
-    labels: Sequence[int] | Tensor | None = None,
+    labels: Sequence[int] | Int[Tensor, " examples"] | None = None,
     repeats: int = 9,
 ) -> dict[str, Any]:
-    """Quality, sizes and parts of a student beside its teacher: JSON values, as the report reads them.
+    """Return quality, sizes and parts of a student and its teacher, as JSON values that the report reads.
 
-    ``labels`` (a classifier's, in the order of the user's data) add its accuracy. ``measured_on`` names the examples for the
-    report. Latency and peak memory are those of one full batch, the middle one; ``repeats=0`` leaves them out.
+    ``objective`` decides how outputs are read; the divergence is in nats per example. By default it is the objective of the
+    profile that the student was fitted with, or the default of the teacher's class if the student records none.
+    ``labels``: the class of each example, in the order of the user's data; they add a classifier's accuracy.
+    ``repeats``: timed passes over one full batch, the middle one; 0 leaves out latency (ms) and peak memory (bytes).
+
     Raises ``HprError`` for no batches, outputs that are not finite or differ in shape, and labels that do not fit.
     """
-    objective, batches = objective or objective_for(teacher), as_batches(batches)
+    objective, batches = objective or objective_for(teacher, recorded_objective(student)), as_batches(batches)
     if labels is not None and objective.labels != "classes":
-        raise HprError(f"labels were given, but the objective is {objective.name!r}: name 'classification', or leave them out")
-    found = compare(student, teacher, batches, objective)
-    quality = _quality(found)
-    if labels is not None and found.teacher is not None and found.student is not None:
-        before, after = accuracy(found.teacher, labels), accuracy(found.student, labels)
+        raise HprError(
+            f"labels were given, but the objective is {objective.name!r}: use 'classification', or leave out the labels"
+        )
+    comparison = compare(student, teacher, batches, objective)
+    quality = _quality(comparison)
+    if labels is not None and comparison.teacher is not None and comparison.student is not None:
+        before, after = accuracy(comparison.teacher, labels), accuracy(comparison.student, labels)
         quality.insert(0, _row("Accuracy", before, after, "", higher=True))
     anatomy = describe(teacher)
     cost: dict[str, dict[str, float | None]] = {
@@ -51,27 +58,27 @@ def evaluate(
         cost[side]["latency_ms"] = None if timing is None else timing.teacher_ms if side == "before" else timing.student_ms
         cost[side]["peak_memory_bytes"] = peak_memory(model, middle) if repeats else None
     figures = {"quality": quality, "sizes": cost, "parts": parts(teacher, student, anatomy)}
-    return measured_on(figures, f"{found.examples:,} examples")
+    return measured_on(figures, f"{comparison.examples:,} examples")
 
 
 def measured_on(figures: dict[str, Any], data: str | None) -> dict[str, Any]:
-    """The same figures with the name of the data that they were measured on; unchanged if the data has no name."""
+    """Return the figures with the name of their data in every row of quality; unchanged without a name."""
     return figures | {"quality": [row | {"data": data} for row in figures["quality"]]} if data else figures
 
 
-def _quality(found: Comparison) -> list[dict[str, Any]]:
+def _quality(comparison: Comparison) -> list[dict[str, Any]]:
     rows = []
-    if found.teacher_loss is not None:
-        rows.append(_row("Loss", found.teacher_loss, found.student_loss, "nats per token", higher=False))
-    divergence = _row("Divergence from the original", None, found.divergence.mean, "nats per example", higher=False)
-    rows.append(divergence | {"standard_error": found.divergence.error})
-    if found.cosine is not None:
-        rows.append(_row("Cosine to the original", None, found.cosine, "", higher=True))
-        if found.teacher is not None and found.student is not None and found.examples > 1:
-            shared = neighbour_agreement(found.student, found.teacher)
+    if comparison.teacher_loss is not None:
+        rows.append(_row("Loss", comparison.teacher_loss, comparison.student_loss, "nats per token", higher=False))
+    divergence = _row("Divergence from the original", None, comparison.divergence.mean, "nats per example", higher=False)
+    rows.append(divergence | {"standard_error": comparison.divergence.error})
+    if comparison.cosine is not None:
+        rows.append(_row("Cosine to the original", None, comparison.cosine, "", higher=True))
+        if comparison.teacher is not None and comparison.student is not None and comparison.examples > 1:
+            shared = neighbour_agreement(comparison.student, comparison.teacher)
             rows.append(_row("Nearest neighbours (10) in common", None, shared, "", higher=True))
-    if found.agreement is not None:
-        rows.append(_row("Same first choice as the original", None, found.agreement, "", higher=True))
+    if comparison.agreement is not None:
+        rows.append(_row("Same first choice as the original", None, comparison.agreement, "", higher=True))
     return rows
 
 

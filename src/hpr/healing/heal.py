@@ -17,6 +17,8 @@ from hpr.errors import DataError
 from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.recipe import Recipe
 from hpr.healing.train import Healing, train
+from hpr.nn.bank import recorded_objective
+from hpr.profiling.objectives import objective_for
 from hpr.runtime.batch import Batch
 
 WRITTEN = 4096  # the same if the teacher first has to write the targets
@@ -34,7 +36,8 @@ def heal(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any = None,
     None for the standard library's docstrings; or several of these by name, as a mapping or as a ``Mixture`` with shares of
     the steps. One eighth of the data is for validation;
     ``Splits`` have a validation part.
-    ``recipe``: everything else, see ``Recipe``.
+    ``recipe``: everything else, see ``Recipe``. Without ``recipe.objective`` the objective is that of the profile that the
+    student was fitted with, else the teacher's.
 
     Raises ``HprError`` if the data cannot be read, for a loss that is not finite, and for a folder with the checkpoints of
     another run.
@@ -44,15 +47,18 @@ def heal(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any = None,
     (0.137, 0.0698)
     """
     recipe = recipe or Recipe()
+    goal = recipe.objective or recorded_objective(student)
     if isinstance(teacher, nn.Module):
-        teacher = as_loaded(teacher, None, recipe.objective)
+        teacher = as_loaded(teacher, None, goal)
+    elif goal is not None:
+        teacher = replace(teacher, objective=objective_for(teacher.model, goal).name)
     sources, shares = _sources(data)
     batches, validation = batches_of(sources, teacher, recipe.weights.labels > 0, shares)
     augment = recipe.augment
     if augment == "auto":
         augment = None if recipe.weights.labels else changes_for(teacher)  # a label says nothing about changed inputs
         _log.info("inputs are %s", "shown unchanged" if augment is None else "mixed, shifted and made noisy")
-    recipe = replace(recipe, augment=augment, objective=recipe.objective or teacher.objective)
+    recipe = replace(recipe, augment=augment, objective=teacher.objective)
     return train(student, teacher.model, batches, validation, recipe, shares)
 
 

@@ -29,7 +29,8 @@ class Recipe:
     A step of the optimiser takes ``accumulate`` batches per process.
     ``checkpoints``: a folder for checkpoints. The same call continues from the last of them, and gives the same weights as an
     uninterrupted run. None keeps no checkpoints.
-    ``objective``: a key of ``hpr.profiling.objectives.OBJECTIVES``; by default the teacher's.
+    ``objective``: a key of ``hpr.profiling.objectives.OBJECTIVES``; by default that of the student's profile, else the
+    teacher's.
     ``augment``: a function that changes inputs at random (see ``augmentation``), None for none, ``auto`` for what suits the
     model: numbers vary, texts stay as they are.
 

@@ -32,6 +32,7 @@ from hpr.healing.schedule import Schedule
 from hpr.healing.setup import TrainingSetup
 from hpr.healing.teacher_cache import TargetCache
 from hpr.healing.trainer import HealingTrainer, last_checkpoint, load_weights
+from hpr.nn.bank import recorded_objective
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.batch import Batch, BatchLike, as_batches
 from hpr.runtime.hooks import eval_mode, transformers_quiet
@@ -139,7 +140,8 @@ def _setup(
     """Read the recipe. A time becomes steps; a run that continues keeps the steps that it began with."""
     if recipe.augment == "auto":
         recipe = replace(recipe, augment=None)
-    loss = GlobalLoss(teacher, describe(teacher), objective_for(teacher, recipe.objective), recipe.weights)
+    goal = objective_for(teacher, recipe.objective or recorded_objective(student))
+    loss = GlobalLoss(teacher, describe(teacher), goal, recipe.weights)
     steps, seconds = parse_duration(recipe.duration)
     steps = steps or steps_begun(None if recipe.checkpoints is None else Path(recipe.checkpoints))
     if steps is None:

@@ -74,7 +74,8 @@ class Factor(nn.Linear):
 class FactorBank(nn.Module):
     """Factors by name, each stored once. Raises ``HprError`` if two names give one key, or a name cannot be a key.
 
-    ``layers``: path of a block → its state, if it was dropped or reuses attention (``plans.layer_states``). ``routing``: what
+    ``layers``: path of a block → its state, if it was dropped or reuses attention (``plans.layer_states``). ``objective``: the
+    name of the objective that the profile measured, None if the factors were fitted without a profile. ``routing``: what
     routers see and return in the current pass.
 
     >>> bank = FactorBank({"basis": FactorShape(8, 2)})
@@ -94,6 +95,7 @@ class FactorBank(nn.Module):
             self.factors[key] = Factor(shape, dtype)
         self.register_buffer(MEND, torch.zeros(1, dtype=dtype))
         self.layers: dict[str, str] = {}
+        self.objective: str | None = None
         self.routing = Routing()
 
     @property
@@ -131,6 +133,12 @@ def bank_of(model: nn.Module) -> FactorBank | None:
     """The bank of a shared model, None for any other."""
     bank = getattr(base_of(model)[0], BANK, None)
     return bank if isinstance(bank, FactorBank) else None
+
+
+def recorded_objective(model: nn.Module) -> str | None:
+    """The name of the objective that a shared model was fitted for, None if the model records none."""
+    bank = bank_of(model)
+    return None if bank is None else bank.objective
 
 
 def terms_in(module: nn.Module) -> dict[str, tuple[Term, ...]]:

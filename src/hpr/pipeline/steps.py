@@ -21,12 +21,12 @@ from hpr.data.splits import EVALUATED, PROFILED, open_data
 from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.evaluate import evaluate as evaluate_batches
 from hpr.evaluation.evaluate import measured_on
+from hpr.nn.bank import recorded_objective
 from hpr.pipeline.coded import check_options
 from hpr.planning.options import DEFAULTS, PlanOptions
 from hpr.planning.planner import plan as plan_module
 from hpr.plans.budget import byte_limit
 from hpr.plans.plan import Plan
-from hpr.profiling.objectives import objective_for
 from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile as profile_batches
 from hpr.rounding.plan import plan_bytes, round_model
@@ -124,11 +124,12 @@ def refit(student: nn.Module, teacher: AnyModel, data: Any, plan: Plan, profile:
 
 
 def heal(student: nn.Module, teacher: AnyModel, data: Any = None, recipe: Recipe | None = None) -> Healing:
-    """Train a student in place to imitate its teacher (distillation). It ends with the best weights that were met.
+    """Train a student in place to imitate its teacher (distillation), and return the record of the run.
 
-    ``recipe``: duration, learning rate and all else. A part of the data is a validation set, which is not trained on: the
-    weights of least divergence there are kept, and those of the start count too. Raises ``HprError`` if the data or the
-    recipe does not fit.
+    The student ends with the weights of least divergence on a validation set, or with its first weights if no others are
+    better. The validation set is a part of the data, and the student does not train on it. ``recipe``: duration, learning rate
+    and further settings. The objective is ``recipe.objective``, else that of the student's profile, else the teacher's (see
+    ``evaluate``). Raises ``HprError`` if the data or the recipe does not fit.
 
     >>> healed = hpr.heal(student, loaded, texts, hpr.Recipe(duration="2steps"))
     >>> healed.after.mean <= healed.before.mean
@@ -136,8 +137,7 @@ def heal(student: nn.Module, teacher: AnyModel, data: Any = None, recipe: Recipe
     """
     from hpr.healing.heal import heal as heal_data
 
-    goal = None if recipe is None else recipe.objective
-    return heal_data(student, open_model(teacher, objective=goal), data, recipe)
+    return heal_data(student, open_model(teacher), data, recipe)
 
 
 def evaluate(
@@ -150,6 +150,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare a student with its teacher: quality, sizes and latency, as the JSON values that the report reads.
 
+    ``objective`` says how to read the outputs. Every divergence is in nats per example, but the examples are read differently:
+
+    - ``embedding``, ``cls-embedding``: ½‖e − ê‖² between normalised vectors, one per example; at most 2 nats;
+    - ``classification``: KL divergence between two class distributions, one per example;
+    - ``causal-lm``, ``masked-lm``, ``seq2seq``: KL divergence between token distributions, summed over the example's tokens;
+    - ``hidden``: ½‖h − ĥ‖² between last hidden states, summed over the example's positions.
+
+    Figures of different objectives are not comparable. By default the objective is that of the profile that the student was
+    fitted with; ``hpr.share`` and the checkpoint record it. A student without such a record takes the objective of the teacher:
+    the one that ``open_model`` got, or the default of the model's class.
+
     ``labels``: the classes of a classifier's examples, in the order of the data; they add its accuracy. ``repeats``: timed
     passes; 0 leaves latency and peak memory out. At most 1,024 examples are read, or one for each label. Raises ``HprError``
     for no data, for outputs that are not finite or differ in shape, and for labels that do not fit.
@@ -157,8 +168,7 @@ def evaluate(
     >>> sorted(hpr.evaluate(student, loaded, texts, repeats=0))
     ['parts', 'quality', 'sizes']
     """
-    loaded = open_model(teacher, objective=objective)
+    loaded = open_model(teacher, objective=objective or recorded_objective(student))
     examples = EVALUATED if labels is None else max(EVALUATED, len(labels))
     batches, label = open_data(data, loaded, "heldout", examples)
-    goal = objective_for(loaded.model, loaded.objective)
-    return measured_on(evaluate_batches(student, loaded.model, batches, goal, labels, repeats), label)
+    return measured_on(evaluate_batches(student, loaded.model, batches, loaded.goal, labels, repeats), label)

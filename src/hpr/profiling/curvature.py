@@ -31,7 +31,7 @@ _FLUSH = 8  # batches added up in float32 before they go into float64
 
 
 def memory_needed(anatomy: Anatomy) -> int:
-    """Bytes that the sums of all sites take, known before the first batch (float64)."""
+    """Return the bytes that the sums of all sites need, in float64."""
     linears = sum(_entries(site.out_features) + _entries(site.in_features) for site in anatomy.sites if site.kind == "linear")
     tables = sum(site.out_features + _entries(site.in_features) for site in anatomy.sites if site.kind == "embedding")
     return 8 * (linears + tables)
@@ -44,14 +44,14 @@ def measure_curvature(
     objective: Objective,
     seed: int = 0,
 ) -> tuple[dict[str, SiteStatistics], int]:
-    """Statistics of every site over the batches, and the number of examples.
+    """Return the statistics of every site over the batches, and the number of examples.
 
-    A sixteenth of the batches is looked at first, for the mean inputs around which moments are taken, then for the sizes
-    of the two estimates that are averaged. Raises ``HprError`` for no batches, and for a loss that is not finite (naming
-    the batch).
+    Two first passes read a sixteenth of the batches. The first measures the mean inputs that centre the moments; the second
+    measures the traces of the two estimates that are averaged. The third pass reads all batches. Raises ``HprError`` for no
+    batches, and for a loss that is not finite (the message names the batch).
     """
     if not batches:
-        raise HprError("no calibration batches: at least one is needed")
+        raise HprError("no calibration batches: give at least one")
     generator = torch.Generator().manual_seed(seed)
     batches = as_batches(batches)
     few = first_few(batches)
@@ -77,7 +77,7 @@ def measure_curvature(
 
 
 def first_few(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """The sixteenth of the batches that is looked at before all are."""
+    """Return the first sixteenth of the batches, at least one."""
     return batches[: max(1, len(batches) // 16)]
 
 
@@ -95,8 +95,8 @@ class _Moments:
     its trace as first seen, ``sizes``; without sizes only the traces and the mean input are collected. ``centre`` (in,) is
     taken off x where a bias can absorb it.
 
-    An expert's rows come from all examples mixed, so nothing is known of how the rows of one add up: there K-FAC's estimate
-    stands alone, and ``changes`` is the trace that independent rows have, Σ ‖g‖² ‖x‖².
+    The rows of an expert come from all examples in mixed order, so the sum over one example is unknown. For experts, only
+    K-FAC's estimate is used, and ``changes`` is the trace for independent rows, Σ ‖g‖² ‖x‖².
     """
 
     site: Site
@@ -133,7 +133,7 @@ class _Moments:
         self.recent = {}
 
     def next(self, stage: int) -> _Moments:
-        """Empty sums for the next stage, with what this one found: the mean input, then the sizes."""
+        """Return empty sums for the next stage. They take over the mean input of this stage, or its traces as ``sizes``."""
         self._flush()
         head = self.head.next(stage) if self.head is not None else None
         if stage == 1:
@@ -186,9 +186,9 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> 
     experts: dict[int, Record] = {}
     for site in anatomy.sites:
         if site.expert is not None:
-            found = slice_at(model, site.name)
-            assert found is not None
-            experts[found.weight.data_ptr()] = partial(_add_expert, moments[site.name])
+            expert = slice_at(model, site.name)
+            assert expert is not None
+            experts[expert.weight.data_ptr()] = partial(_add_expert, moments[site.name])
             continue
         for path in (site.name, *site.aliases):
             module = module_at(model, path)
@@ -270,12 +270,12 @@ def _add_linear(target: _Moments, x: Tensor, gradient: Tensor) -> None:
 
 
 def _has_gradient(squares: Tensor) -> Tensor:
-    """Rows that reach the loss, by norm² of their gradients: masked ones have none, up to rounding of the largest."""
+    """Return which rows have a gradient, from squared norms: those above the rounding error of the largest."""
     return squares > torch.finfo(torch.float32).eps ** 2 * (squares.max() if len(squares) else 0)
 
 
 def _worth_forming(g: Tensor, x: Tensor) -> bool:
-    """Whether the examples' own dW (out, in) are smaller work than products across their rows: long texts, narrow sites."""
+    """Return whether dW (out, in) per example costs less than products of all pairs of rows: long texts, narrow sites."""
     length, rows, columns = g.shape[1], g.shape[2], x.shape[2]
     across = length * (rows * rows + columns * columns) + 2 * length * length * (rows + columns)
     return across > rows * columns * (length + rows + columns)
@@ -284,7 +284,7 @@ def _worth_forming(g: Tensor, x: Tensor) -> bool:
 def _merged(
     first: Tensor, weighted: Tensor, other: tuple[Tensor, Tensor], share: float
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
-    """Pairs that add up to firstᵀ weighted + share · the other pair's product: one pair where the first factor is the same."""
+    """Return pairs whose products sum to firstᵀ weighted + share · otherᵀ other: one pair if the first factors are equal."""
     if other[0] is first:
         return [(first, weighted.add(other[1], alpha=share))]
     return [(first, weighted), (other[0], other[1] * share)]
@@ -308,5 +308,5 @@ def _add_expert(target: _Moments, x: Tensor, gradient: Tensor) -> None:
 
 
 def _by_example(rows: Tensor) -> Tensor:
-    """(B, …, d) → (B, T, d); (B, d) is one row an example."""
+    """Reshape (B, …, d) to (B, T, d). In (B, d), each example has one row."""
     return rows.reshape(len(rows), -1, rows.shape[-1])

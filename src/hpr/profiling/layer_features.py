@@ -1,14 +1,14 @@
-"""What a model does layer by layer, from forward passes alone: similarity, block influence, context dependence.
+"""Measure features of each layer with forward passes: similarity, block influence, context dependence.
 
 - *Similarity*: linear centred kernel alignment (CKA; Kornblith et al., 2019) between the outputs of two layers, pooled over
-  real positions. 1 means that they hold the same information up to a rotation and a scale.
+  real positions. At 1 the outputs are equal up to a rotation and a scale.
 - *Block influence*: 1 − cos between a block's input and its output (ShortGPT; Men et al., 2024).
-- *Context dependence*: how far a layer's output moves, as 1 − cos, at positions whose own token stays while half of the tokens
-  around it are replaced by those of another example. The replacement happens where hidden states enter a stack: for
-  embeddings that see one position at a time this *is* replacing the tokens, and it works as well for pictures, sound and
-  plain modules, which have no token ids.
+- *Context dependence*: the change of a layer's output, as 1 − cos, at positions that keep their token if half of the other
+  positions come from another example. The replacement applies to the hidden states that enter a stack. For embeddings that
+  read one position at a time, this equals the replacement of tokens. It also works for images, audio and plain modules,
+  which have no token ids.
 
-All three propose which layers might share; what sharing costs is measured by damage.
+All three suggest which layers could share. The predicted damage says what sharing costs.
 
 Suffixes of names: B examples, T positions, D width, N pooled examples, L layers.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hpr.anatomy.lookup import module_at
@@ -39,14 +40,14 @@ Visit = Callable[[int, Tensor, Tensor], None]  # layer, its input and its output
 
 
 def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLike], seed: int = 0) -> dict[str, LayerFeatures]:
-    """Features of every stack whose blocks the model calls, by stack name. The model is left as it was.
+    """Return the features of every stack whose blocks the model calls, by stack name. The model does not change.
 
-    At most 512 examples are read, from batches spread evenly over all (they may be sorted by length), and 16 examples of
-    at most 8 batches for context dependence; ``seed`` draws the positions to replace. Raises ``HprError`` for no
+    The function reads at most 512 examples, from evenly spread batches because batches may be sorted by length. Context
+    dependence reads 16 examples of at most 8 batches; ``seed`` draws the positions to replace. Raises ``HprError`` for no
     batches, for hidden states that are not finite (naming layer and batch), and for outputs that hold no hidden states.
     """
     if not batches:
-        raise HprError("no calibration batches: at least one is needed")
+        raise HprError("no calibration batches: give at least one")
     batches = as_batches(batches)
     chosen = _spread(batches, POOLED_EXAMPLES)
     watched = {stack.name: _Stack(stack, _blocks(model, stack)) for stack in anatomy.stacks}
@@ -63,8 +64,11 @@ def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLi
     return {name: stack.features() for name, stack in watched.items() if all(stack.pooled)}
 
 
-def real_positions(batch: Batch, stack: Stack, hidden: Tensor) -> Tensor:
-    """(B, T) real positions, float64. A decoder beside an encoder has a mask of its own, or the labels say what is real."""
+def real_positions(batch: Batch, stack: Stack, hidden: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens"]:
+    """Return 1 for real positions and 0 for padding, in float64.
+
+    In an encoder-decoder model, the mask of the decoder comes from ``decoder_attention_mask`` or from the labels.
+    """
     if "decoder" in stack.path:
         if "decoder_attention_mask" in batch:
             batch = {"attention_mask": batch["decoder_attention_mask"]}
@@ -77,7 +81,7 @@ def real_positions(batch: Batch, stack: Stack, hidden: Tensor) -> Tensor:
 
 @dataclass
 class _Stack:
-    """What is gathered for one stack. ``pooled[layer]``: a list of (B, D), float64."""
+    """The measurements of one stack. ``pooled[layer]``: a list of (B, D), float64."""
 
     stack: Stack
     blocks: list[nn.Module]
@@ -104,7 +108,7 @@ class _Mean:
     weight: float = 0.0
 
     def add(self, values: Tensor, weights: Tensor) -> None:
-        self.total += float(torch.where(weights > 0, values, 0.0).sum())  # what stands at padding may be nan
+        self.total += float(torch.where(weights > 0, values, 0.0).sum())  # values at padding may be nan
         self.weight += float(weights.sum())
 
     @property
@@ -178,10 +182,10 @@ def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, gene
 
 
 def _swap(x_BTD: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Hidden states with about half of the positions replaced, and the (B, T) float mask of real ones that were not.
+    """Return hidden states with about half of the positions replaced, and the (B, T) float mask of the other real positions.
 
-    They come from the example before, at the same position where both are real; a lone example lends itself its own
-    other half. The first real position stays, since it is special in most models.
+    A position is replaced by the same position of the previous example if both are real. A single example uses its other
+    half instead. The first real position is not replaced, because most models treat it specially.
     """
     examples, positions = mask.shape
     shift, dim = (1, 0) if examples > 1 else (positions // 2, 1)
@@ -192,8 +196,8 @@ def _swap(x_BTD: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tens
     return torch.where(replaced.unsqueeze(-1), other, x_BTD), mask * ~replaced
 
 
-def cka_matrix(pooled: Sequence[Tensor]) -> list[list[float]]:
-    """Linear CKA between all layers, (L, L), by Gram matrices: their size is that of the examples, whatever the width."""
+def cka_matrix(pooled: Sequence[Float[Tensor, "examples d"]]) -> list[list[float]]:
+    """Return the linear CKA between all layers, (L, L). It uses Gram matrices (N, N), so widths may differ."""
     grams = []
     for x_ND in pooled:
         centred_ND = x_ND.double() - x_ND.double().mean(0)
@@ -208,7 +212,7 @@ def cka_matrix(pooled: Sequence[Tensor]) -> list[list[float]]:
 
 
 def _distance(first: Tensor, second: Tensor) -> Tensor:
-    """1 − cos over the last dimension, in float64: layers differ by less than float32 resolves in a cosine near 1."""
+    """Return 1 − cos over the last dimension, in float64 because float32 is too coarse for cosines near 1."""
     return 1.0 - F.cosine_similarity(first.double(), second.double(), dim=-1, eps=1e-30)
 
 
@@ -242,7 +246,10 @@ def _caller(visit: Visit, layer: int, stack: Stack, examples: int) -> Callable:
         parts = tuple(output.values()) if isinstance(output, Mapping) else output
         hidden = parts[0] if isinstance(parts, tuple | list) and parts else parts
         if not isinstance(hidden, Tensor):
-            raise HprError(f"layer {layer} of {stack.name} returns {type(output).__name__} without hidden states first")
+            raise HprError(
+                f"layer {layer} of {stack.name} returns {type(output).__name__} without hidden states first: "
+                "return a tensor, or a tuple that starts with one"
+            )
         given = _as_positions(entering(args, kwargs), examples, stack, layer)
         visit(layer, given, _as_positions(hidden, examples, stack, layer))
 
@@ -254,12 +261,12 @@ def _as_positions(hidden: Tensor, examples: int, stack: Stack, layer: int) -> Te
     time_first = hidden.dim() == 3 and hidden.shape[0] != examples == hidden.shape[1]
     if hidden.dim() < 2 or time_first or hidden[..., 0].numel() % examples:
         shape = tuple(hidden.shape)
-        raise HprError(f"layer {layer} of {stack.name} has states of shape {shape} for {examples} examples: examples go first")
+        raise HprError(f"layer {layer} of {stack.name} has states of shape {shape} for {examples} examples: put examples first")
     return hidden.reshape(examples, -1, hidden.shape[-1])
 
 
 def _spread(batches: Sequence[Batch], limit: int) -> list[int]:
-    """Indices of evenly spread batches with at least ``limit`` examples between them, or all there are."""
+    """Return the indices of evenly spread batches that hold at least ``limit`` examples, or of all batches."""
     needed = -(-limit * len(batches) // max(1, sum(examples_in(batch) for batch in batches)))
     count = min(len(batches), max(1, needed))
     return [index * len(batches) // count for index in range(count)]

@@ -1,12 +1,21 @@
-"""What a model is for, as two functions: a loss whose gradients give the curvature, and a divergence in nats.
+"""Objectives: how to read a model's outputs, so that damage to the model has a unit.
 
-Each objective reads the model's outputs as the mean of a distribution; its divergence is that distribution's KL, and its
-loss, drawn from the model itself, has the same Fisher matrix. So predicted damage and measured divergence share a unit:
-nats per example. Embeddings and hidden states are means of unit Gaussians: ½‖e − ê‖² nats.
+An objective answers two questions. Which numbers of the output count: class logits, token logits, an embedding, hidden states?
+And how far apart are the outputs of two models? The answer to the second question is a divergence in nats per example.
 
-Where a categorical model is certain of what it writes, gradients all but vanish and say nothing about changes that are no
-longer small. Then the loss is that of the outputs at a higher temperature (``softened``), as in distillation (Hinton et al.
-2015); the divergence stays the true one.
+- *Categorical* outputs are logits. The divergence is KL(teacher ‖ student), summed over the predictions of an example. If a
+  classifier gives the probabilities (0.5, 0.5) and its compressed copy gives (0.8, 0.2), the divergence is
+  0.5 · ln(0.5 / 0.8) + 0.5 · ln(0.5 / 0.2) = 0.223 nats.
+- *Gaussian* outputs are vectors, which count as means of unit Gaussians. The divergence is ½‖e − ê‖². The embeddings (1, 0) and
+  (0.8, 0.6) have ½ · (0.2² + 0.6²) = 0.2 nats.
+
+An objective also has a loss. The loss compares the outputs with a random draw from the model's own output distribution, so it
+needs no labels. The expected outer product of its gradients is the Fisher matrix, which is the second derivative of the
+divergence. So the damage that a profile predicts and the divergence that an evaluation measures share a unit.
+
+If a categorical model is almost certain of its outputs, its gradients nearly vanish, and they predict large changes badly.
+``softened`` then raises the temperature of the loss, as distillation does (Hinton et al. 2015). The divergence always uses
+temperature 1.
 """
 
 from __future__ import annotations
@@ -18,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -27,25 +37,26 @@ from hpr.runtime.hooks import eval_mode, run
 
 _log = logging.getLogger(__name__)
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-UNCERTAIN = 0.3  # of what even outputs have, in the mean of 1 − Σ p²: from there on gradients say enough
+UNCERTAIN = 0.3  # the least mean of 1 − Σ p², relative to its value for a uniform distribution
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a model is for. A new one is one entry in ``OBJECTIVES``: other code asks for its properties, never for its name.
+    """One way to read a model's outputs. To add one, add an entry to ``OBJECTIVES``: other code reads its fields only.
 
-    ``read(outputs, batch)`` gives the predictions (batch, …, d) and their weight (batch, …); ``loss`` and ``divergence`` use
-    both. ``categorical``: predictions are logits; otherwise they are means of unit Gaussians.
+    ``read(outputs, batch)`` returns the predictions (batch, …, d) and their weights (batch, …). A position of weight 0, such as
+    padding, does not count. ``categorical``: predictions are logits; otherwise they are means of Gaussians with covariance I.
+    ``temperature``: divides the logits in ``loss``.
 
-    ``labels``: what ``labels`` of a batch hold, ``"tokens"`` (one a position), ``"classes"`` (one an example) or None.
-    ``shifts_labels``: position t predicts the token at t + 1. Texts are then their own labels, long ones may be read in
-    pieces, and the only stack is a decoder. ``writes_targets``: batches without labels get what the teacher writes.
-    ``upper_stack_predicts``: positions of the stacks above the first are those of the labels. ``classes``: the mappings of
-    transformers that list the model classes for which this objective is the default.
+    ``labels``: the content of a batch's ``labels``: ``"tokens"`` (one per position), ``"classes"`` (one per example) or None.
+    ``shifts_labels``: position t predicts the token at t + 1. Texts then serve as labels, long texts may be split, and the only
+    stack is a decoder. ``writes_targets``: the teacher generates the targets for batches without labels.
+    ``upper_stack_predicts``: the positions of all stacks but the first are those of the labels. ``classes``: the mappings of
+    transformers that list the model classes with this default objective.
     """
 
     name: str
-    read: Callable[[Any, Batch], tuple[Tensor, Tensor]]
+    read: Callable[[Any, Batch], tuple[Float[Tensor, "batch ... d"], Float[Tensor, "batch ..."]]]
     categorical: bool
     temperature: float = 1.0
     labels: Literal["tokens", "classes"] | None = None
@@ -54,10 +65,10 @@ class Objective:
     upper_stack_predicts: bool = False
     classes: tuple[str, ...] = ()
 
-    def loss(self, outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The summed loss of a batch against a draw from the model's own output distribution (a scalar, nats).
+    def loss(self, outputs: Any, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
+        """Return the loss of a batch, a scalar in nats: the sum over predictions, with targets drawn from the model's outputs.
 
-        At a temperature T its Fisher matrix is that of T² · KL between the outputs at T, which does not shrink with T.
+        At temperature T, its Fisher matrix is that of T² · KL between the outputs at T. The factor T² keeps its scale.
         """
         predictions, weight = self.read(outputs, batch)
         if self.categorical:
@@ -69,25 +80,26 @@ class Objective:
         direction = torch.randn(predictions.shape, generator=generator, dtype=torch.float32).to(predictions.device)
         return ((predictions.float() * direction).sum(-1) * weight).sum()
 
-    def divergence(self, teacher: Any, student: Any, batch: Batch) -> Tensor:
-        """Nats per example, (batch,): KL for categorical outputs, ½‖·‖² for Gaussian ones."""
+    def divergence(self, teacher: Any, student: Any, batch: Batch) -> Float[Tensor, " batch"]:
+        """Return the divergence of each example in nats: KL for categorical outputs, ½‖e − ê‖² for Gaussian ones."""
         expected, weight = self.read(teacher, batch)
-        found, _ = self.read(student, batch)
-        expected, found = expected.float(), found.float()
+        predicted, _ = self.read(student, batch)
+        expected, predicted = expected.float(), predicted.float()
         if self.categorical:
-            log_p, log_q = F.log_softmax(expected, dim=-1), F.log_softmax(found, dim=-1)
+            log_p, log_q = F.log_softmax(expected, dim=-1), F.log_softmax(predicted, dim=-1)
             distance = (log_p.exp() * (log_p - log_q)).sum(-1)
         else:
-            distance = 0.5 * (expected - found).square().sum(-1)
+            distance = 0.5 * (expected - predicted).square().sum(-1)
         return (distance * weight).flatten(1).sum(1) if distance.dim() > 1 else distance * weight
 
 
 def softened(objective: Objective, model: nn.Module, batches: Sequence[BatchLike]) -> Objective:
-    """The objective at the lowest of ``TEMPERATURES`` at which the model's outputs on these batches are uncertain enough.
+    """Return the objective with the lowest of ``TEMPERATURES`` at which the model's outputs are uncertain enough.
 
-    That is measured as the mean of 1 − Σ p² over predictions, against its value for even outputs: the chance that two labels
-    drawn from one output differ, and the trace of the covariance that the curvature is made of. Gaussian outputs have no
-    temperature. Raises ``HprError`` for a categorical output with one label.
+    The measure is the mean of 1 − Σ p² over the predictions on these batches. It is the probability that two labels drawn
+    from one output differ. It must be at least ``UNCERTAIN`` times its value for a uniform distribution; if no temperature
+    reaches that, the highest is used. An objective with Gaussian outputs is returned unchanged. Raises ``HprError`` for a
+    categorical output with one label.
     """
     if not objective.categorical:
         return objective
@@ -157,7 +169,7 @@ def _read_decoder(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 _SEQ2SEQ = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES")
 _CLASSIFIERS = tuple(f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING_NAMES" for kind in ("SEQUENCE", "IMAGE", "AUDIO"))
 
-# In order: of several that list a model's class, the first is its default. BART's class is listed as a masked LM as well.
+# The order matters: the first objective that lists a model's class is its default. BART's class is a masked LM, too.
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
@@ -188,23 +200,23 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def objective_for(model: nn.Module, name: str | None = None) -> Objective:
-    """The objective by name, or the first that is the default for the model's class; hidden states if there is none.
+    """Return the objective of that name, else the default for the model's class; ``hidden`` if the class has none.
 
     Raises ``HprError`` for a name that is not in ``OBJECTIVES``.
     """
     if name is not None:
         if name not in OBJECTIVES:
-            raise HprError(f"no objective {name!r}; there are {', '.join(OBJECTIVES)}")
+            raise HprError(f"no objective {name!r}: use one of {', '.join(OBJECTIVES)}")
         return OBJECTIVES[name]
-    own = type(model).__name__
+    class_name = type(model).__name__
     for objective in OBJECTIVES.values():
-        if any(own in _classes(mapping) for mapping in objective.classes):
+        if any(class_name in _classes(mapping) for mapping in objective.classes):
             return objective
-    _log.info("the objective is hidden states, because %s has no task head that is known", own)
+    _log.info("the objective is hidden states, because %s has no known task head", class_name)
     return OBJECTIVES["hidden"]
 
 
 def _classes(mapping: str) -> set[str]:
-    """Names of the classes in a mapping of transformers, whose values are names or tuples of names."""
+    """Return the class names in a mapping of transformers, whose values are names or tuples of names."""
     values = getattr(modeling_auto, mapping, {}).values()
     return {name for names in values for name in ((names,) if isinstance(names, str) else names)}

@@ -1,7 +1,7 @@
-"""The profile: what the calibration text says about each site and each layer, saved as one safetensors file.
+"""The profile: statistics of each site and each layer on the calibration data, saved as one safetensors file.
 
 For a site with weight W and a change Δ, the predicted damage in nats per example is ``½ · N · tr(left Δ right Δᵀ)``, with N the
-rows per example. A Linear has left ≈ G = E[g gᵀ] (out × out) and right ≈ A = cov(x) (in × in); an embedding table has
+number of rows per example. A Linear has left ≈ G = E[g gᵀ] (out × out) and right ≈ A = cov(x) (in × in); an embedding table has
 left = the counts of its tokens as shares (V,) and right = E[g gᵀ] (d × d). The Kronecker form is that of K-FAC (Martens and
 Grosse, 2015); ``curvature`` says how it is estimated.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -51,19 +52,22 @@ class SiteStatistics:
         return self.rows * trace(self.left) * trace(self.right)
 
 
-def trace(moment: Tensor) -> float:
-    """Of a full moment or of a diagonal."""
+def trace(moment: Float[Tensor, ...]) -> float:
+    """Return the trace of a full moment (n, n), or of a diagonal moment (n,)."""
     return float(moment.sum() if moment.dim() == 1 else moment.trace())
 
 
-def unit(moment: Tensor) -> Tensor:
-    """The same at trace 1."""
+def unit(moment: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """Return a moment divided by its trace, so that its trace is 1."""
     return moment / trace(moment)
 
 
-def pooled(sites: Sequence[SiteStatistics], traces: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Mean left and right moment of several statistics of one matrix, weighted by their Fisher traces; both at trace 1."""
-    shares = [own / sum(traces) for own in traces]
+def pooled(sites: Sequence[SiteStatistics], traces: Sequence[float]) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
+    """Return the mean left and right moment of several statistics of one matrix, both with trace 1.
+
+    ``traces``: the Fisher traces of the statistics, which are their weights in the mean.
+    """
+    shares = [fisher_trace / sum(traces) for fisher_trace in traces]
     left, right = (
         torch.stack([share * unit(getattr(site, side)) for share, site in zip(shares, sites, strict=True)]).sum(0)
         for side in ("left", "right")
@@ -73,7 +77,7 @@ def pooled(sites: Sequence[SiteStatistics], traces: Sequence[float]) -> tuple[Te
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """One stack: linear CKA between layers' pooled outputs (L, L), block influence (L,), context dependence (L,)."""
+    """Features of one stack of L layers: linear CKA of pooled outputs (L, L), block influence (L,), context dependence (L,)."""
 
     similarity: list[list[float]]
     block_influence: list[float]
@@ -84,8 +88,8 @@ class LayerFeatures:
 class Profile:
     """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions.
 
-    ``symmetries``: how weights may be transformed without changing what the model computes, found by trials.
-    ``interventions``: layer → state → true divergence in nats per example, if it was measured (``layer_reuse.ablation``).
+    ``symmetries``: transforms of weights that leave the model's outputs unchanged, as trials confirm.
+    ``interventions``: layer → state → measured divergence in nats per example, if measured (``layer_reuse.ablation``).
 
     >>> profile = hpr.profile(loaded, texts)
     >>> profile.save(folder / "profile.safetensors")
@@ -101,7 +105,7 @@ class Profile:
     interventions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raise ``HprError`` unless this profile was taken of that model."""
+        """Raise ``HprError`` if this profile is of another model, or lacks one of its sites."""
         if self.fingerprint != anatomy.fingerprint:
             raise HprError(
                 f"the profile was taken of a model with fingerprint {self.fingerprint}, this one has {anatomy.fingerprint}: "
@@ -111,7 +115,7 @@ class Profile:
             raise HprError(f"the profile lacks {missing[0]} ({len(missing)} sites): profile this model anew")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically; equal moments (query, key, value see the same input) are stored once."""
+        """Write one safetensors file atomically. Sites with the same moment, such as query, key and value, store it once."""
         tensors: dict[str, Tensor] = {}
         stored: dict[int, str] = {}
         sites: dict[str, Any] = {}
@@ -129,7 +133,7 @@ class Profile:
             "sites": sites,
             "layers": {name: vars(features) for name, features in self.layers.items()},
             "about": dict(self.about),
-            "symmetries": [one.to_list() for one in self.symmetries],
+            "symmetries": [symmetry.to_list() for symmetry in self.symmetries],
             "interventions": {layer: dict(damages) for layer, damages in self.interventions.items()},
         }
         target = Path(path)
@@ -143,7 +147,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """Raises ``HprError`` for a file that is missing, damaged or no profile."""
+        """Return the profile in a file. Raises ``HprError`` if the file is missing, damaged or no profile."""
         if not Path(path).is_file():
             raise HprError(f"no profile at {path}: `hpr profile` writes one")
         try:

@@ -24,10 +24,10 @@ def profile(
     objective: str | None = None,
     seed: int = 0,
 ) -> Profile:
-    """What calibration batches say about every site and layer. No labels are needed; the model is left as it was.
+    """Return the profile of a model on calibration batches. The batches need no labels, and the model does not change.
 
-    ``objective`` is chosen from the model's class unless named (see ``profiling.objectives``). Raises ``HprError`` for no
-    batches and for losses, activations or gradients that are not finite.
+    ``objective``: a key of ``profiling.objectives.OBJECTIVES``; None is the default of the model's class. Raises ``HprError``
+    for no batches, and for losses, activations or gradients that are not finite.
     """
     anatomy = describe(model)
     start, moved = time.perf_counter(), [to_device_of(batch, model) for batch in batches]

@@ -1,7 +1,7 @@
 """Find the symmetries of a model by trial.
 
-Which sites belong to one another is not looked up: each guess is carried out on a copy in float64, and counts if the outputs
-stay the same while every weight transformed alone changes them.
+The search applies each candidate transform to a copy of the model in float64. A candidate is a symmetry if the outputs stay the
+same, but change if any one of its weights is transformed alone.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batches, first_ex
 from hpr.runtime.hooks import eval_mode, run
 
 _log = logging.getLogger(__name__)
-EXAMPLES = 2  # that each guess is tried on; one, where it cannot be cut short
+EXAMPLES = 2  # for each trial; 1 if the inputs cannot be shortened
 POSITIONS = 24  # enough for heads to attend to different ones
 TOO_FEW = 4  # with fewer all heads may attend alike, and seem to be one
 EXACT = 1e-6  # what rounding may leave, as a share of what a weight transformed alone changes (norms compute in float32)
 
 
 def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLike], seed: int = 0) -> tuple[Symmetry, ...]:
-    """The symmetries of every stack of two or more layers. The model is left as it was.
+    """Return the symmetries of every stack of two or more layers. The model does not change.
 
-    A guess is tried in one layer first, then in all at once: some hundred passes over two short examples. Models that cannot
-    run in float64, or whose outputs differ from run to run, have none; nor is anything found on examples of a few positions.
+    Each candidate is tried in one layer first, then in all layers at once. This takes about a hundred passes over two short
+    examples. The result is empty if the model cannot run in float64, if its outputs differ from run to run, or if the examples
+    have fewer than 4 positions.
     """
     batches = as_batches(batches)
     long_enough = [batch for batch in batches if _positions(batch) >= POSITIONS]
@@ -47,11 +48,11 @@ def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchL
             _log.info("symmetries are not looked for: in float64 the model fails, or differs from run to run")
             return ()
         stacks = [stack.name for stack in anatomy.stacks if stack.layers > 1]
-        return tuple(one for stack in stacks for one in _guesses(trial, stack) if trial.holds(one))
+        return tuple(guess for stack in stacks for guess in _guesses(trial, stack) if trial.holds(guess))
 
 
 class _Trial:
-    """A copy of the model in float64 on which guesses are carried out and taken back."""
+    """A copy of the model in float64 that applies candidate transforms and undoes them."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, seed: int):
         self.model, self.anatomy = model, anatomy
@@ -60,7 +61,7 @@ class _Trial:
         self.expected = torch.empty(0)
 
     def start(self, batch: Batch) -> bool:
-        """Whether the model runs on a batch in float64 and gives the same twice."""
+        """Return whether the model runs on a batch in float64 and gives equal outputs in two runs."""
         self.batch = batch
         try:
             self.expected = self._run()
@@ -80,20 +81,20 @@ class _Trial:
         return max(layers.values(), key=len, default=[])
 
     def works(self, symmetry: Symmetry, transform: Tensor, layer: int | None = None) -> bool:
-        """Whether a transform of one layer leaves the outputs as they are, while each of its slices alone changes them."""
+        """Return whether a transform keeps the outputs, although each of its slices alone changes them."""
         layers = layers_of(self.anatomy, symmetry)
         chosen = layers if layer is None else {layer: layers[layer]}
         together = self._change(chosen, symmetry.slices, transform)
         if not together < 1e-2 * float(self.expected.norm()):  # most guesses end here
             return False
-        return all(together < EXACT * self._change(chosen, (one,), transform) for one in symmetry.slices)
+        return all(together < EXACT * self._change(chosen, (part,), transform) for part in symmetry.slices)
 
     def holds(self, symmetry: Symmetry) -> bool:
-        """Whether it does in all layers at once, of which there are at least two."""
+        """Return whether a symmetry works in all of its layers at once, at least two."""
         return len(layers_of(self.anatomy, symmetry)) > 1 and self.works(symmetry, self.random(symmetry))
 
     def random(self, symmetry: Symmetry) -> Tensor:
-        """A transform that leaves nothing in its place."""
+        """Return a transform that moves every block: a cyclic order, sign flips or random rotations."""
         blocks, size = symmetry.blocks, symmetry.size
         if symmetry.kind == "order":
             cycle = torch.randperm(blocks, generator=self.draw)

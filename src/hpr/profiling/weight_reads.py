@@ -1,4 +1,4 @@
-"""Weights as they are read: look-ups in tables and products with experts, where no module's hook could watch them."""
+"""Record each use of a weight that module hooks cannot see: look-ups in embedding tables, and products with experts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_IMPLEMENTATION = "_experts_implementation"  # how a transformers configuration names the way experts are run
-Record = Callable[[Tensor, Tensor], None]  # takes what was put in, and the gradient of what came out
+_IMPLEMENTATION = "_experts_implementation"  # the setting of a transformers configuration that selects how experts run
+Record = Callable[[Tensor, Tensor], None]  # takes the input, and the gradient of the output
 
 
 class WeightsRead(TorchFunctionMode):
-    """Calls back with the input and the output's gradient of each use of a weight.
+    """Call a function with the input and the output's gradient at each use of a weight.
 
-    ``tables``: id of a parameter → for its look-ups (embedding modules compute ids or scale rows themselves, so that their
-    hooks would see something else). ``experts``: address of a slice's first number → for its products: each call takes a new
-    view of the slice, which has no identity.
+    ``tables``: id of an embedding parameter → function for its look-ups. Embedding modules may compute ids or scale rows
+    themselves, so a hook on the module would see other tensors. ``experts``: address of the first number of an expert's weight
+    → function for its products. Each call makes a new view of the weight, so the id of the view would not identify it.
     """
 
     def __init__(self, tables: Mapping[int, Record], experts: Mapping[int, Record]):
@@ -38,15 +39,15 @@ class WeightsRead(TorchFunctionMode):
         elif func is F.linear and self.experts and len(args) > 1:
             record = self.experts.get(args[1].data_ptr())
         if record is not None:
-            found, given = record, args[0].detach()
+            callback, given = record, args[0].detach()
             output = with_graph(output)
-            output.register_hook(lambda gradient: found(given, gradient))
+            output.register_hook(lambda gradient: callback(given, gradient))
         return output
 
 
 @contextmanager
 def experts_one_by_one(model: nn.Module) -> Iterator[None]:
-    """Experts run by one ``F.linear`` each: transformers' other implementations multiply by all of them at once."""
+    """Run each expert by its own ``F.linear``. Other implementations of transformers multiply by all experts at once."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
     chosen = [(config, config._experts_implementation) for config in configs.values() if hasattr(config, _IMPLEMENTATION)]
     try:
@@ -54,10 +55,10 @@ def experts_one_by_one(model: nn.Module) -> Iterator[None]:
             config._experts_implementation = "eager"
         yield
     finally:
-        for config, name in chosen:  # past the setter, which would also set the configurations inside
+        for config, name in chosen:  # the public setter would also change nested configurations
             setattr(config, f"{_IMPLEMENTATION}_internal", name)
 
 
-def with_graph(output: Tensor) -> Tensor:
-    """The output itself, or where nothing below has a graph, one that starts here; cloned so that += stays legal."""
+def with_graph(output: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """Return the output with a graph: itself, or a clone that starts a graph, because += fails on a leaf."""
     return output if output.requires_grad else output.detach().requires_grad_().clone()

@@ -101,6 +101,8 @@ def share(
     aliases = {name: anatomy[name].aliases for name in changed}
     bank = attach(student, terms, shapes, aliases, layers=paths_of(anatomy, plan.layers))
     bank.load({**fitted.factors, **kept})
+    used = profile if fits is None else fits.profile
+    bank.objective = None if used is None else used.about.get("objective")
     for name, change in fitted.bias_changes.items():
         if anatomy[name].has_bias:
             bias: Tensor = module_at(student, name).bias  # type: ignore[assignment]

@@ -43,6 +43,7 @@ def specification(model: nn.Module) -> dict[str, Any]:
         "factors": factors,
         "aliases": aliases,
         **({"layers": dict(bank.layers)} if bank.layers else {}),
+        **({"objective": bank.objective} if bank.objective else {}),
     }
 
 
