@@ -21,8 +21,9 @@ from hpr.rounding.model import Rounder
 from hpr.rounding.search import Rounded, round_to_bytes
 
 _log = logging.getLogger(__name__)
-UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while the next is better
-DOWNWARDS = ((0.05, 0.05),)  # tried if the first of UPWARDS is its best
+UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while they serve
+DOWNWARDS = ((0.05, 0.05),)  # tried if the first of UPWARDS is the best of them
+MARGIN = 0.05  # more damping holds better on other text, so it is preferred at up to so much more divergence
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,16 @@ def plan_bytes(
 
     best = first = attempt(UPWARDS[0], None)
     tried = {UPWARDS[0]: first.score}
-    for chain in (UPWARDS[1:], DOWNWARDS) if measure else ():
-        for dampings in chain if chain is not DOWNWARDS or best is first else ():
-            made = attempt(dampings, best.rounded.rounding.step)
-            tried[dampings] = made.score
-            if made.score >= best.score:
-                break
+    for dampings in UPWARDS[1:] if measure else ():
+        made = attempt(dampings, best.rounded.rounding.step)
+        tried[dampings] = made.score
+        if made.score > (1 + MARGIN) * min(tried.values()):
+            break
+        best = made
+    for dampings in DOWNWARDS if measure and best is first else ():
+        made = attempt(dampings, best.rounded.rounding.step)
+        tried[dampings] = made.score
+        if best.score > (1 + MARGIN) * made.score:
             best = made
     plan = _plan(best.rounder, best.rounded, budget)
     return CodedPlan(plan, best.student, best.rounded.bytes, tried if measure else {})
