@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import hpr
 from hpr.evaluation.cost import disk_bytes
+from hpr.nn.bank import recorded_objective
 from hpr.nn.coded import codes_of
 from hpr.plans.rounding import Rounding
 
@@ -48,9 +49,11 @@ def test_a_saved_model_loads_with_bit_equal_outputs(
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, student(**inputs).logits)
         assert not torch.equal(student(**inputs).logits, model(**inputs).logits)
+    assert recorded_objective(loaded) == recorded_objective(student) == profile.about["objective"]
     again = hpr.save(loaded, tmp_path / "again")
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     plain = hpr.load(copy.deepcopy(model), folder)
+    assert recorded_objective(plain) == profile.about["objective"]
     with torch.no_grad():
         assert torch.equal(plain(**inputs).logits, student(**inputs).logits)
 
@@ -119,6 +122,27 @@ def test_a_model_that_was_trained_after_rounding_is_not_saved_with_its_old_codes
         student.encoder.layer[0].output.dense.weight[0, 0] += 1
     with pytest.raises(hpr.HprError, match="round it again"):
         hpr.save(student, tmp_path / "coded")
+
+
+def test_a_coded_model_is_not_trained_or_compressed_again(
+    bert: nn.Module, profile: hpr.Profile, ids: Tensor, tmp_path: Path
+) -> None:
+    bert: nn.Module, profile: hpr.Profile, ids: Tensor, tmp_path: Path
+) -> None:
+    student = hpr.share(bert, hpr.plan(bert, profile, "50%bytes"), profile)
+    again = hpr.profile(student, [{"input_ids": ids}])
+    for action in (
+        lambda: hpr.heal(student, bert, [{"input_ids": ids}]),
+        lambda: hpr.share(student, hpr.plan(student, again, "90%"), again),
+        lambda: hpr.plan(student, again, "30%bytes"),
+    ):
+        with pytest.raises(hpr.HprError, match="rounded and coded"):
+            action()
+    dense = hpr.unshare(student)
+    with torch.no_grad():
+        assert torch.equal(dense(ids).last_hidden_state, student(ids).last_hidden_state)
+        dense.encoder.layer[0].output.dense.weight += 1
+    hpr.save(dense, tmp_path / "dense")
 
 
 def test_the_codes_do_not_depend_on_the_number_of_threads(bert: nn.Module, profile: hpr.Profile) -> None:

@@ -35,7 +35,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(f"{path / CONFIG} describes another quantisation: load it with the tool that wrote it")
     described = HprConfig(**config) if config is not None else None
     if described is not None and described.coded:
-        return _load_coded(model, path / WEIGHTS, described.coded.get("hashes", {}))
+        return _load_coded(model, path / WEIGHTS, described)
     bank = rebuild(model, described) if described is not None else None
     check_checkpoint(bank, [str(path / WEIGHTS)])
     try:
@@ -49,11 +49,11 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def _load_coded(model: nn.Module, file: Path, hashes: dict[str, str]) -> nn.Module:
+def _load_coded(model: nn.Module, file: Path, described: HprConfig) -> nn.Module:
     """Decode every stream into the weight of its name; all other tensors are plain."""
     if not file.is_file():
         raise CheckpointError(f"no weights at {file}: give a folder that hpr.save wrote")
-    check_hashes([str(file)], hashes)
+    check_hashes([str(file)], described.coded.get("hashes", {}))
     try:
         state = load_file(file)
     except SafetensorError as error:
@@ -74,7 +74,7 @@ def _load_coded(model: nn.Module, file: Path, hashes: dict[str, str]) -> nn.Modu
     filled = {tensors[key].data_ptr() for key in state} | {weight_of(module_at(model, path)).data_ptr() for path in coded}
     if missing := [key for key, tensor in tensors.items() if tensor.data_ptr() not in filled]:
         raise CheckpointError(f"{file} lacks {missing[0]}: build the {type(model).__name__} as it was when it was saved")
-    attach_codes(model, coded)
+    attach_codes(model, coded, described.objective)
     return model
 
 

@@ -133,7 +133,7 @@ class HprQuantizer(HfQuantizer):
             _settle(bank, [module for module in model.modules() if isinstance(module, BankReader)])
             _align(model)
         if self.coded:
-            attach_codes(model, self.coded)
+            attach_codes(model, self.coded, self.quantization_config.objective)
             _align(model)
             conversions = getattr(model, "_weight_conversions", None) or []
             others = [conversion for conversion in conversions if not _decodes(conversion)]

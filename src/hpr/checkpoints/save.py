@@ -141,7 +141,7 @@ def _write_coded(student: nn.Module, folder: Path) -> None:
     else:
         save_file(state, folder / WEIGHTS)
         config = {}
-    config["quantization_config"] = coded_specification(_weight_hashes(folder))
+    config["quantization_config"] = coded_specification(student, _weight_hashes(folder))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.recipe import Recipe
 from hpr.healing.train import Healing, train
 from hpr.nn.bank import recorded_objective
+from hpr.nn.coded import refuse_coded
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.batch import Batch
 
@@ -46,6 +47,7 @@ def heal(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any = None,
     >>> healing.before.mean, healing.after.mean
     (0.137, 0.0698)
     """
+    refuse_coded(student, "healed")
     recipe = recipe or Recipe()
     goal = recipe.objective or recorded_objective(student)
     if isinstance(teacher, nn.Module):

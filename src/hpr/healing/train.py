@@ -33,6 +33,7 @@ from hpr.healing.setup import TrainingSetup
 from hpr.healing.teacher_cache import TargetCache
 from hpr.healing.trainer import HealingTrainer, last_checkpoint, load_weights
 from hpr.nn.bank import recorded_objective
+from hpr.nn.coded import refuse_coded
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.batch import Batch, BatchLike, as_batches
 from hpr.runtime.hooks import eval_mode, transformers_quiet
@@ -99,6 +100,7 @@ def train(
     batches of each process. Raises ``HprError`` if there are no batches, for a loss that is not finite, and for a folder with
     the checkpoints of another run.
     """
+    refuse_coded(student, "healed")
     start, device, initial = time.perf_counter(), next(student.parameters()).device, copy.deepcopy(student.state_dict())
     sources = {name: as_batches(source) for name, source in named(batches).items()}
     setup = _setup(student, teacher, recipe or Recipe(), sources, shares, as_batches(validation))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hpr.anatomy.lookup import base_of
 from hpr.errors import HprError
+from hpr.nn.coded import coded_objective
 from hpr.nn.router import Routing
 from hpr.plans.terms import FactorShape, Term
 
@@ -136,9 +137,9 @@ def bank_of(model: nn.Module) -> FactorBank | None:
 
 
 def recorded_objective(model: nn.Module) -> str | None:
-    """The name of the objective that a shared model was fitted for, None if the model records none."""
+    """The name of the objective that a shared or coded model was fitted for, None if the model records none."""
     bank = bank_of(model)
-    return None if bank is None else bank.objective
+    return coded_objective(model) if bank is None else bank.objective
 
 
 def terms_in(module: nn.Module) -> dict[str, tuple[Term, ...]]:

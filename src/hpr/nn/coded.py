@@ -9,21 +9,39 @@ from torch import Tensor, nn
 
 from hpr.anatomy.lookup import base_of, module_at, weight_of
 from hpr.coding.record import Coded
-from hpr.errors import CheckpointError
+from hpr.errors import CheckpointError, HprError
 
 SUFFIX = "_coded"  # a stream's name in a checkpoint is that of its weight with this suffix
-_ATTRIBUTE = "_hpr_coded"
+_ATTRIBUTE, _OBJECTIVE = "_hpr_coded", "_hpr_objective"
 
 
-def attach_codes(model: nn.Module, coded: Mapping[str, Coded]) -> None:
-    """Keep the streams of a model's weights with it, by site. They are no parameters, so training does not see them."""
+def attach_codes(model: nn.Module, coded: Mapping[str, Coded], objective: str | None) -> None:
+    """Keep the streams of a model's weights with it, by site, and the objective of the profile that they were rounded with.
+
+    They are no parameters, so training does not see them.
+    """
     object.__setattr__(model, _ATTRIBUTE, dict(coded))
+    object.__setattr__(model, _OBJECTIVE, objective)
+
+
+def coded_objective(model: nn.Module) -> str | None:
+    """The name of the objective that a coded model was rounded for, None if none is recorded."""
+    objective: str | None = getattr(model, _OBJECTIVE, None)
+    return objective
 
 
 def codes_of(model: nn.Module) -> dict[str, Coded]:
     """Site → its coded weight; empty for a model that was not rounded."""
     coded: dict[str, Coded] = getattr(model, _ATTRIBUTE, {})
     return coded
+
+
+def refuse_coded(model: nn.Module, action: str) -> None:
+    """Raise ``HprError`` for a coded model, before it is ``action`` (healed, shared): its weights would no longer be codes."""
+    if codes_of(model):
+        raise HprError(
+            f"this {type(model).__name__} is rounded and coded and cannot be {action}: use its original, or hpr.unshare of it"
+        )
 
 
 def stored(tensor: Tensor) -> Tensor:

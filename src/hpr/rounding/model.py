@@ -15,7 +15,7 @@ from hpr.anatomy.lookup import module_at, weight_at
 from hpr.coding.codes import Codes, half_octaves
 from hpr.coding.record import Coded
 from hpr.errors import PlanError
-from hpr.nn.coded import attach_codes, stored
+from hpr.nn.coded import attach_codes, refuse_coded, stored
 from hpr.operators.metric import weight64
 from hpr.profiling.profile import Profile
 from hpr.rounding.matrices import round_matrices
@@ -30,6 +30,7 @@ class Rounder:
     """A model prepared for rounding at any step: its weights whitened by a profile, with given dampings."""
 
     def __init__(self, model: nn.Module, profile: Profile, output_damping: float, input_damping: float):
+        refuse_coded(model, "rounded again")
         anatomy = describe(model)
         profile.check(anatomy)
         if experts := [site.name for site in anatomy.sites if site.expert is not None]:
@@ -74,7 +75,7 @@ class Rounder:
             for tensor in student.state_dict(keep_vars=True).values():
                 if id(tensor) not in sites:
                     tensor.copy_(stored(tensor))
-        attach_codes(student, coded)
+        attach_codes(student, coded, self.profile.about.get("objective"))
         return student
 
     def _groups(self) -> Iterator[list[Whitened]]:

@@ -16,6 +16,7 @@ from hpr.anatomy.model import Anatomy
 from hpr.anatomy.swappable import not_swappable
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of, parameters
+from hpr.nn.coded import refuse_coded
 from hpr.nn.experts import Terms
 from hpr.operators import fitting
 from hpr.plans.layer_states import REUSED, paths_of
@@ -72,6 +73,7 @@ def share(
     """
     if bank_of(model) is not None:
         raise HprError(f"this {type(model).__name__} is shared already: plan on its original, or on hpr.unshare of it")
+    refuse_coded(model, "shared")
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise HprError(f"this {type(model).__name__} is quantised: load it without quantization_config, share, then quantise")
     rule = None if isinstance(plan, Plan) else plan

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hpr.anatomy.lookup import base_of
 from hpr.errors import HprError
 from hpr.nn.bank import BANK, bank_of
+from hpr.nn.coded import attach_codes
 from hpr.nn.experts import SharedExperts
 from hpr.nn.linear import SharedLinear
 from hpr.nn.router import forget_masks
@@ -21,6 +22,8 @@ from hpr.sharing.ties import restore_ties
 
 def unshare(student: nn.Module) -> nn.Module:
     """A copy with stock dense modules again: the same classes, biases, dtype, device and ties as before ``share``.
+
+    Of a coded model it is a copy without its codes, which may be trained.
 
     What it saves loads in plain transformers, at the dense size. Raises ``HprError``, naming the layers, where layers were
     dropped or reuse what those below compute, or where weights depend on the input: no stock weights give that.
@@ -44,6 +47,7 @@ def unshare(student: nn.Module) -> nn.Module:
     base, _ = base_of(dense)
     if bank_of(dense) is not None:
         delattr(base, BANK)
+    attach_codes(dense, {}, None)
     forget_masks(dense)
     restore_ties(dense)
     config = getattr(dense, "config", None)

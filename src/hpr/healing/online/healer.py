@@ -22,6 +22,7 @@ from hpr.healing.online.moments import Moments
 from hpr.healing.online.options import OnlineOptions
 from hpr.healing.optimizer import parameter_groups
 from hpr.healing.resume import check_resume, hash_of
+from hpr.nn.coded import refuse_coded
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.batch import Batch, BatchLike, as_batch, as_batches
 from hpr.runtime.hooks import eval_mode, to_device_of
@@ -78,6 +79,7 @@ class OnlineHealer:
         options: OnlineOptions | None = None,
         moments: Moments | None = None,
     ):
+        refuse_coded(student, "trained")
         if not validation:
             raise HprError("validation is empty: at least one batch that is not learnt from is needed")
         self.student, self.validation, self.teacher, self.moments = student, as_batches(validation), teacher, moments
