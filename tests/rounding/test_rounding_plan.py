@@ -127,8 +127,6 @@ def test_a_model_that_was_trained_after_rounding_is_not_saved_with_its_old_codes
 def test_a_coded_model_is_not_trained_or_compressed_again(
     bert: nn.Module, profile: hpr.Profile, ids: Tensor, tmp_path: Path
 ) -> None:
-    bert: nn.Module, profile: hpr.Profile, ids: Tensor, tmp_path: Path
-) -> None:
     student = hpr.share(bert, hpr.plan(bert, profile, "50%bytes"), profile)
     again = hpr.profile(student, [{"input_ids": ids}])
     for action in (

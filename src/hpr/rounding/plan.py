@@ -72,6 +72,8 @@ def plan_bytes(
         return _Attempt(rounder, rounded, student, score)
 
     best = first = attempt(UPWARDS[0], None)
+    if unread := [whitened.site.label for whitened in first.rounder.sites if not whitened.read]:
+        _log.info("the objective does not read %s: about 3 bits a number, whatever the budget", ", ".join(unread))
     tried = {UPWARDS[0]: first.score}
     for dampings in UPWARDS[1:] if measure else ():
         made = attempt(dampings, best.rounded.rounding.step)

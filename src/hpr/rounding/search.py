@@ -51,7 +51,7 @@ def round_to_bytes(rounder: Rounder, limit: int, other_bytes: int, step: float |
             break
         coded = {name: Coded.of(codes) for name, codes in rounder.codes(step).items()}
         size = sum(len(one.stream) for one in coded.values())
-        _log.info("step %.3g: %.3f MB of %.3f MB", step, (size + other_bytes) / 1e6, limit / 1e6)
+        _log.debug("step %.3g: %.3f MB of %.3f MB", step, (size + other_bytes) / 1e6, limit / 1e6)
         if size <= available and (best is None or size + other_bytes > best.bytes):
             best = Rounded(coded, Rounding(step, *rounder.dampings), size + other_bytes)
         if best is not None and best.bytes >= _CLOSE * limit:

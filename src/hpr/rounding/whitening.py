@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from hpr.anatomy.model import Site
 from hpr.operators.metric import smooth_frequencies
 from hpr.profiling.profile import SiteStatistics
 
-_log = logging.getLogger(__name__)
 _UNREAD = 0.5  # step of a site without gradient, as a share of its root mean square: about 3 bits a number
 _RANGE = 31  # half octaves that a scale may lie from the median of its side
 
@@ -67,7 +65,6 @@ class Roots:
         rows, left, right = statistics.rows, statistics.left, statistics.right
         dampings = dict(self.dampings)
         if not statistics.has_gradient:
-            _log.info("%s has no gradient: it is rounded to about 3 bits a number, whatever the budget", site.label)
             flat = np.zeros(site.out_features, np.int32), np.zeros(site.in_features, np.int32)
             size = float(weight.square().mean().sqrt())
             return Whitened(site, weight, None, None, *flat, max(_UNREAD * size, torch.finfo(torch.float32).tiny), read=False)
