@@ -144,33 +144,33 @@ class _Moments:
 
     def finish(self, examples: int) -> SiteStatistics:
         if self.head is not None and self.head.rows:
-            return _combined(self._own(examples), self.head.finish(examples))
-        return self._own(examples)
+            return _combined(self._without_head(examples), self.head.finish(examples))
+        return self._without_head(examples)
 
-    def _own(self, examples: int) -> SiteStatistics:
+    def _without_head(self, examples: int) -> SiteStatistics:
         self._flush()
         sums = {name: _mirrored(part.cpu()) for name, part in self.sums.items()}
         if not self.rows or not sums or not float(trace(sums["left"])):
-            return self._dead()
+            return self._without_gradient()
         if not all(torch.isfinite(part).all() for part in sums.values()):
             raise HprError(f"{self.site.name}: its activations or gradients are not finite on the calibration data")
         rows = self.rows / examples
         if "counts" in sums:
             return SiteStatistics(sums["counts"] / self.rows, sums["left"] / self.rows, rows)
-        fisher = float(sums["changes"]) / examples  # of the Fisher matrix, exact
+        fisher = float(sums["changes"]) / examples  # the trace of the Fisher matrix is exact
         if not (fisher > 0 and trace(sums["right"]) > 0):  # inputs that never vary: the bias takes up any change
-            return self._dead()
+            return self._without_gradient()
         left = unit(sums["left"]) * (fisher / rows)
         return SiteStatistics(left, unit(sums["right"]), rows, sums["mean"] / self.rows if self.centre is not None else None)
 
-    def _dead(self) -> SiteStatistics:
+    def _without_gradient(self) -> SiteStatistics:
         left, right = torch.zeros(self.site.out_features), torch.zeros(self.site.in_features)
         return SiteStatistics(left.double(), right.double(), 0.0)
 
 
 def _combined(table: SiteStatistics, head: SiteStatistics) -> SiteStatistics:
-    """One Kronecker product for a matrix used both as embedding and as output head, weighted by each use's Fisher trace."""
-    if head.left.dim() == 2:  # a small vocabulary: frequencies are a diagonal, so the head keeps its own
+    """Return one Kronecker product for a matrix that is embedding and output head, weighted by the Fisher trace of each use."""
+    if head.left.dim() == 2:  # a small vocabulary: the frequencies are a diagonal, so only the head's diagonal counts
         head = replace(head, left=head.left.diagonal().clone())
     if not (table.has_gradient and head.has_gradient):
         return head if head.has_gradient else table
@@ -210,7 +210,7 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> 
 
 def _recorder(target: _Moments) -> Callable:
     def record(module: nn.Module, inputs: tuple, output: Any) -> Any:
-        if not isinstance(output, Tensor):  # a router made from a Linear gives a choice: nothing is known of its weight
+        if not isinstance(output, Tensor):  # a router that subclasses Linear returns a choice, which has no gradient
             return output
         x = inputs[0].detach()
         output = with_graph(output)
@@ -221,7 +221,7 @@ def _recorder(target: _Moments) -> Callable:
 
 
 def _add_upper(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """total += firstᵀ second in bands of rows from the diagonal on: a quarter to a third of the work is saved."""
+    """Add firstᵀ second to the upper triangle of ``total``, in bands of rows. This saves a quarter to a third of the work."""
     width = len(total)
     band = max(192, width // 8)
     for start in range(0, width, band):

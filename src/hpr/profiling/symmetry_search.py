@@ -129,12 +129,16 @@ class _Trial:
     def _run(self) -> Tensor:
         outputs = run(self.model, self.batch)
         parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else (outputs,)
-        found = [part.double().flatten() for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
-        return torch.cat(found) if found else self.expected
+        floats = [part.double().flatten() for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+        return torch.cat(floats) if floats else self.expected
 
 
 def _guesses(trial: _Trial, stack: str) -> Iterator[Symmetry]:
-    """Attention first, each with its values, keys and heads; then neurons among what is left. All tried in one layer."""
+    """Yield the symmetries that hold in one layer of a stack.
+
+    Attention comes first: for each pair of value and output projection its values, its queries and keys, and its heads. The
+    neurons of the other sites follow.
+    """
     sites = trial.sites(stack)
     taken: set[AxisSlice] = set()
     for value, output in _pairs_of_values(trial, stack, sites):
@@ -148,13 +152,13 @@ def _guesses(trial: _Trial, stack: str) -> Iterator[Symmetry]:
             guesses = [Symmetry(stack, "rotation", values.blocks, keys)] if keys else []
             if keys and values.blocks > 1:
                 guesses.append(Symmetry(stack, "order", values.blocks, (*keys, *values.slices)))
-            yield from (one for one in guesses if trial.works(one, trial.random(one), sites[0].layer))
-    used = {one.slot for one in taken}
+            yield from (guess for guess in guesses if trial.works(guess, trial.random(guess), sites[0].layer))
+    used = {axis_slice.slot for axis_slice in taken}
     yield from _neurons(trial, stack, [site for site in sites if site.slot not in used])
 
 
 def _pairs_of_values(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[tuple[AxisSlice, AxisSlice]]:
-    """Rows and columns whose sign may be transformed together."""
+    """Yield rows of one site and columns of another whose sign can change together: values and the output projection."""
     for target in sites:
         columns = AxisSlice(target.slot, "columns", 0, target.in_features)
         for source in sites:
@@ -168,7 +172,7 @@ def _pairs_of_values(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterat
 
 
 def _row_slices(site: Site, length: int) -> Iterator[AxisSlice]:
-    """All rows, or those of one of two or three projections in one matrix, each of a given length."""
+    """Yield all rows of a site. If it joins two or three projections of the given length, yield the rows of each as well."""
     yield AxisSlice(site.slot, "rows", 0, site.out_features)
     for parts in (2, 3):
         if site.out_features == parts * length:
@@ -176,7 +180,10 @@ def _row_slices(site: Site, length: int) -> Iterator[AxisSlice]:
 
 
 def _finest(trial: _Trial, pair: tuple[AxisSlice, AxisSlice], stack: str, layer: int | None) -> Symmetry | None:
-    """The rotation of the largest blocks: one for each head. Blocks of one are signs."""
+    """Return the rotation with the largest blocks that works, one block for each head; None if no rotation works.
+
+    The number of blocks rises from 1. A block of one row only changes its sign.
+    """
     length = pair[0].stop - pair[0].start
     for blocks in range(1, length + 1):
         if length % blocks == 0:
@@ -187,7 +194,10 @@ def _finest(trial: _Trial, pair: tuple[AxisSlice, AxisSlice], stack: str, layer:
 
 
 def _keys(trial: _Trial, values: Symmetry, sites: Sequence[Site], taken: Set[AxisSlice]) -> tuple[AxisSlice, ...]:
-    """The queries and keys that go with some values: those whose signs may be transformed together, head by head."""
+    """Return the rows of the queries and keys that belong to the values, or nothing.
+
+    They are the pair whose signs can change together, head by head.
+    """
     value, output = values.slices
     users = (output.stop - output.start) // (value.stop - value.start)
     slices = [rows for site in sites for rows in _row_slices(site, output.stop) if rows not in (*taken, value)]
@@ -202,16 +212,16 @@ def _keys(trial: _Trial, values: Symmetry, sites: Sequence[Site], taken: Set[Axi
 
 
 def _neurons(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[Symmetry]:
-    """Orders of neurons: columns of one matrix with rows of another, or of two (a gate)."""
+    """Yield the orders of neurons: columns of one matrix with the rows of one other matrix, or of two (with a gate)."""
     for target in sites:
         columns = AxisSlice(target.slot, "columns", 0, target.in_features)
         rows = [
-            one
+            axis_slice
             for site in sites
-            for one in _row_slices(site, target.in_features)
-            if site is not target and one.stop - one.start == target.in_features
+            for axis_slice in _row_slices(site, target.in_features)
+            if site is not target and axis_slice.stop - axis_slice.start == target.in_features
         ]
-        for chosen in (*((one,) for one in rows), *itertools.combinations(rows, 2)):
+        for chosen in (*((axis_slice,) for axis_slice in rows), *itertools.combinations(rows, 2)):
             guess = Symmetry(stack, "order", target.in_features, (*chosen, columns))
             if target.in_features > 1 and trial.works(guess, trial.random(guess), target.layer):
                 yield guess
@@ -223,7 +233,10 @@ def _overlap(first: AxisSlice, second: AxisSlice) -> bool:
 
 
 def _does_not_fit(error: RuntimeError) -> bool:
-    """Whether types or shapes do not fit: torch has no class for these. Lack of memory and device faults are not that."""
+    """Return whether an error says that types or shapes do not fit. Torch has no class of its own for these errors.
+
+    Errors of memory and of devices are other errors, and are raised.
+    """
     return type(error) in (RuntimeError, NotImplementedError) and "DefaultCPUAllocator" not in str(error)
 
 
@@ -235,13 +248,13 @@ def _double(batch: Batch) -> Batch:
 
 
 def _positions(batch: Batch) -> int:
-    """Numbers in one example of a batch's first tensor."""
+    """Return how many numbers one example has in the first tensor of a batch."""
     return next(value.shape[1:].numel() for value in batch.values() if isinstance(value, Tensor))
 
 
 def _shortened(batch: Batch) -> Batch:
-    """The first positions alone, where a batch is of texts: all its tensors (examples, positions)."""
-    if POSITIONAL in batch:  # a plain module: its second axis need not be one of positions
+    """Return the first positions of a batch of texts, in which every tensor is (examples, positions); else the batch."""
+    if POSITIONAL in batch:  # the second axis of a plain module's input need not be positions
         return batch
     shapes = {tuple(value.shape) if isinstance(value, Tensor) else () for value in batch.values()}
     if len(shapes) > 1 or len(next(iter(shapes))) != 2:
