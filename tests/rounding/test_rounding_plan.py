@@ -1,6 +1,7 @@
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,20 @@ def test_biases_absorb_what_rounding_does_to_the_mean_output(bert: nn.Module, pr
 def test_a_budget_that_cannot_be_met_is_an_error_with_its_limit(budget: str, bert: nn.Module, profile: hpr.Profile) -> None:
     with pytest.raises(hpr.errors.BudgetError, match=r"give (a larger budget|less)"):
         hpr.plan(bert, profile, budget)
+
+
+def test_a_budget_near_the_original_is_met_with_the_finest_step(bert: nn.Module, profile: hpr.Profile, ids: Tensor) -> None:
+    plan = hpr.plan(bert, profile, "100%bytes")
+    student = hpr.share(bert, plan, profile)
+    assert plan.diagnostics["bytes"] < disk_bytes(bert)
+    with torch.no_grad():
+        assert torch.allclose(student(ids).last_hidden_state, bert(ids).last_hidden_state, atol=0.01)
+
+
+def test_a_step_that_is_too_fine_for_integers_is_an_error(bert: nn.Module, profile: hpr.Profile) -> None:
+    plan = replace(hpr.plan(bert, profile, "50%bytes"), rounding=Rounding(1e-14))
+    with pytest.raises(hpr.errors.PlanError, match="larger step"):
+        hpr.share(bert, plan, profile)
 
 
 def test_options_of_sharing_are_refused_with_bytes(bert: nn.Module, profile: hpr.Profile) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from hpr.data.splits import prepare
 from hpr.errors import BudgetError
 from hpr.evaluation.divergence import compare, divergence
 from hpr.evaluation.evaluate import evaluate, measured_on
-from hpr.pipeline.compression import Compression
+from hpr.pipeline.compression import Compression, timed
 from hpr.pipeline.record import plan_rows, record, write
 from hpr.planning.options import DEFAULTS, PlanOptions
 from hpr.profiling.objectives import objective_for
@@ -55,24 +52,18 @@ def compress_to_bytes(
         check_folder(output)
     seconds: dict[str, float] = {}
 
-    @contextmanager
-    def step(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
-
     goal = objective_for(loaded.model, loaded.objective)
-    with step("data"):
+    with timed(seconds, "data"):
         texts = prepare(data, loaded, options.examples)
-    with step("profile"):
+    with timed(seconds, "profile"):
         measured = profile(loaded.model, texts.calibration, goal.name, options.seed)
-    with step("round"):
+    with timed(seconds, "round"):
 
         def measure(student: nn.Module) -> float:
             return divergence(student, loaded.model, texts.rescoring, goal).mean
 
         made = plan_bytes(loaded.model, measured, *budget, measure)
-    with step("evaluate"):
+    with timed(seconds, "evaluate"):
         figures = measured_on(evaluate(made.student, loaded.model, texts.heldout, goal), f"{texts.source}, held out")
         score = compare(made.student, loaded.model, texts.rescoring, goal)
     metrics = record(loaded, made.plan, measured, texts, figures) | {

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,7 @@ from hpr.evaluation.divergence import Comparison, divergence
 from hpr.evaluation.evaluate import evaluate, measured_on
 from hpr.operators.fitting import Fits
 from hpr.pipeline.coded import compress_to_bytes
-from hpr.pipeline.compression import Compression, seeded
+from hpr.pipeline.compression import Compression, seeded, timed
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import students
 from hpr.planning.draft import Draft, Proposal
@@ -59,13 +57,9 @@ class _Run:
     options: PlanOptions
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Time a step, under a name that the report shows."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        _log.debug("%s: %.1f s", name, self.seconds[name])
+    def step(self, name: str) -> AbstractContextManager[None]:
+        """Time a step."""
+        return timed(self.seconds, name)
 
 
 @dataclass(frozen=True)
@@ -117,10 +111,14 @@ def compress(
     '60%'
     """
     options = options or PlanOptions()
-    if (in_bytes := _coded(model, budget, data, output, options, heal)) is not None:
-        return in_bytes
+    loaded = open_model(model)
+    if (limit := byte_limit(budget, disk_bytes(loaded.model))) is not None:
+        if heal is not None:
+            raise BudgetError(f"a budget in bytes ({budget}) cannot be healed yet: leave healing out, or give 50% or 11M")
+        with seeded(options.seed):
+            return compress_to_bytes(loaded, (budget.strip(), limit), data, output, options)
     with seeded(options.seed):
-        run, recipe = _checked(model, budget, output, options, heal)
+        run, recipe = _checked(loaded, budget, output, options, heal)
         with run.step("data"):
             texts = prepare(data, run.loaded, options.examples)
         with run.step("profile"):
@@ -163,35 +161,10 @@ def compress(
     return Compression(choice.student, choice.plan, metrics, folder)
 
 
-def _coded(
-    model: str | Path | nn.Module | LoadedModel | None,
-    budget: str,
-    data: Any,
-    output: str | Path | None,
-    options: PlanOptions,
-    heal: Recipe | str | None,
-) -> Compression | None:
-    """The compression for a budget in bytes, None for one in parameters."""
-    loaded = open_model(model)
-    limit = byte_limit(budget, disk_bytes(loaded.model))
-    if limit is None:
-        return None
-    if heal is not None:
-        raise BudgetError(
-            f"a budget in bytes ({budget}) cannot be healed yet: leave healing out, or give 50% or 11M parameters"
-        )
-    with seeded(options.seed):
-        return compress_to_bytes(loaded, (budget.strip(), limit), data, output, options)
-
-
 def _checked(
-    model: str | Path | nn.Module | LoadedModel | None,
-    budget: str,
-    output: str | Path | None,
-    options: PlanOptions,
-    heal: Recipe | str | None,
+    loaded: LoadedModel, budget: str, output: str | Path | None, options: PlanOptions, heal: Recipe | str | None
 ) -> tuple[_Run, Recipe | None]:
-    """Open the model and read every option. Whatever is wrong is said here, before minutes are spent."""
+    """Read every option. Whatever is wrong is said here, before minutes are spent."""
     recipe = None
     if heal is not None:
         from hpr.healing.recipe import Recipe
@@ -200,7 +173,6 @@ def _checked(
     known_operators(options.operators)
     if output is not None:
         check_folder(output)
-    loaded = open_model(model)
     limit = parse_budget(budget, describe(loaded.model), bytes_per_parameter(loaded.model), options.only)
     return _Run(loaded, objective_for(loaded.model, loaded.objective), limit, options), recipe
 

@@ -23,6 +23,7 @@ from hpr.rounding.whitening import Roots, Whitened
 from hpr.runtime.progress import progress
 
 THRESHOLD = 0.55  # of a step: a little above a half, since the smaller code is the cheaper one
+_LARGEST_CODE = 2**31 - 1
 _TOGETHER = 1 << 23  # numbers that are rounded at once, which bounds the memory
 
 
@@ -50,9 +51,20 @@ class Rounder:
         for group in self._groups():
             for whitened, values in zip(group, _rounded(group, step), strict=True):
                 site = whitened.site.name
-                codes[site] = Codes(_integers(values), whitened.rows, whitened.columns, whitened.scale(step))
+                codes[site] = Codes(_integers(values, site), whitened.rows, whitened.columns, whitened.scale(step))
             progress("rounding", len(codes), len(self.sites))
         return {whitened.site.name: codes[whitened.site.name] for whitened in self.sites}
+
+    @property
+    def finest(self) -> float:
+        """The least step that a search tries: the largest weight has a code of 30 bits. Feedback adds some hundreds to it."""
+        sizes = [
+            float((whitened.weight.abs() / (rows[:, None] * columns)).max()) / whitened.unit
+            for whitened in self.sites
+            if whitened.read
+            for rows, columns in [(_powers(whitened.rows, whitened.weight), _powers(whitened.columns, whitened.weight))]
+        ]
+        return max(sizes, default=1.0) / 2**30 or 1.0
 
     def student(self, coded: Mapping[str, Coded]) -> nn.Module:
         """A copy of the model with the rounded weights, and with biases that absorb what rounding does to the mean output.
@@ -109,5 +121,8 @@ def _powers(exponents: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(half_octaves(exponents)).to(like)
 
 
-def _integers(values: Tensor) -> np.ndarray:
+def _integers(values: Tensor, site: str) -> np.ndarray:
+    """Whole numbers as int32. Raises ``PlanError`` for numbers outside its range: the step is far too fine."""
+    if not float(values.abs().max()) < _LARGEST_CODE:  # not finite is no code, either
+        raise PlanError(f"codes of {site} are above {_LARGEST_CODE:,} at this step: give a larger step, or plan anew")
     return values.cpu().numpy().astype(np.int32)

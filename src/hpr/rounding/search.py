@@ -18,7 +18,7 @@ from hpr.rounding.model import Rounder
 _log = logging.getLogger(__name__)
 _CLOSE = 0.997  # of the budget: a step that uses more is searched no further
 _PASSES = 8
-_STEPS = (1e-9, 1e6)  # √nats: no model needs a step outside
+_RANGE = 2.0**40  # the coarsest step over the finest: every number is 0 long before
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ def round_to_bytes(rounder: Rounder, limit: int, other_bytes: int, step: float |
             f"a budget of {limit / 1e6:.3f} MB cannot be met by rounding: norms, biases and names alone take "
             f"{other_bytes / 1e6:.3f} MB; give a larger budget"
         )
+    finest = rounder.finest
     if step is None:
-        step = _first_step(rounder, 8 * available)
+        step = _first_step(rounder, 8 * available, finest)
     tried: list[tuple[float, float]] = []  # log step, log bytes of the streams
     best: Rounded | None = None
     for _ in range(_PASSES):
-        if not _STEPS[0] < step < _STEPS[1]:
-            break
+        step = min(max(step, finest), finest * _RANGE)
         coded = {name: Coded.of(codes) for name, codes in rounder.codes(step).items()}
         size = sum(len(one.stream) for one in coded.values())
         _log.debug("step %.3g: %.3f MB of %.3f MB", step, (size + other_bytes) / 1e6, limit / 1e6)
         if size <= available and (best is None or size + other_bytes > best.bytes):
             best = Rounded(coded, Rounding(step, *rounder.dampings), size + other_bytes)
-        if best is not None and best.bytes >= _CLOSE * limit:
+        if best is not None and (best.bytes >= _CLOSE * limit or step == finest):
             break
         tried.append((math.log(step), math.log(size)))
         step = math.exp(_next(tried, math.log(available * (1 + _CLOSE) / 2)))
@@ -77,18 +77,16 @@ def _next(tried: list[tuple[float, float]], wanted: float) -> float:
     return step + max(-2.0, min(2.0, (wanted - size) / slope))
 
 
-def _first_step(rounder: Rounder, bits: float) -> float:
+def _first_step(rounder: Rounder, bits: float, finest: float) -> float:
     """The step at which the entropy of the codes is about ``bits``, if weights are Gaussian with sizes by row and column."""
     ratios = []
-    for whitened in rounder.sites:
+    for whitened in (site for site in rounder.sites if site.read):
         squares = whitened.weight.square()
         mean = squares.mean().clamp(min=1e-30)
         rows, columns = (torch.from_numpy(half_octaves(part)).to(squares) for part in (whitened.rows, whitened.columns))
         spread = squares.mean(1)[:, None] * squares.mean(0) / mean
-        if not whitened.read:
-            continue
         ratios.append((spread / (whitened.unit * rows[:, None] * columns).square()).flatten())
-    low, high = (math.log(step) for step in _STEPS)
+    low, high = math.log(finest), math.log(finest * _RANGE)
     for _ in range(40):
         middle = (low + high) / 2
         entropy = sum(float((1 + 17.08 * ratio * math.exp(-2 * middle)).log2().sum()) / 2 for ratio in ratios)
