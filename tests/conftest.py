@@ -40,6 +40,14 @@ CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "t5": lambda: tf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
 }
 
+HEADS = {
+    "bert": tf.AutoModelForMaskedLM,
+    "gpt2": tf.AutoModelForCausalLM,
+    "llama": tf.AutoModelForCausalLM,
+    "bart": tf.AutoModelForSeq2SeqLM,
+    "t5": tf.AutoModelForSeq2SeqLM,
+}
+
 
 @pytest.fixture
 def build() -> Callable[..., nn.Module]:

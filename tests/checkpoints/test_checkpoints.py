@@ -14,7 +14,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from conftest import low_rank_terms, plan_everything, plan_of
+from conftest import HEADS, low_rank_terms, plan_everything, plan_of
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
 from hpr.checkpoints import load, quantizer, save
@@ -28,13 +28,6 @@ from hpr.sharing.unshare import unshare
 
 Build = Callable[..., nn.Module]
 pytestmark = pytest.mark.usefixtures("random_fit")
-HEADS = {
-    "bert": tf.AutoModelForMaskedLM,
-    "gpt2": tf.AutoModelForCausalLM,
-    "llama": tf.AutoModelForCausalLM,
-    "bart": tf.AutoModelForSeq2SeqLM,
-    "t5": tf.AutoModelForSeq2SeqLM,
-}
 
 
 def shared(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers as tf
 from torch import Tensor, nn
 
-from conftest import low_rank_terms, plan_everything, plan_of
+from conftest import HEADS, low_rank_terms, plan_everything, plan_of
 from hpr.anatomy.describe import describe
 from hpr.data.batches import Batches
 from hpr.errors import HprError
@@ -30,13 +30,6 @@ from hpr.sharing.share import share
 
 pytestmark = pytest.mark.usefixtures("random_fit")  # share fills in random factors
 Build = Callable[..., nn.Module]
-HEADS = {
-    "bert": tf.AutoModelForMaskedLM,
-    "gpt2": tf.AutoModelForCausalLM,
-    "llama": tf.AutoModelForCausalLM,
-    "bart": tf.AutoModelForSeq2SeqLM,
-    "t5": tf.AutoModelForSeq2SeqLM,
-}
 
 
 def token_batches(count: int = 3, examples: int = 4) -> Batches:

@@ -10,18 +10,11 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hpr
+from conftest import HEADS
 from hpr.evaluation.cost import disk_bytes
 from hpr.nn.bank import recorded_objective
 from hpr.nn.coded import codes_of
 from hpr.plans.rounding import Rounding
-
-HEADS = {
-    "bert": tf.AutoModelForMaskedLM,
-    "gpt2": tf.AutoModelForCausalLM,
-    "llama": tf.AutoModelForCausalLM,
-    "bart": tf.AutoModelForSeq2SeqLM,
-    "t5": tf.AutoModelForSeq2SeqLM,
-}
 
 
 def batch(family: str, ids: Tensor) -> dict[str, Tensor]:

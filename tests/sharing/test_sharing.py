@@ -9,7 +9,7 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from conftest import low_rank_terms, plan_everything, plan_of, random_factors
+from conftest import HEADS, low_rank_terms, plan_everything, plan_of, random_factors
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, weight_of
 from hpr.anatomy.swappable import not_swappable
@@ -27,13 +27,6 @@ from hpr.sharing.specification import is_specification
 from hpr.sharing.unshare import unshare
 
 Build = Callable[..., nn.Module]
-HEADS = {
-    "bert": tf.AutoModelForMaskedLM,
-    "gpt2": tf.AutoModelForCausalLM,
-    "llama": tf.AutoModelForCausalLM,
-    "bart": tf.AutoModelForSeq2SeqLM,
-    "t5": tf.AutoModelForSeq2SeqLM,
-}
 
 
 def outputs(model: nn.Module, ids: Tensor) -> Tensor:
