@@ -1,5 +1,7 @@
 import copy
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +52,14 @@ def test_a_saved_model_loads_with_bit_equal_outputs(
     assert recorded_objective(plain) == profile.about["objective"]
     with torch.no_grad():
         assert torch.equal(plain(**inputs).logits, student(**inputs).logits)
+
+
+def test_without_hpr_loading_is_an_error_and_no_new_weights(bert: nn.Module, profile: hpr.Profile, tmp_path: Path) -> None:
+    folder = hpr.save(hpr.share(bert, hpr.plan(bert, profile, "40%bytes"), profile), tmp_path / "coded")
+    script = f"import transformers; transformers.AutoModel.from_pretrained({str(folder)!r})"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "size mismatch" in run.stderr.lower() or "mismatched" in run.stderr.lower()
 
 
 def test_a_plain_save_of_a_loaded_model_is_a_stock_checkpoint(

@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from hpr.anatomy.lookup import base_of, module_at, weight_of
+from hpr.anatomy.lookup import module_at, weight_of
 from hpr.checkpoints.quantizer import HprConfig, rebuild
 from hpr.checkpoints.save import check_checkpoint, check_hashes
 from hpr.coding.record import Coded
 from hpr.errors import CheckpointError
-from hpr.nn.coded import SUFFIX, attach_codes
+from hpr.nn.coded import attach_codes, split_state
 from hpr.runtime.files import CONFIG, WEIGHTS, read_config
 from hpr.sharing.specification import is_specification
 
@@ -58,11 +58,11 @@ def _load_coded(model: nn.Module, file: Path, described: HprConfig) -> nn.Module
         state = load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}): copy or download it again") from error
-    streams = {key: state.pop(key) for key in list(state) if key.endswith(f".weight{SUFFIX}")}
-    coded = {
-        key.removesuffix(f".weight{SUFFIX}").removeprefix(base_of(model)[1]): Coded(stream.numpy().tobytes())
-        for key, stream in streams.items()
-    }
+    try:
+        keys = {path: key for key, path in split_state(model, described.coded["sites"])[0].items()}
+        coded = {path: Coded(state.pop(keys[path]).numpy().tobytes()) for path in described.coded["sites"]}
+    except KeyError as error:
+        raise CheckpointError(f"{file} and {CONFIG} do not fit this {type(model).__name__}: {error} is missing") from error
     tensors = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for path, one in coded.items():

@@ -8,6 +8,7 @@ one-element ``weight``, and the report that transformers prints lists a key that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from hpr.coding.record import Coded
 from hpr.coding.tables import ans
 from hpr.errors import CheckpointError
 from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
-from hpr.nn.coded import SUFFIX, attach_codes
+from hpr.nn.coded import attach_codes
 from hpr.nn.site import BankReader
 from hpr.plans.terms import FactorShape, factors_of, terms_from_list
 from hpr.runtime.files import CONFIG
@@ -144,7 +145,9 @@ class HprQuantizer(HfQuantizer):
         """A coded weight becomes a plain one while it is loaded."""
         if not self.quantization_config.coded:
             return []
-        return [WeightConverter(f"weight{SUFFIX}", "weight", [DecodeWeight(self.coded)])]
+        paths = self.quantization_config.coded["sites"]
+        decode = DecodeWeight(self.coded)
+        return [WeightConverter(rf"(?<![^.]){re.escape(path)}\.weight$", f"{path}.weight", [decode]) for path in paths]
 
     def get_new_dtype(self, converter: Any, param: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
         """Streams stay bytes: transformers casts everything else before it converts."""

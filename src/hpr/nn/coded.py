@@ -11,7 +11,6 @@ from hpr.anatomy.lookup import base_of, module_at, weight_of
 from hpr.coding.record import Coded
 from hpr.errors import CheckpointError, HprError
 
-SUFFIX = "_coded"  # a stream's name in a checkpoint is that of its weight with this suffix
 _ATTRIBUTE, _OBJECTIVE = "_hpr_coded", "_hpr_objective"
 
 
@@ -77,7 +76,7 @@ def split_state(model: nn.Module, sites: Collection[str]) -> tuple[dict[str, str
             continue
         seen.add(place)
         if key in paths:
-            streams[key + SUFFIX] = paths[key]
+            streams[key] = paths[key]
         else:
             others[key] = stored(tensor).contiguous()
     return streams, others

@@ -12,7 +12,7 @@ from hpr.anatomy.lookup import base_of
 from hpr.coding.stream import VERSION
 from hpr.errors import HprError
 from hpr.nn.bank import FORMAT, METHOD, bank_of, terms_in
-from hpr.nn.coded import coded_objective
+from hpr.nn.coded import coded_objective, codes_of
 from hpr.nn.site import SharedSite
 from hpr.plans.terms import factors_of, terms_to_list
 
@@ -57,7 +57,7 @@ def coded_specification(model: nn.Module, hashes: Mapping[str, str]) -> dict[str
         "hpr_version": version("hpr"),
         "sites": {},
         "factors": {},
-        "coded": {"format": VERSION, "hashes": dict(hashes)},
+        "coded": {"format": VERSION, "hashes": dict(hashes), "sites": list(codes_of(model))},
         **({"objective": objective} if objective else {}),
     }
 
