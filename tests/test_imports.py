@@ -25,7 +25,7 @@ BELOW = {
     "nn": "anatomy coding plans runtime",
     "data": "anatomy profiling runtime",
     "operators": "anatomy plans profiling runtime solver",
-    "evaluation": "anatomy data nn plans profiling runtime",
+    "evaluation": "anatomy coding data nn plans profiling runtime",
     "layer_reuse": "anatomy evaluation plans profiling runtime",
     "sharing": "anatomy coding layer_reuse nn operators plans profiling runtime",
     "rounding": "anatomy coding evaluation nn operators plans profiling runtime",

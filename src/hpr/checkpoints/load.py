@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,12 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from hpr.anatomy.lookup import module_at, weight_of
+from hpr.anatomy.lookup import base_of, module_at, weight_of
 from hpr.checkpoints.quantizer import HprConfig, rebuild
 from hpr.checkpoints.save import check_checkpoint, check_hashes
+from hpr.coding.pack import Pack
 from hpr.coding.record import Coded
 from hpr.errors import CheckpointError
-from hpr.nn.coded import attach_codes, split_state
+from hpr.nn.coded import attach_codes
 from hpr.runtime.files import CONFIG, WEIGHTS, read_config
 from hpr.sharing.specification import is_specification
 
@@ -58,24 +60,41 @@ def _load_coded(model: nn.Module, file: Path, described: HprConfig) -> nn.Module
         state = load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}): copy or download it again") from error
-    try:
-        keys = {path: key for key, path in split_state(model, described.coded["sites"])[0].items()}
-        coded = {path: Coded(state.pop(keys[path]).numpy().tobytes()) for path in described.coded["sites"]}
-    except KeyError as error:
-        raise CheckpointError(f"{file} and {CONFIG} do not fit this {type(model).__name__}: {error} is missing") from error
+    prefix = base_of(model)[1]
+    coded, pack = {}, Pack()
+    for path in described.coded["sites"]:
+        key = next((key for key in (f"{prefix}{path}.weight", f"{path}.weight") if key in state), path)
+        coded[path] = Coded(_take(state, key, file))
+    if (packed := described.coded["pack"]) is not None:
+        pack = Pack.from_bytes(_take(state, packed, file))
+        coded |= {key.removesuffix(".weight").removeprefix(prefix): Coded.of(codes) for key, codes in pack.weights.items()}
     tensors = model.state_dict(keep_vars=True)
     with torch.no_grad():
-        for path, one in coded.items():
-            _fill(weight_of(module_at(model, path)), one.weight(), path, file)
-        for key, value in state.items():
-            if key not in tensors:
-                raise CheckpointError(f"{file} has {key}, which this {type(model).__name__} has not: build it as it was")
-            _fill(tensors[key], value, key, file)
-    filled = {tensors[key].data_ptr() for key in state} | {weight_of(module_at(model, path)).data_ptr() for path in coded}
+        for path, record in coded.items():
+            _fill(weight_of(module_at(model, path)), record.weight(), path, file)
+        for key, value in (state | dict(pack.plain)).items():
+            _fill(_tensor(model, tensors, key, file), value, key, file)
+        for key, codes in pack.others.items():
+            target = _tensor(model, tensors, key, file)
+            _fill(target, codes.weight().reshape(target.shape if target.numel() == codes.values.size else (-1,)), key, file)
+    filled = {tensors[key].data_ptr() for key in (*state, *pack.plain, *pack.others)}
+    filled |= {weight_of(module_at(model, path)).data_ptr() for path in coded}
     if missing := [key for key, tensor in tensors.items() if tensor.data_ptr() not in filled]:
         raise CheckpointError(f"{file} lacks {missing[0]}: build the {type(model).__name__} as it was when it was saved")
-    attach_codes(model, coded, described.objective)
+    attach_codes(model, coded, described.objective, pack.others)
     return model
+
+
+def _take(state: dict[str, Tensor], key: str, file: Path) -> bytes:
+    if key not in state:
+        raise CheckpointError(f"{file} lacks {key}, which {CONFIG} lists: the two are not from one save; copy them again")
+    return state.pop(key).numpy().tobytes()
+
+
+def _tensor(model: nn.Module, tensors: Mapping[str, Tensor], key: str, file: Path) -> Tensor:
+    if key not in tensors:
+        raise CheckpointError(f"{file} has {key}, which this {type(model).__name__} has not: build it as it was")
+    return tensors[key]
 
 
 def _fill(target: Tensor, value: Tensor, name: str, file: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hpr.anatomy.lookup import base_of, has_module, slice_at
 from hpr.checkpoints.save import check_checkpoint, check_hashes
+from hpr.coding.codes import Codes
+from hpr.coding.pack import Pack
 from hpr.coding.record import Coded
 from hpr.coding.tables import ans
 from hpr.errors import CheckpointError
@@ -72,35 +75,87 @@ class HprConfig(QuantizationConfigMixin):
         self.objective = objective
 
 
-class DecodeWeight(ConversionOps):
-    """Decodes the stream of one weight, and notes it, so that the model can be saved as it was loaded."""
+@dataclass
+class Decoded:
+    """What is decoded while a model is loaded: streams by site, and the codes of other parameters by name."""
 
-    def __init__(self, coded: dict[str, Coded]):
-        self.coded = coded
+    coded: dict[str, Coded] = field(default_factory=dict)
+    others: dict[str, Codes] = field(default_factory=dict)
+    unpacked: bool = False
 
-    def __deepcopy__(self, memo: Any) -> DecodeWeight:
+
+class _Decode(ConversionOps):
+    """Decodes a tensor, and notes its codes, so that the model can be saved as it was loaded."""
+
+    def __init__(self, decoded: Decoded):
+        self.decoded = decoded
+
+    def __deepcopy__(self, memo: Any) -> _Decode:
         return self  # transformers copies the converter for each weight; all of them note in one place
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **given: Any
-    ) -> dict[str, Any]:
-        model, key = given["model"], given["full_layer_name"]
-        [stream] = input_dict.values()
-        tensor = stream[0] if isinstance(stream, list) else stream
-        coded = Coded(tensor.cpu().numpy().tobytes())
-        name = key.removesuffix(".weight")
-        module = model.get_submodule(name)
-        self.coded[name.removeprefix(base_of(model)[1])] = coded
-        weight = coded.weight()
-        return {key: weight.T if isinstance(module, Conv1D) else weight}
 
     @property
     def reverse_op(self) -> ConversionOps:
         raise NotImplementedError("hpr.save writes coded weights")
 
 
+class DecodeWeight(_Decode):
+    """Decodes the stream of one weight."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **given: Any
+    ) -> dict[str, Any]:
+        model, key = given["model"], given["full_layer_name"]
+        coded = Coded(_bytes(input_dict))
+        return {key: _placed(model, key, coded.weight(), self.decoded.coded, coded)}
+
+
+class DecodePack(_Decode):
+    """Decodes all the tensors that lie in one pack, as far as the class has them."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **given: Any
+    ) -> dict[str, Any]:
+        model, own = given["model"], given["full_layer_name"]
+        pack, decoded = Pack.from_bytes(_bytes(input_dict)), self.decoded
+        tensors = model.state_dict()
+        found: dict[str, Any] = {own: None}  # first, since transformers looks for the first name that is part of its own
+        for name, codes in pack.weights.items():
+            if key := _key(model, tensors, name):
+                found[key] = _placed(model, key, codes.weight(), decoded.coded, Coded.of(codes))
+        for name, codes in pack.others.items():
+            if key := _key(model, tensors, name):
+                found[key] = codes.weight().view(tensors[key].shape).to(tensors[key].dtype)
+                decoded.others[key] = codes
+        for name, tensor in pack.plain.items():
+            if key := _key(model, tensors, name):
+                found[key] = tensor.to(tensors[key].dtype)
+        decoded.unpacked = True
+        return found
+
+
+def _bytes(input_dict: Mapping[str, Any]) -> bytes:
+    [stream] = input_dict.values()
+    tensor: Tensor = stream[0] if isinstance(stream, list) else stream
+    return tensor.cpu().numpy().tobytes()
+
+
+def _key(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> str | None:
+    """The key of a saved tensor in this class, which may have a head more or less than the class that was saved."""
+    prefix = base_of(model)[1] or f"{getattr(model, 'base_model_prefix', '')}."
+    return next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in tensors), None)
+
+
+def _placed(model: nn.Module, key: str, weight: Tensor, noted: dict[str, Coded], coded: Coded) -> Tensor:
+    """A site's weight as its parameter has it; its stream is noted."""
+    name = key.removesuffix(".weight")
+    module = model.get_submodule(name)
+    noted[name.removeprefix(base_of(model)[1])] = coded
+    parameter: Tensor = module.weight  # type: ignore[assignment]
+    return (weight.T if isinstance(module, Conv1D) else weight).to(parameter.dtype)
+
+
 def _decodes(conversion: Any) -> bool:
-    return any(isinstance(operation, DecodeWeight) for operation in getattr(conversion, "operations", ()))
+    return any(isinstance(operation, _Decode) for operation in getattr(conversion, "operations", ()))
 
 
 class HprQuantizer(HfQuantizer):
@@ -110,7 +165,7 @@ class HprQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **options: Any):
         super().__init__(quantization_config, **options)
-        self.coded: dict[str, Coded] = {}  # site → stream, as they are decoded
+        self.decoded = Decoded()
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -133,8 +188,13 @@ class HprQuantizer(HfQuantizer):
             model.config.quantization_config = specification(model)
             _settle(bank, [module for module in model.modules() if isinstance(module, BankReader)])
             _align(model)
-        if self.coded:
-            attach_codes(model, self.coded, self.quantization_config.objective)
+        if described := self.quantization_config.coded:
+            if described["pack"] is not None and not self.decoded.unpacked:
+                raise CheckpointError(
+                    f"the weights of this {type(model).__name__} lie packed in {described['pack']}, which it has not: load the "
+                    f"class that was saved"
+                )
+            attach_codes(model, self.decoded.coded, self.quantization_config.objective, self.decoded.others)
             _align(model)
             conversions = getattr(model, "_weight_conversions", None) or []
             others = [conversion for conversion in conversions if not _decodes(conversion)]
@@ -143,11 +203,13 @@ class HprQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """A coded weight becomes a plain one while it is loaded."""
-        if not self.quantization_config.coded:
+        described = self.quantization_config.coded
+        if not described:
             return []
-        paths = self.quantization_config.coded["sites"]
-        decode = DecodeWeight(self.coded)
-        return [WeightConverter(rf"(?<![^.]){re.escape(path)}\.weight$", f"{path}.weight", [decode]) for path in paths]
+        keys: dict[str, _Decode] = {f"{path}.weight": DecodeWeight(self.decoded) for path in described["sites"]}
+        if described["pack"] is not None:
+            keys[described["pack"]] = DecodePack(self.decoded)
+        return [WeightConverter(rf"(?<![^.]){re.escape(key)}$", key, [decode]) for key, decode in keys.items()]
 
     def get_new_dtype(self, converter: Any, param: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
         """Streams stay bytes: transformers casts everything else before it converts."""

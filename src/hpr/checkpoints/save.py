@@ -136,12 +136,12 @@ def _write_coded(student: nn.Module, folder: Path) -> None:
     """Streams in place of the weights, and a configuration that says how to read them, with the hash of every file."""
     state = coded_state(student)
     if isinstance(student, PreTrainedModel):
-        student.save_pretrained(folder, state_dict=state)
+        student.save_pretrained(folder, state_dict=state.tensors)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     else:
-        save_file(state, folder / WEIGHTS)
+        save_file(state.tensors, folder / WEIGHTS)
         config = {}
-    config["quantization_config"] = coded_specification(student, _weight_hashes(folder))
+    config["quantization_config"] = coded_specification(student, state, _weight_hashes(folder))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -20,8 +20,13 @@ class Coded:
     @classmethod
     def of(cls, codes: Codes) -> Coded:
         """The codes as a stream."""
-        return cls(encode(codes))
+        return cls(encode([codes]))
 
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight in float32, decoded anew: a model keeps its streams, not a second copy of its weights."""
-        return decode(self.stream).weight()
+        return self.codes().weight()
+
+    def codes(self) -> Codes:
+        """The codes, decoded anew."""
+        [codes] = decode(self.stream)
+        return codes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 
 from hpr.anatomy.lookup import module_at, slice_at
 from hpr.anatomy.model import Anatomy, Site
+from hpr.coding.codes import Codes
+from hpr.coding.record import Coded
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of, parameters, terms_of
-from hpr.nn.coded import coded_state, codes_of, split_state
+from hpr.nn.coded import coded_state, codes_of, state_of
 from hpr.nn.embedding import SharedEmbedding
 from hpr.nn.site import SharedSite
 from hpr.plans.terms import Term, factors_of
@@ -67,7 +69,7 @@ def disk_bytes(model: nn.Module) -> int:
     50 GB).
     """
     if codes_of(model):
-        return file_size(coded_state(model), _metadata(model))
+        return file_size(coded_state(model).tensors, _metadata(model))
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     groups: dict[Hashable, list[str]] = {}
     for key, value in state.items():
@@ -83,12 +85,9 @@ def disk_bytes(model: nn.Module) -> int:
     return file_size(state, metadata)
 
 
-def bytes_beside_streams(model: nn.Module, sites: Collection[str], limit: int) -> int:
-    """The bytes of a coded model's file beside its streams (norms, biases, header), if the file has about ``limit`` bytes."""
-    keys, others = split_state(model, sites)
-    each = limit // max(1, len(keys))  # the header says where each stream lies
-    streams = {key: torch.empty(each, dtype=torch.uint8, device="meta") for key in keys}
-    return file_size(streams | others, _metadata(model)) - each * len(keys)
+def coded_bytes(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, Codes]) -> int:
+    """The bytes of the file that a model will have with the codes of its sites, and of ``others`` by name."""
+    return file_size(state_of(model, coded, others).tensors, _metadata(model))
 
 
 def _metadata(model: nn.Module) -> dict[str, str]:

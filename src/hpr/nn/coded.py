@@ -1,25 +1,37 @@
-"""The coded weights of a model: its modules stay those of the original, and the streams of bytes are kept beside them."""
+"""The coded weights of a model: its modules stay those of the original, and the streams of bytes are kept beside them.
+
+In a file every large weight has a stream under its own name. Everything else is packed together, under the name of the first
+tensor in the pack: a loader that knows nothing of hpr finds a tensor of another shape there, which is an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from hpr.anatomy.lookup import base_of, module_at, weight_of
+from hpr.coding.codes import Codes
+from hpr.coding.pack import Pack
 from hpr.coding.record import Coded
 from hpr.errors import CheckpointError, HprError
 
-_ATTRIBUTE, _OBJECTIVE = "_hpr_coded", "_hpr_objective"
+_ATTRIBUTE, _OTHERS, _OBJECTIVE = "_hpr_coded", "_hpr_other_codes", "_hpr_objective"
+_PACKED_BELOW = 1 << 17  # numbers; a larger tensor is worth a name and probability tables of its own
 
 
-def attach_codes(model: nn.Module, coded: Mapping[str, Coded], objective: str | None) -> None:
+def attach_codes(
+    model: nn.Module, coded: Mapping[str, Coded], objective: str | None, others: Mapping[str, Codes] | None = None
+) -> None:
     """Keep the streams of a model's weights with it, by site, and the objective of the profile that they were rounded with.
 
-    They are no parameters, so training does not see them.
+    ``others``: name → codes of parameters beside the sites, such as norms. All of these are no parameters, so training does
+    not see them.
     """
     object.__setattr__(model, _ATTRIBUTE, dict(coded))
+    object.__setattr__(model, _OTHERS, dict(others or {}))
     object.__setattr__(model, _OBJECTIVE, objective)
 
 
@@ -33,6 +45,12 @@ def codes_of(model: nn.Module) -> dict[str, Coded]:
     """Site → its coded weight; empty for a model that was not rounded."""
     coded: dict[str, Coded] = getattr(model, _ATTRIBUTE, {})
     return coded
+
+
+def other_codes_of(model: nn.Module) -> dict[str, Codes]:
+    """Name → codes of the parameters beside the sites that were rounded, too."""
+    others: dict[str, Codes] = getattr(model, _OTHERS, {})
+    return others
 
 
 def refuse_coded(model: nn.Module, action: str) -> None:
@@ -50,42 +68,72 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.half()
 
 
-def coded_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint of a coded model holds: a stream of bytes for each coded weight, everything else as ``stored``.
+@dataclass(frozen=True)
+class CodedState:
+    """What a checkpoint of a coded model holds.
 
-    A tensor that several modules share is stored once. Raises ``CheckpointError`` if a weight is no longer what its stream
-    says, because the model was trained after it was rounded.
+    ``tensors``: key → tensor; streams and the pack are uint8. ``streams``: the keys of large weights by site. ``pack``: the
+    key of the pack, if there is one.
     """
-    streams, others = split_state(model, codes_of(model))
-    return {key: _stream(model, path) for key, path in streams.items()} | others
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    streams: dict[str, str] = field(default_factory=dict)
+    pack: str | None = None
 
 
-def split_state(model: nn.Module, sites: Collection[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Key in the checkpoint → site of each stream, and the tensors that are not coded, each once."""
+def coded_state(model: nn.Module) -> CodedState:
+    """What a checkpoint of a coded model holds; a tensor that several modules share is stored once.
+
+    Raises ``CheckpointError`` if a weight is no longer what its codes say, because the model was trained after it was rounded.
+    """
+    coded, others = codes_of(model), other_codes_of(model)
+    for path, record in coded.items():
+        weight = weight_of(module_at(model, path))
+        _check(path, record.weight().to(weight), weight)
+    parameters = dict(model.named_parameters())
+    for name, codes in others.items():
+        _check(name, codes.weight().to(parameters[name]).view_as(parameters[name]), parameters[name])
+    return state_of(model, coded, others)
+
+
+def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, Codes]) -> CodedState:
+    """The same for codes that are not yet in the model: tensors without codes are those of ``model``."""
     base, prefix = base_of(model)
     inside = {name for name, _ in base.named_modules(remove_duplicate=False)}
-    paths = {f"{prefix if path in inside else ''}{path}.weight": path for path in sites}
-    streams: dict[str, str] = {}
-    others: dict[str, Tensor] = {}
+    sites = {f"{prefix if path in inside else ''}{path}.weight": path for path in coded}
+    weights: dict[str, Codes] = {}
+    rest: dict[str, Codes] = {}
+    plain: dict[str, Tensor] = {}
+    state = CodedState()
     seen: set[tuple[int, torch.Size]] = set()
     tensors = model.state_dict(keep_vars=True)
-    for key in sorted(tensors, key=lambda name: name not in paths):  # the name of a coded weight before its aliases
+    for key in sorted(tensors, key=lambda name: name not in sites and name not in others):  # coded names before their aliases
         tensor = tensors[key].detach()
         place = (tensor.data_ptr(), tensor.shape)
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
-        if key in paths:
-            streams[key] = paths[key]
+        if key in sites and tensor.numel() >= _PACKED_BELOW:
+            state.tensors[key] = torch.frombuffer(bytearray(coded[sites[key]].stream), dtype=torch.uint8)
+            state.streams[sites[key]] = key
+        elif key in sites:
+            weights[key] = coded[sites[key]].codes()
+        elif key in others:
+            rest[key] = others[key]
+        elif tensor.numel() < _PACKED_BELOW:
+            plain[key] = stored(tensor)
         else:
-            others[key] = stored(tensor).contiguous()
-    return streams, others
+            state.tensors[key] = stored(tensor).contiguous()
+    if names := [key for key in tensors if key in {*weights, *rest, *plain}]:
+        first = next((key for key in names if key.startswith(prefix)), names[0])  # every class of this model has it
+        packed = torch.frombuffer(bytearray(Pack(weights, rest, plain).to_bytes()), dtype=torch.uint8)
+        state.tensors[first] = packed[None] if tensors[first].dim() == 1 else packed  # never of the tensor's own shape
+        return CodedState(state.tensors, state.streams, first)
+    return state
 
 
-def _stream(model: nn.Module, path: str) -> Tensor:
-    coded, weight = codes_of(model)[path], weight_of(module_at(model, path))
-    if not torch.equal(coded.weight().to(weight), weight):
+def _check(name: str, expected: Tensor, found: Tensor) -> None:
+    if not torch.equal(expected, found):
         raise CheckpointError(
-            f"the weight of {path} is not what it was rounded to: the model was changed after it was rounded; round it again"
+            f"{name} is not what it was rounded to: the model was changed after it was rounded; round it again"
         )
-    return torch.frombuffer(bytearray(coded.stream), dtype=torch.uint8)

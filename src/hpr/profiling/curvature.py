@@ -1,13 +1,13 @@
 """Curvature per site from calibration batches: second moments of inputs and output gradients, accumulated in a stream.
 
-All parameters are frozen while this runs, so a backward pass computes activation gradients only. A row counts if its
+The weights of sites are frozen while this runs, so a backward pass computes activation gradients only. A row counts if its
 gradient is not zero, so padding and positions that the objective never reads drop out without a mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from hpr.anatomy.lookup import module_at, slice_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.errors import HprError
 from hpr.profiling.objectives import Objective
+from hpr.profiling.other_parameters import Sensitivity
 from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
 from hpr.profiling.weight_reads import Record, WeightsRead, experts_one_by_one, with_graph
 from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in
@@ -43,8 +44,9 @@ def measure_curvature(
     batches: Sequence[BatchLike],
     objective: Objective,
     seed: int = 0,
+    others: Sensitivity | None = None,
 ) -> tuple[dict[str, SiteStatistics], int]:
-    """Return the statistics of every site over the batches, and the number of examples.
+    """Return the statistics of every site over the batches, and the number of examples; ``others`` takes those of the rest.
 
     Two first passes read a sixteenth of the batches. The first measures the mean inputs that centre the moments; the second
     measures the traces of the two estimates that are averaged. The third pass reads all batches. Raises ``HprError`` for no
@@ -62,7 +64,8 @@ def measure_curvature(
         for stage, part in enumerate((few, few, batches)):
             if stage:
                 moments = {name: earlier.next(stage) for name, earlier in moments.items()}
-            with _hooks(model, anatomy, moments):
+            last = others if stage == 2 else None
+            with _hooks(model, anatomy, moments), last.measured() if last else nullcontext():
                 for index, batch in enumerate(part):
                     loss = objective.loss(run(model, batch), batch, generator)
                     if not torch.isfinite(loss):
@@ -70,6 +73,8 @@ def measure_curvature(
                             f"the loss of calibration batch {index} is {loss.item()}: remove non-finite inputs from it"
                         )
                     loss.backward()
+                    if last:
+                        last.add()
                     done += 1
                     progress("curvature", done, total)
     examples = sum(examples_in(batch) for batch in batches)

@@ -89,6 +89,7 @@ class Profile:
     """Statistics per site and features per stack. ``about``: objective, examples, tokens, seconds, peak bytes, versions.
 
     ``symmetries``: transforms of weights that leave the model's outputs unchanged, as trials confirm.
+    ``others``: parameter that is no site's weight → mean squared gradient of one number, in squared nats per example.
     ``interventions``: layer → state → measured divergence in nats per example, if measured (``layer_reuse.ablation``).
 
     >>> profile = hpr.profile(loaded, texts)
@@ -103,6 +104,7 @@ class Profile:
     about: Mapping[str, Any] = field(default_factory=dict)
     symmetries: tuple[Symmetry, ...] = ()
     interventions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    others: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise ``HprError`` if this profile is of another model, or lacks one of its sites."""
@@ -134,6 +136,7 @@ class Profile:
             "layers": {name: vars(features) for name, features in self.layers.items()},
             "about": dict(self.about),
             "symmetries": [symmetry.to_list() for symmetry in self.symmetries],
+            "others": dict(self.others),
             "interventions": {layer: dict(damages) for layer, damages in self.interventions.items()},
         }
         target = Path(path)
@@ -165,6 +168,7 @@ class Profile:
                 sites[name] = SiteStatistics(rows=site["rows"], **parts)
             layers = {name: LayerFeatures(**features) for name, features in header["layers"].items()}
             symmetries = tuple(Symmetry.from_list(values) for values in header.get("symmetries", ()))
-            return cls(header["fingerprint"], sites, layers, header["about"], symmetries, header.get("interventions", {}))
+            interventions, others = header.get("interventions", {}), header.get("others", {})
+            return cls(header["fingerprint"], sites, layers, header["about"], symmetries, interventions, others)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error

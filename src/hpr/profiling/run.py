@@ -11,6 +11,7 @@ from hpr.anatomy.describe import describe
 from hpr.profiling.curvature import first_few, measure_curvature
 from hpr.profiling.layer_features import measure_layers
 from hpr.profiling.objectives import objective_for, softened
+from hpr.profiling.other_parameters import Sensitivity
 from hpr.profiling.profile import Profile
 from hpr.profiling.symmetry_search import find_symmetries
 from hpr.runtime.batch import Batch, BatchLike
@@ -32,7 +33,8 @@ def profile(
     anatomy = describe(model)
     start, moved = time.perf_counter(), [to_device_of(batch, model) for batch in batches]
     goal = softened(objective_for(model, objective), model, first_few(moved))
-    sites, examples = measure_curvature(model, anatomy, moved, goal, seed)
+    others = Sensitivity(model, anatomy)
+    sites, examples = measure_curvature(model, anatomy, moved, goal, seed, others)
     layers = measure_layers(model, anatomy, moved, seed)
     symmetries = find_symmetries(model, anatomy, moved, seed)
     about = {
@@ -45,7 +47,7 @@ def profile(
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
     }
-    return Profile(anatomy.fingerprint, sites, layers, about, symmetries)
+    return Profile(anatomy.fingerprint, sites, layers, about, symmetries, others=others.per_example(examples))
 
 
 def _tokens(batch: Batch) -> int:

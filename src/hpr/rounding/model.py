@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,8 +16,10 @@ from hpr.coding.record import Coded
 from hpr.errors import PlanError
 from hpr.nn.coded import attach_codes, refuse_coded, stored
 from hpr.operators.metric import weight64
+from hpr.profiling.other_parameters import other_parameters
 from hpr.profiling.profile import Profile
 from hpr.rounding.matrices import round_matrices
+from hpr.rounding.others import round_others
 from hpr.rounding.whitening import Roots, Whitened
 from hpr.runtime.progress import progress
 
@@ -59,36 +60,51 @@ class Rounder:
     def finest(self) -> float:
         """The least step that a search tries: the largest weight has a code of 30 bits. Feedback adds some hundreds to it."""
         sizes = [
-            float((whitened.weight.abs() / (rows[:, None] * columns)).max()) / whitened.unit
+            float((whitened.weight.abs() / (rows[:, None] * columns)).max())
             for whitened in self.sites
             if whitened.read
             for rows, columns in [(_powers(whitened.rows, whitened.weight), _powers(whitened.columns, whitened.weight))]
         ]
         return max(sizes, default=1.0) / 2**30 or 1.0
 
-    def student(self, coded: Mapping[str, Coded]) -> nn.Module:
-        """A copy of the model with the rounded weights, and with biases that absorb what rounding does to the mean output.
+    def others(self, coded: Mapping[str, Codes], step: float) -> dict[str, Codes]:
+        """The codes of parameters that are no site's weight, by name. Biases absorb what rounding does to the mean output."""
+        return round_others(self._corrected(coded), self.profile.others, step)
 
-        Numbers that are not coded (norms, biases) are rounded to half precision, in which ``save`` stores them.
+    def student(self, coded: Mapping[str, Coded], others: Mapping[str, Codes]) -> nn.Module:
+        """A copy of the model with the rounded numbers in it.
+
+        Numbers without codes are rounded to half precision, in which ``save`` stores them.
         """
         student = copy.deepcopy(self.model)
+        codes = {name: record.codes() for name, record in coded.items()}
         with torch.no_grad():
+            parameters = dict(student.named_parameters())
+            for name, value in self._corrected(codes).items():
+                parameters[name].copy_(others[name].weight().view_as(value) if name in others else stored(value))
             for whitened in self.sites:
-                site = whitened.site
-                weight = weight_at(student, site)
-                rounded = coded[site.name].weight().to(weight)
-                mean = self.profile.sites[site.name].mean
-                if mean is not None and site.has_bias:
-                    bias: Tensor = module_at(student, site.name).bias  # type: ignore[assignment]
-                    change = (whitened.weight - rounded.to(whitened.weight)) @ mean.to(whitened.weight)
-                    bias.add_(change.to(bias))
-                weight.copy_(rounded)
-            sites = {id(parameter) for parameter in map(partial(_parameter, student), self.sites)}
+                weight_at(student, whitened.site).copy_(codes[whitened.site.name].weight())
             for tensor in student.state_dict(keep_vars=True).values():
-                if id(tensor) not in sites:
+                if not isinstance(tensor, nn.Parameter):  # a buffer that is saved
                     tensor.copy_(stored(tensor))
-        attach_codes(student, coded, self.profile.about.get("objective"))
+        attach_codes(student, coded, self.profile.about.get("objective"), others)
         return student
+
+    def _corrected(self, codes: Mapping[str, Codes]) -> dict[str, Tensor]:
+        """The parameters beside the weights of sites, with biases that absorb what rounding does to the mean output."""
+        anatomy = describe(self.model)
+        values = {name: parameter.detach() for name, parameter in other_parameters(self.model, anatomy).items()}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for whitened in self.sites:
+            site = whitened.site
+            mean = self.profile.sites[site.name].mean
+            if mean is not None and site.has_bias:
+                bias = module_at(self.model, site.name).bias
+                name = names[id(bias)]
+                rounded = codes[site.name].weight().to(whitened.weight)
+                change = (whitened.weight - rounded) @ mean.to(whitened.weight)
+                values[name] = values[name] + change.to(values[name])
+        return values
 
     def _groups(self) -> Iterator[list[Whitened]]:
         """Sites of one shape, as many together as memory allows."""
@@ -99,11 +115,6 @@ class Rounder:
             count = max(1, _TOGETHER // sites[0].weight.numel())
             for start in range(0, len(sites), count):
                 yield sites[start : start + count]
-
-
-def _parameter(model: nn.Module, whitened: Whitened) -> Tensor:
-    weight: Tensor = module_at(model, whitened.site.name).weight  # type: ignore[assignment]
-    return weight
 
 
 def _rounded(group: list[Whitened], step: float) -> Tensor:

@@ -10,15 +10,13 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from hpr.anatomy.describe import describe
-from hpr.coding.record import Coded
 from hpr.errors import PlanError
-from hpr.evaluation.cost import bytes_beside_streams
 from hpr.operators.metric import metric_of
 from hpr.plans.budget import Budget
 from hpr.plans.plan import Plan, keep_all
 from hpr.profiling.profile import Profile
 from hpr.rounding.model import Rounder
-from hpr.rounding.search import Rounded, round_to_bytes
+from hpr.rounding.search import Rounded, round_to, round_to_bytes
 
 _log = logging.getLogger(__name__)
 UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while they serve
@@ -60,12 +58,11 @@ def plan_bytes(
     chosen. Small models at few bits want more damping. Raises ``BudgetError`` for a budget that cannot be met, and
     ``PlanError`` for a model with experts that are slices of one parameter.
     """
-    beside = bytes_beside_streams(model, [site.name for site in describe(model).sites], limit)
 
     def attempt(dampings: tuple[float, float], step: float | None) -> _Attempt:
         rounder = Rounder(model, profile, *dampings)
-        rounded = round_to_bytes(rounder, limit, beside, step)
-        student = rounder.student(rounded.coded)
+        rounded = round_to_bytes(rounder, limit, step)
+        student = rounder.student(rounded.coded, rounded.others)
         score = measure(student) if measure else math.nan
         if measure:
             _log.info("dampings %g, %g at %.3f MB: divergence %.4g nats", *dampings, rounded.bytes / 1e6, score)
@@ -98,8 +95,8 @@ def round_model(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Mod
         raise PlanError("a plan for a budget in bytes rounds in the metric of the profile: give the profile it was made with")
     plan.validate(describe(model))
     rounder = Rounder(model, profile, plan.rounding.output_damping, plan.rounding.input_damping)
-    codes = rounder.codes(plan.rounding.step)
-    return rounder.student({name: Coded.of(one) for name, one in codes.items()})
+    rounded = round_to(rounder, plan.rounding.step)
+    return rounder.student(rounded.coded, rounded.others)
 
 
 def _plan(rounder: Rounder, rounded: Rounded, budget: str) -> Plan:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hpr.coding.codes import half_octaves
+from hpr.coding.codes import Codes, half_octaves
 from hpr.coding.record import Coded
 from hpr.errors import BudgetError
+from hpr.evaluation.cost import coded_bytes
 from hpr.plans.rounding import Rounding
 from hpr.rounding.model import Rounder
 
@@ -23,43 +24,45 @@ _RANGE = 2.0**40  # the coarsest step over the finest: every number is 0 long be
 
 @dataclass(frozen=True)
 class Rounded:
-    """A model's weights as streams: ``coded`` by site, and how they were rounded. ``bytes``: of the whole file."""
+    """A model's rounded numbers: ``coded`` by site, ``others`` by name, and how they were rounded. ``bytes``: of the file."""
 
     coded: Mapping[str, Coded]
+    others: Mapping[str, Codes]
     rounding: Rounding
     bytes: int
 
 
-def round_to_bytes(rounder: Rounder, limit: int, other_bytes: int, step: float | None = None) -> Rounded:
-    """The finest rounding whose file has at most ``limit`` bytes, of which ``other_bytes`` are not streams.
+def round_to(rounder: Rounder, step: float) -> Rounded:
+    """The rounding with a given step."""
+    codes = rounder.codes(step)
+    others = rounder.others(codes, step)
+    coded = {name: Coded.of(one) for name, one in codes.items()}
+    return Rounded(coded, others, Rounding(step, *rounder.dampings), coded_bytes(rounder.model, coded, others))
+
+
+def round_to_bytes(rounder: Rounder, limit: int, step: float | None = None) -> Rounded:
+    """The finest rounding whose file has at most ``limit`` bytes.
 
     ``step``: a first guess. The rate is a smooth function of the step, so the secant through the last two tries
     finds it. Raises ``BudgetError`` if the budget is below what one step for everything can reach.
     """
-    available = limit - other_bytes
-    if available <= 0:
-        raise BudgetError(
-            f"a budget of {limit / 1e6:.3f} MB cannot be met by rounding: norms, biases and names alone take "
-            f"{other_bytes / 1e6:.3f} MB; give a larger budget"
-        )
     finest = rounder.finest
     if step is None:
-        step = _first_step(rounder, 8 * available, finest)
-    tried: list[tuple[float, float]] = []  # log step, log bytes of the streams
+        step = _first_step(rounder, 8 * limit, finest)
+    tried: list[tuple[float, float]] = []  # log step, log bytes
     best: Rounded | None = None
     for _ in range(_PASSES):
         step = min(max(step, finest), finest * _RANGE)
-        coded = {name: Coded.of(codes) for name, codes in rounder.codes(step).items()}
-        size = sum(len(one.stream) for one in coded.values())
-        _log.debug("step %.3g: %.3f MB of %.3f MB", step, (size + other_bytes) / 1e6, limit / 1e6)
-        if size <= available and (best is None or size + other_bytes > best.bytes):
-            best = Rounded(coded, Rounding(step, *rounder.dampings), size + other_bytes)
+        made = round_to(rounder, step)
+        _log.debug("step %.3g: %.3f MB of %.3f MB", step, made.bytes / 1e6, limit / 1e6)
+        if made.bytes <= limit and (best is None or made.bytes > best.bytes):
+            best = made
         if best is not None and (best.bytes >= _CLOSE * limit or step == finest):
             break
-        tried.append((math.log(step), math.log(size)))
-        step = math.exp(_next(tried, math.log(available * (1 + _CLOSE) / 2)))
+        tried.append((math.log(step), math.log(made.bytes)))
+        step = math.exp(_next(tried, math.log(limit * (1 + _CLOSE) / 2)))
     if best is None:
-        least = (min(math.exp(size) for _, size in tried) + other_bytes) / 1e6
+        least = min(math.exp(size) for _, size in tried) / 1e6
         raise BudgetError(
             f"a budget of {limit / 1e6:.3f} MB cannot be met by rounding, the coarsest model that was tried takes "
             f"{least:.3f} MB: give a larger budget"
@@ -85,7 +88,7 @@ def _first_step(rounder: Rounder, bits: float, finest: float) -> float:
         mean = squares.mean().clamp(min=1e-30)
         rows, columns = (torch.from_numpy(half_octaves(part)).to(squares) for part in (whitened.rows, whitened.columns))
         spread = squares.mean(1)[:, None] * squares.mean(0) / mean
-        ratios.append((spread / (whitened.unit * rows[:, None] * columns).square()).flatten())
+        ratios.append((spread / (rows[:, None] * columns).square()).flatten())
     low, high = math.log(finest), math.log(finest * _RANGE)
     for _ in range(40):
         middle = (low + high) / 2

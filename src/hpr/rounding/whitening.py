@@ -24,7 +24,7 @@ class Whitened:
 
     ``left`` (out, out) and ``right`` (in, in): lower Cholesky factors of the damped moments with unit diagonals, None for a
     diagonal moment. ``rows`` and ``columns``: exponents of the grid in half octaves, int32. The grid of entry (i, j) at a
-    step δ is ``scale(δ)`` · 2^((rows[i] + columns[j]) / 2).
+    step δ is δ · 2^((rows[i] + columns[j]) / 2), and without δ for a site that the objective does not ``read``.
     """
 
     site: Site
@@ -33,12 +33,11 @@ class Whitened:
     right: Float[Tensor, "in in"] | None
     rows: np.ndarray
     columns: np.ndarray
-    unit: float
     read: bool = True
 
     def scale(self, step: float) -> float:
         """The grid at exponents 0. That of a site that the objective does not read is the same at every step."""
-        return step * self.unit if self.read else self.unit
+        return step if self.read else 1.0
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -65,19 +64,18 @@ class Roots:
         rows, left, right = statistics.rows, statistics.left, statistics.right
         dampings = dict(self.dampings)
         if not statistics.has_gradient:
-            flat = np.zeros(site.out_features, np.int32), np.zeros(site.in_features, np.int32)
-            size = float(weight.square().mean().sqrt())
-            return Whitened(site, weight, None, None, *flat, max(_UNREAD * size, torch.finfo(torch.float32).tiny), read=False)
+            size = max(_UNREAD * float(weight.square().mean().sqrt()), torch.finfo(torch.float32).tiny)
+            flat = np.full(site.out_features, half_octave(size)), np.zeros(site.in_features, np.int32)
+            return Whitened(site, weight, None, None, *flat, read=False)
         if site.kind == "embedding":
             left, dampings["left"] = smooth_frequencies(left), 0.0  # no token's frequency is 0 any more
         roots = [self.root(left, dampings["left"]), self.root(right, dampings["right"])]
         diagonals = [root if root.dim() == 1 else root.diagonal() for root in roots]
-        (row_unit, row_exponents), (column_unit, column_exponents) = (_scales(1 / diagonal) for diagonal in diagonals)
+        row_exponents, column_exponents = _exponents(math.sqrt(2 / rows) / diagonals[0], 1 / diagonals[1])
         left_unit, right_unit = (
             None if root.dim() == 1 else root / diagonal for root, diagonal in zip(roots, diagonals, strict=True)
         )
-        unit = math.sqrt(2 / rows) * row_unit * column_unit
-        return Whitened(site, weight, left_unit, right_unit, row_exponents, column_exponents, unit)
+        return Whitened(site, weight, left_unit, right_unit, row_exponents, column_exponents)
 
 
 def _root(moment: Tensor, damping: float) -> Tensor:
@@ -88,9 +86,20 @@ def _root(moment: Tensor, damping: float) -> Tensor:
     return torch.linalg.cholesky(moment + extra * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
 
 
-def _scales(values: Tensor) -> tuple[float, np.ndarray]:
-    """The median of positive numbers, and their exponents in half octaves around it."""
-    logs = values.log2()
-    median = float(logs.median())
-    exponents = ((logs - median) * 2).round().clamp(-_RANGE, _RANGE)
-    return 2.0**median, exponents.cpu().numpy().astype(np.int32)
+def half_octave(number: float) -> np.int32:
+    """The nearest exponent in half octaves: number ≈ 2^(e / 2)."""
+    return np.int32(round(2 * math.log2(number)))
+
+
+def _exponents(rows: Tensor, columns: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The exponents of two vectors of positive numbers, of which only products count.
+
+    Columns are taken around their median. The rest of the median goes into the rows before they are rounded.
+    """
+    row_logs, column_logs = 2 * rows.log2(), 2 * columns.log2()
+    median = column_logs.median()
+    row_logs = row_logs + median
+    middle = row_logs.median().round()
+    rounded = middle + (row_logs - middle).round().clamp(-_RANGE, _RANGE), (column_logs - median).round().clamp(-_RANGE, _RANGE)
+    row_exponents, column_exponents = (part.cpu().numpy().astype(np.int32) for part in rounded)
+    return row_exponents, column_exponents

@@ -12,7 +12,7 @@ from hpr.anatomy.lookup import base_of
 from hpr.coding.stream import VERSION
 from hpr.errors import HprError
 from hpr.nn.bank import FORMAT, METHOD, bank_of, terms_in
-from hpr.nn.coded import coded_objective, codes_of
+from hpr.nn.coded import CodedState, coded_objective
 from hpr.nn.site import SharedSite
 from hpr.plans.terms import factors_of, terms_to_list
 
@@ -48,8 +48,11 @@ def specification(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def coded_specification(model: nn.Module, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """The same for a model whose weights are coded: its sites are those of the class. ``hashes``: file → SHA-256."""
+def coded_specification(model: nn.Module, state: CodedState, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """The same for a model whose weights are coded, saved as ``state``: its sites are those of the class.
+
+    ``hashes``: file → SHA-256.
+    """
     objective = coded_objective(model)
     return {
         "quant_method": METHOD,
@@ -57,7 +60,7 @@ def coded_specification(model: nn.Module, hashes: Mapping[str, str]) -> dict[str
         "hpr_version": version("hpr"),
         "sites": {},
         "factors": {},
-        "coded": {"format": VERSION, "hashes": dict(hashes), "sites": list(codes_of(model))},
+        "coded": {"format": VERSION, "hashes": dict(hashes), "sites": list(state.streams), "pack": state.pack},
         **({"objective": objective} if objective else {}),
     }
 
