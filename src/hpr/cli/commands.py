@@ -10,6 +10,7 @@ import typer
 from hpr.cli.console import bars, err, lines, quiet, show
 from hpr.cli.options import (
     Align,
+    Bits,
     Budget,
     Data,
     Device,
@@ -80,6 +81,7 @@ def plan(
     only: Only = None,
     operators: Operators = None,
     align: Align = None,
+    bits: Bits = None,
     output: Output = Path("plan.json"),
     device: Device = None,
     as_json: Json = False,
@@ -99,7 +101,7 @@ def plan(
 
     measured = Profile.load(profile)
     loaded = open_model(model, device)
-    options = PlanOptions(only=only, operators=operator_names(operators), align=align)
+    options = PlanOptions(only=only, operators=operator_names(operators), align=align, bits=bits)
     if byte_limit(budget, disk_bytes(loaded.model)) is not None:
         with bars():
             rounded = plan_module(loaded, measured, budget, options)
@@ -109,6 +111,7 @@ def plan(
         result = {"output": str(output)} | {key: as_dict[key] for key in keys}
         show(result, as_json, tables.plan_table(as_dict), lines(tables.rounding_line(as_dict), f"written: {output}"))
         return
+    options.refuse_bits(budget)
     bytes_each = bytes_per_parameter(loaded.model)
     limit = parse_budget(budget, describe(loaded.model), bytes_each, only)  # a wrong budget is refused before the curves
     with bars():
@@ -222,6 +225,7 @@ def compress(
         int,
         typer.Option(min=0, metavar="N", help="Experimental: weights follow the input, with N experts per router."),
     ] = 0,
+    bits: Bits = None,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -235,7 +239,15 @@ def compress(
 
     names = operator_names(operators)
     options = PlanOptions(
-        only, names, align, plans=plans, refit=refit, reuse=reuse, routers=routers, curve=curve, examples=examples, seed=seed
+        *(only, names, align),
+        plans=plans,
+        refit=refit,
+        reuse=reuse,
+        routers=routers,
+        curve=curve,
+        examples=examples,
+        seed=seed,
+        bits=bits,
     )
     loaded = open_model(model, device, objective=objective)
     with bars():

@@ -36,6 +36,10 @@ Goal = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1. Default: a CUDA GPU if there is one.")]
 Examples = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many texts are read.")]
+Bits = Annotated[
+    int | None,
+    typer.Option(metavar="8|4", help="Budgets in bytes: keep codes in −127..127 (8) or −7..7 (4), for runtimes."),
+]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of all random numbers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Folder = Annotated[Path, typer.Argument(help="A folder that HPR wrote.")]

@@ -23,7 +23,7 @@ def _none() -> np.ndarray:
 class Layout:
     """One weight (height, width) without its codes; all numbers but ``scales`` are integers.
 
-    A flat weight has one grid and one expected ``size`` for all of its codes, which are stored relative to their ``centre``.
+    A flat weight, a vector with one grid, has one expected ``size``; its codes are stored relative to their ``centre``.
     For any other weight the expected size of a code is ``size`` less the exponents of its scale, or, more exactly, the sum
     of its row's and its column's size. Exponents are stored relative to their medians, those of sizes after those of the
     scales are added, since numbers with fine grids have large codes.
@@ -45,7 +45,7 @@ class Layout:
     def of(cls, codes: Codes) -> Layout:
         """The layout of a weight."""
         (height, width), rows, columns = codes.values.shape, codes.rows, codes.columns
-        if not (np.ptp(rows) or np.ptp(columns)):
+        if height == 1 and not np.ptp(columns):
             centre = int(np.median(codes.values))
             size = int(_exponent(_root_mean_square(codes.values - centre)))
             return cls(True, height, width, codes.scale, centre, size, (int(rows[0]), int(columns[0]), 0, 0))

@@ -26,6 +26,7 @@ from hpr.errors import HprError
 from hpr.nn.bank import bank_of, parameters, terms_of
 from hpr.nn.coded import coded_state, codes_of, state_of
 from hpr.nn.embedding import SharedEmbedding
+from hpr.nn.integers import integer_bytes
 from hpr.nn.site import SharedSite
 from hpr.plans.terms import Term, factors_of
 from hpr.runtime.batch import Batch
@@ -53,11 +54,17 @@ _DTYPES = {  # safetensors writes the tensors of the last dtype first
 
 
 def sizes(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
-    """The costs of a model by name: ``parameters``, ``bytes`` on disk, ``resident_bytes`` and ``flops_per_token``."""
+    """The costs of a model by name: ``parameters``, ``bytes`` on disk, ``resident_bytes`` and ``flops_per_token``.
+
+    A coded model also has ``integer_bytes``: its resident bytes if its weights are kept as integers.
+    """
+    resident = resident_bytes(model)
+    coded = {"integer_bytes": resident - integer_bytes(model)} if codes_of(model) else {}
     return {
         "parameters": parameters(model),
         "bytes": disk_bytes(model),
-        "resident_bytes": resident_bytes(model),
+        "resident_bytes": resident,
+        **coded,
         "flops_per_token": flops_per_token(model, anatomy),
     }
 
@@ -178,7 +185,7 @@ def _stored(model: nn.Module, site: Site, terms: Mapping[str, Sequence[Term]]) -
         yield (_storage(expert.weight), expert.number), expert.weight.numel()
     elif (module := _find(model, site.name)) is not None:
         weight: Tensor = module.weight  # type: ignore[assignment]
-        yield _storage(weight), weight.numel()
+        yield id(module.integers) if hasattr(module, "integers") else _storage(weight), weight.numel()
 
 
 def _flops(module: nn.Module, site: Site) -> int:

@@ -50,6 +50,8 @@ def evaluate(
         "before": {**sizes(teacher, anatomy)},
         "after": {**sizes(student, anatomy)},
     }
+    if "integer_bytes" in cost["after"]:
+        cost["before"]["integer_bytes"] = cost["before"]["resident_bytes"]
     largest = max(examples_in(batch) for batch in batches)
     full = [batch for batch in batches if examples_in(batch) == largest]
     middle = full[len(full) // 2]

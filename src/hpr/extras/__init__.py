@@ -1,4 +1,5 @@
-"""Optional features by one import: the online learner, many tasks on one model, layers that reuse, routers.
+"""Optional features by one import: the online learner, many tasks on one model, layers that reuse, routers, weights
+kept as integers.
 
 Python imports each name when a program first uses it, so a program that uses one feature imports no other.
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from hpr.layer_reuse.dead_weights import dead_weights
     from hpr.layer_reuse.install import with_states
     from hpr.layer_reuse.reuse import with_layers
+    from hpr.nn.integers import keep_integers
     from hpr.nn.multitask import ManyHeads
     from hpr.pipeline.hierarchical import HierarchicalBert
     from hpr.planning.planner import draft
@@ -41,6 +43,7 @@ __all__ = [
     "draft",
     "expected_gains",
     "keep_all",
+    "keep_integers",
     "reporting_to",
     "routed",
     "with_layers",
@@ -60,6 +63,7 @@ _HOMES = {
     "draft": "hpr.planning.planner",
     "expected_gains": "hpr.routing.expected_gains",
     "keep_all": "hpr.plans.plan",
+    "keep_integers": "hpr.nn.integers",
     "reporting_to": "hpr.runtime.progress",
     "routed": "hpr.routing.plan",
     "with_layers": "hpr.layer_reuse.reuse",

@@ -156,8 +156,10 @@ def terms_of(model: nn.Module) -> dict[str, tuple[Term, ...]]:
 def parameters(model: nn.Module) -> int:
     """Unique parameters, tied ones and shared factors once.
 
-    The order of a factor's identity block counts as one parameter per row, so that the count equals the plan's.
+    The order of a factor's identity block counts as one parameter per row, so that the count equals the plan's. Weights that
+    are kept as integers count like others.
     """
     bank = bank_of(model)
     orders = [] if bank is None else [buffer.numel() for name, buffer in bank.named_buffers() if name.endswith(".order")]
-    return sum(parameter.numel() for parameter in model.parameters()) + sum(orders)
+    integers = [buffer.numel() for name, buffer in model.named_buffers() if name.endswith(".integers.codes")]
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(orders) + sum(integers)

@@ -62,7 +62,7 @@ def compress_to_bytes(
         def measure(student: nn.Module) -> float:
             return divergence(student, loaded.model, texts.rescoring, goal).mean
 
-        made = plan_bytes(loaded.model, measured, *budget, measure)
+        made = plan_bytes(loaded.model, measured, *budget, measure, options.bits)
     with timed(seconds, "evaluate"):
         figures = measured_on(evaluate(made.student, loaded.model, texts.heldout, goal), f"{texts.source}, held out")
         score = compare(made.student, loaded.model, texts.rescoring, goal)

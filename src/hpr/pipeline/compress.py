@@ -170,6 +170,7 @@ def _checked(
         from hpr.healing.recipe import Recipe
 
         recipe = Recipe(duration=heal, seed=options.seed) if isinstance(heal, str) else heal
+    options.refuse_bits(budget)
     known_operators(options.operators)
     if output is not None:
         check_folder(output)

@@ -70,7 +70,8 @@ def plan(model: AnyModel, profile: Profile, budget: str = "50%", options: PlanOp
     module = module_of(model)
     if (limit := byte_limit(budget, disk_bytes(module))) is not None:
         check_options(options, budget)
-        return plan_bytes(module, profile, budget.strip(), limit).plan
+        return plan_bytes(module, profile, budget.strip(), limit, bits=options.bits).plan
+    options.refuse_bits(budget)
     return plan_module(module, profile, budget, options)
 
 

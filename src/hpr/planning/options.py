@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpr.errors import PlanError
+from hpr.errors import BudgetError, PlanError
+from hpr.plans.rounding import check_bits
 
 LONGEST_GROUP = 3  # the most neighbouring layers in one group; whole stacks are candidates too
 
@@ -18,6 +19,8 @@ class PlanOptions:
     always among them, None means all.
     ``align``: also plan with aligned layers; None means only if measurements at a few layers promise a gain.
     ``longest_group``: the largest number of neighbouring layers in one group.
+    ``bits``: for budgets in bytes: 8 or 4 keep every code in the range of such integers (−127 to 127, −7 to 7), for runtimes
+    that compute with them; None lets codes be as large as they come.
 
     The rest is for ``hpr.compress``: ``plans``: how many plans to run end to end before one is chosen; ``refit``: fit private
     factors again to what the smaller layers emit, None means if it measures better on the user's own data; ``reuse``: also try
@@ -39,8 +42,10 @@ class PlanOptions:
     curve: bool = False
     examples: int = 4096
     seed: int = 0
+    bits: int | None = None
 
     def __post_init__(self) -> None:
+        check_bits(self.bits)
         if isinstance(self.operators, list):
             object.__setattr__(self, "operators", tuple(self.operators))
         for name, least in (("longest_group", 1), ("plans", 1), ("examples", 1), ("routers", 0)):
@@ -52,6 +57,14 @@ class PlanOptions:
         if self.routers and self.reuse:
             raise PlanError(
                 f"routers is {self.routers} and reuse is on: plans that reuse layers cannot be routed. Set one of them"
+            )
+
+    def refuse_bits(self, budget: str) -> None:
+        """Raise ``BudgetError`` if ``bits`` is set, for a budget in parameters."""
+        if self.bits is not None:
+            raise BudgetError(
+                f"bits is {self.bits}, but a budget in parameters ({budget}) rounds nothing: leave bits out, or give a "
+                f"budget in bytes, such as 8MB"
             )
 
 

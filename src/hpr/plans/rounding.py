@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hpr.errors import PlanError
+
+BITS = (8, 4)  # integer types that runtimes have kernels for
 
 
 @dataclass(frozen=True)
@@ -14,14 +17,33 @@ class Rounding:
     ``step``: the step size in whitened coordinates, in √nats: each number that is not rounded to zero costs about step² / 12
     nats per example, whatever its site, row and column. ``output_damping`` and ``input_damping``: the shares of their mean
     diagonal that are added to the moments of output gradients and of inputs; more protects directions that calibration
-    text rarely shows.
+    text rarely shows. ``bits``: the codes are −127 to 127 with 8 and −7 to 7 with 4, for runtimes; None leaves them as large as
+    they come.
     """
 
     step: float
     output_damping: float = 0.15
     input_damping: float = 0.15
+    bits: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        check_bits(self.bits)
+        for name in ("step", "output_damping", "input_damping"):
+            value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise PlanError(f"the rounding's {name} is {value!r}: give a positive number")
+
+
+def check_bits(bits: int | None) -> None:
+    """Raise ``PlanError`` for a range of codes that is not offered."""
+    if bits is not None and (type(bits) is not int or bits not in BITS):
+        raise PlanError(f"bits is {bits!r}: give 8 (codes −127 to 127) or 4 (codes −7 to 7), or leave it out")
+
+
+def largest_code(bits: int | None) -> float:
+    """The size that no code of so many bits exceeds, without end for None.
+
+    >>> largest_code(8), largest_code(4), largest_code(None)
+    (127, 7, inf)
+    """
+    return math.inf if bits is None else 2 ** (bits - 1) - 1

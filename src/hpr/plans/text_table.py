@@ -56,9 +56,14 @@ def _prediction(plan: Mapping[str, Any]) -> str:
     allowed, dense = (number(dig(plan, *keys)) for keys in (("budget", "parameters"), ("model", "dense_parameters")))
     damage, gap = number(dig(plan, "predicted_damage")), number(dig(plan, "diagnostics", "solver", "gap"))
     parts = [f"budget {dig(plan, 'budget', 'text')}"]
-    step, size = number(dig(plan, "rounding", "step")), number(dig(plan, "diagnostics", "bytes"))
+    step, bits = (number(dig(plan, "rounding", key)) for key in ("step", "bits"))
+    size = number(dig(plan, "diagnostics", "bytes"))
     if step is not None:
-        parts[0] += f": every number rounded with the step {step:.3g}" + (f", {size / 1e6:.3f} MB" if size else "")
+        parts[0] += (
+            f": every number rounded with the step {step:.3g}"
+            + (f", codes of {bits:.0f} bits" if bits else "")
+            + (f", {size / 1e6:.3f} MB" if size else "")
+        )
     elif allowed is not None and dense is not None:
         parts[0] += f": at most {allowed:,.0f} of {dense:,.0f} parameters"
     if damage is not None:

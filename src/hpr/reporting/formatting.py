@@ -126,6 +126,8 @@ def verdict(row: Mapping[str, Any]) -> str:
 SIZES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("parameters", "unique parameters, embeddings included", count),
     ("bytes", "bytes on disk", byte_count),
+    ("resident_bytes", "weights in memory", byte_count),
+    ("integer_bytes", "weights in memory, kept as integers", byte_count),
     ("flops_per_token", "floating-point operations per token", flop_count),
     ("latency_ms", "latency of one forward pass", milliseconds),
     ("peak_memory_bytes", "peak memory", byte_count),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -16,10 +17,12 @@ from hpr.coding.record import Coded
 from hpr.errors import PlanError
 from hpr.nn.coded import attach_codes, refuse_coded, stored
 from hpr.operators.metric import weight64
+from hpr.plans.rounding import largest_code
 from hpr.profiling.other_parameters import other_parameters
 from hpr.profiling.profile import Profile
-from hpr.rounding.matrices import round_matrices
+from hpr.rounding.matrices import Rule, round_matrices
 from hpr.rounding.others import round_others
+from hpr.rounding.ranges import coarser
 from hpr.rounding.whitening import Roots, Whitened
 from hpr.runtime.progress import progress
 
@@ -27,11 +30,18 @@ THRESHOLD = 0.55  # of a step: a little above a half, since the smaller code is 
 _LARGEST_CODE = 2**31 - 1
 _TOGETHER = 1 << 23  # numbers that are rounded at once, which bounds the memory
 
+Grid = tuple[np.ndarray, np.ndarray]  # exponents of rows and columns
+
 
 class Rounder:
-    """A model prepared for rounding at any step: its weights whitened by a profile, with given dampings."""
+    """A model prepared for rounding at any step: its weights whitened by a profile, with given dampings.
 
-    def __init__(self, model: nn.Module, profile: Profile, output_damping: float, input_damping: float):
+    ``bits``: those of a code (see ``Rounding``), None for as many as it takes.
+    """
+
+    def __init__(
+        self, model: nn.Module, profile: Profile, output_damping: float, input_damping: float, bits: int | None = None
+    ):
         refuse_coded(model, "rounded again")
         anatomy = describe(model)
         profile.check(anatomy)
@@ -44,15 +54,18 @@ class Rounder:
         self.model = model
         self.profile = profile
         self.dampings = (output_damping, input_damping)
+        self.bits = bits
         self.sites = [roots.whiten(site, weight64(model, site), profile.sites[site.name]) for site in anatomy.sites]
 
     def codes(self, step: float) -> dict[str, Codes]:
         """The codes of every site by its name, at a step size (see ``Rounding``)."""
         codes: dict[str, Codes] = {}
+        rule = Rule(THRESHOLD, largest_code(self.bits))
         for group in self._groups():
-            for whitened, values in zip(group, _rounded(group, step), strict=True):
+            grids = [_grid(whitened, step, rule.largest) for whitened in group]
+            for whitened, grid, values in zip(group, grids, _rounded(group, grids, step, rule), strict=True):
                 site = whitened.site.name
-                codes[site] = Codes(_integers(values, site), whitened.rows, whitened.columns, whitened.scale(step))
+                codes[site] = Codes(_integers(values, site), *grid, whitened.scale(step))
             progress("rounding", len(codes), len(self.sites))
         return {whitened.site.name: codes[whitened.site.name] for whitened in self.sites}
 
@@ -67,17 +80,18 @@ class Rounder:
         ]
         return max(sizes, default=1.0) / 2**30 or 1.0
 
-    def others(self, coded: Mapping[str, Codes], step: float) -> dict[str, Codes]:
+    def others(self, codes: Mapping[str, Codes], step: float) -> dict[str, Codes]:
         """The codes of parameters that are no site's weight, by name. Biases absorb what rounding does to the mean output."""
-        return round_others(self._corrected(coded), self.profile.others, step)
+        return round_others(self._corrected(codes), self.profile.others, step)
 
-    def student(self, coded: Mapping[str, Coded], others: Mapping[str, Codes]) -> nn.Module:
-        """A copy of the model with the rounded numbers in it.
+    def student(
+        self, codes: Mapping[str, Codes], others: Mapping[str, Codes], coded: Mapping[str, Coded] | None = None
+    ) -> nn.Module:
+        """A copy of the model with the rounded numbers in it; with ``coded``, the streams of the codes, it can be saved.
 
         Numbers without codes are rounded to half precision, in which ``save`` stores them.
         """
         student = copy.deepcopy(self.model)
-        codes = {name: record.codes() for name, record in coded.items()}
         with torch.no_grad():
             parameters = dict(student.named_parameters())
             for name, value in self._corrected(codes).items():
@@ -87,7 +101,8 @@ class Rounder:
             for tensor in student.state_dict(keep_vars=True).values():
                 if not isinstance(tensor, nn.Parameter):  # a buffer that is saved
                     tensor.copy_(stored(tensor))
-        attach_codes(student, coded, self.profile.about.get("objective"), others)
+        if coded is not None:
+            attach_codes(student, coded, self.profile.about.get("objective"), others)
         return student
 
     def _corrected(self, codes: Mapping[str, Codes]) -> dict[str, Tensor]:
@@ -117,15 +132,24 @@ class Rounder:
                 yield sites[start : start + count]
 
 
-def _rounded(group: list[Whitened], step: float) -> Tensor:
+def _grid(whitened: Whitened, step: float, largest: float) -> Grid:
+    if largest == math.inf:
+        return whitened.rows, whitened.columns
+    like = whitened.weight
+    sizes = like.abs() / whitened.scale(step) / _powers(whitened.rows, like)[:, None] / _powers(whitened.columns, like)
+    rows, columns = coarser(sizes, largest)
+    return whitened.rows + rows, whitened.columns + columns
+
+
+def _rounded(group: list[Whitened], grids: list[Grid], step: float, rule: Rule) -> Tensor:
     weights = torch.stack([whitened.weight for whitened in group])
-    rows = torch.stack([whitened.scale(step) * _powers(whitened.rows, weights) for whitened in group])
-    columns = torch.stack([_powers(whitened.columns, weights) for whitened in group])
+    rows = torch.stack([whitened.scale(step) * _powers(grid[0], weights) for whitened, grid in zip(group, grids, strict=True)])
+    columns = torch.stack([_powers(grid[1], weights) for grid in grids])
     sides = (
         None if group[0].left is None else torch.stack([whitened.left for whitened in group]),  # type: ignore[misc]
         None if group[0].right is None else torch.stack([whitened.right for whitened in group]),  # type: ignore[misc]
     )
-    return round_matrices(weights, (rows, columns), sides, THRESHOLD)
+    return round_matrices(weights, (rows, columns), sides, rule)
 
 
 def _powers(exponents: np.ndarray, like: Tensor) -> Tensor:

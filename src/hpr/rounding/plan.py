@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,20 +15,12 @@ from hpr.plans.budget import Budget
 from hpr.plans.plan import Plan, keep_all
 from hpr.profiling.profile import Profile
 from hpr.rounding.model import Rounder
-from hpr.rounding.search import Rounded, round_to, round_to_bytes
+from hpr.rounding.search import Known, Rounded, Search, coded, round_to
 
 _log = logging.getLogger(__name__)
 UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while they serve
 DOWNWARDS = ((0.05, 0.05),)  # tried if the first of UPWARDS is the best of them
 MARGIN = 0.05  # more damping holds better on other text, so it is preferred at up to so much more divergence
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    rounder: Rounder
-    rounded: Rounded
-    student: nn.Module
-    score: float
 
 
 @dataclass(frozen=True)
@@ -51,40 +42,57 @@ def plan_bytes(
     budget: str,
     limit: int,
     measure: Callable[[nn.Module], float] | None = None,
+    bits: int | None = None,
 ) -> CodedPlan:
     """The plan of a model at ``limit`` bytes; ``budget`` is what the user wrote.
 
     ``measure`` gives the divergence of a student in nats, on data that the profile has not seen: with it the dampings are
-    chosen. Small models at few bits want more damping. Raises ``BudgetError`` for a budget that cannot be met, and
-    ``PlanError`` for a model with experts that are slices of one parameter.
+    chosen. Small models at few bits want more damping. ``bits``: 8 or 4 keep the codes in the range of such integers. Raises
+    ``BudgetError`` for a budget that cannot be met, and ``PlanError`` for a model with experts that are slices of one
+    parameter.
     """
+    known = Known()
 
-    def attempt(dampings: tuple[float, float], step: float | None) -> _Attempt:
-        rounder = Rounder(model, profile, *dampings)
-        rounded = round_to_bytes(rounder, limit, step)
-        student = rounder.student(rounded.coded, rounded.others)
-        score = measure(student) if measure else math.nan
-        if measure:
-            _log.info("dampings %g, %g at %.3f MB: divergence %.4g nats", *dampings, rounded.bytes / 1e6, score)
-        return _Attempt(rounder, rounded, student, score)
+    def search(dampings: tuple[float, float]) -> Search:
+        return Search(Rounder(model, profile, *dampings, bits), limit, known)
 
-    best = first = attempt(UPWARDS[0], None)
-    if unread := [whitened.site.label for whitened in first.rounder.sites if not whitened.read]:
+    tried: dict[tuple[float, float], float] = {}
+    chosen = search(UPWARDS[0]) if measure is None else _chosen(search, measure, tried)
+    rounder, rounded = chosen.rounder, chosen.best()
+    if unread := [whitened.site.label for whitened in rounder.sites if not whitened.read]:
         _log.info("the objective does not read %s: about 3 bits a number, whatever the budget", ", ".join(unread))
-    tried = {UPWARDS[0]: first.score}
-    for dampings in UPWARDS[1:] if measure else ():
-        made = attempt(dampings, best.rounded.rounding.step)
-        tried[dampings] = made.score
-        if made.score > (1 + MARGIN) * min(tried.values()):
+    student = rounder.student(rounded.codes, rounded.others, rounded.coded)
+    return CodedPlan(_plan(rounder, rounded, budget), student, int(rounded.bytes), tried)
+
+
+def _chosen(
+    search: Callable[[tuple[float, float]], Search],
+    measure: Callable[[nn.Module], float],
+    tried: dict[tuple[float, float], float],
+) -> Search:
+    """The search with the dampings that measure best; ``tried`` receives the divergence that was measured with each."""
+
+    def attempt(dampings: tuple[float, float]) -> Search:
+        made = search(dampings)
+        rounded = made.near()
+        step = made.step_over(rounded)
+        tried[dampings] = (
+            measure(made.rounder.student(rounded.codes, rounded.others)) * step**2
+        )  # as if it had the size of the others
+        _log.info("dampings %g, %g at %.3f MB: divergence %.4g nats", *dampings, rounded.bytes / 1e6, tried[dampings])
+        return made
+
+    best = first = attempt(UPWARDS[0])
+    for dampings in UPWARDS[1:]:
+        made = attempt(dampings)
+        if tried[dampings] > (1 + MARGIN) * min(tried.values()):
             break
         best = made
-    for dampings in DOWNWARDS if measure and best is first else ():
-        made = attempt(dampings, best.rounded.rounding.step)
-        tried[dampings] = made.score
-        if best.score > (1 + MARGIN) * made.score:
+    for dampings in DOWNWARDS if best is first else ():
+        made = attempt(dampings)
+        if tried[UPWARDS[0]] > (1 + MARGIN) * tried[dampings]:
             best = made
-    plan = _plan(best.rounder, best.rounded, budget)
-    return CodedPlan(plan, best.student, best.rounded.bytes, tried if measure else {})
+    return best
 
 
 def round_model(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Module:
@@ -94,23 +102,25 @@ def round_model(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Mod
     if profile is None:
         raise PlanError("a plan for a budget in bytes rounds in the metric of the profile: give the profile it was made with")
     plan.validate(describe(model))
-    rounder = Rounder(model, profile, plan.rounding.output_damping, plan.rounding.input_damping)
-    rounded = round_to(rounder, plan.rounding.step)
-    return rounder.student(rounded.coded, rounded.others)
+    how = plan.rounding
+    rounder = Rounder(model, profile, how.output_damping, how.input_damping, how.bits)
+    rounded = coded(rounder, round_to(rounder, how.step))
+    return rounder.student(rounded.codes, rounded.others, rounded.coded)
 
 
 def _plan(rounder: Rounder, rounded: Rounded, budget: str) -> Plan:
+    assert rounded.coded is not None
     anatomy = describe(rounder.model)
     plan = keep_all(anatomy)
     entries, bits = {}, {}
     for whitened in rounder.sites:
         site = whitened.site
-        coded = rounded.coded[site.name]
+        stream = rounded.coded[site.name].stream
         metric = metric_of(site, rounder.profile, whitened.weight).of(site, whitened.weight)
-        change = coded.weight().to(whitened.weight) - whitened.weight
+        change = rounded.codes[site.name].weight().to(whitened.weight) - whitened.weight
         entries[site.name] = replace(plan.entries[site.name], damage=metric.damage(change) if metric.has_gradient else 0.0)
-        bits[site.name] = round(8 * len(coded.stream) / site.parameters, 3)
-    diagnostics = {"solver": "coded rounding", "bytes": rounded.bytes, "bits": bits}
+        bits[site.name] = round(8 * len(stream) / site.parameters, 3)
+    diagnostics = {"solver": "coded rounding", "bytes": int(rounded.bytes), "bits": bits}
     return replace(
         plan,
         budget=Budget(budget, anatomy.total_parameters),

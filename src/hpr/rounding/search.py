@@ -1,97 +1,154 @@
-"""Find the step size at which a model takes a given number of bytes."""
+"""Find the step size at which a model takes a given number of bytes, with as few roundings as possible.
+
+A rounding of a large model takes seconds, and so does coding it. The prediction of ``Rates`` therefore gives the first step
+and the slope, and the entropy of the codes stands for their coded size; real sizes correct the level of both.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-
-from hpr.coding.codes import Codes, half_octaves
+from hpr.coding.codes import Codes
 from hpr.coding.record import Coded
 from hpr.errors import BudgetError
 from hpr.evaluation.cost import coded_bytes
 from hpr.plans.rounding import Rounding
 from hpr.rounding.model import Rounder
+from hpr.rounding.rates import Rates, estimated_bytes
 
 _log = logging.getLogger(__name__)
-_CLOSE = 0.997  # of the budget: a step that uses more is searched no further
+_CLOSE = 0.997  # of the limit: a step that uses more is searched no further
+_LOOSE = 0.02  # how far from the limit a model may be that is only compared with others
 _PASSES = 8
 _RANGE = 2.0**40  # the coarsest step over the finest: every number is 0 long before
+_LARGE = 1 << 22  # numbers from which on sizes are estimated; the codes of smaller models are coded in no time
+_FAR = 0.02  # sizes that differ by more give a slope; nearer ones differ by chance, too
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A model's rounded numbers: ``coded`` by site, ``others`` by name, and how they were rounded. ``bytes``: of the file."""
+    """A model's codes by site, ``others`` by name, and how they were rounded.
 
-    coded: Mapping[str, Coded]
+    ``bytes``: of the whole file, by estimate if ``coded`` is None.
+    """
+
+    codes: Mapping[str, Codes]
     others: Mapping[str, Codes]
     rounding: Rounding
-    bytes: int
+    bytes: float
+    coded: Mapping[str, Coded] | None = None
+
+
+@dataclass
+class Known:
+    """What earlier sizes teach: coded bytes over those estimated from the codes, and over those predicted from the step."""
+
+    level: float | None = None
+    lift: float = 1.0
 
 
 def round_to(rounder: Rounder, step: float) -> Rounded:
-    """The rounding with a given step."""
+    """The rounding with a given step; it is not coded yet, and its bytes are not known."""
     codes = rounder.codes(step)
-    others = rounder.others(codes, step)
-    coded = {name: Coded.of(one) for name, one in codes.items()}
-    return Rounded(coded, others, Rounding(step, *rounder.dampings), coded_bytes(rounder.model, coded, others))
+    return Rounded(codes, rounder.others(codes, step), Rounding(step, *rounder.dampings, rounder.bits), 0)
 
 
-def round_to_bytes(rounder: Rounder, limit: int, step: float | None = None) -> Rounded:
-    """The finest rounding whose file has at most ``limit`` bytes.
+def coded(rounder: Rounder, found: Rounded) -> Rounded:
+    """The same with its streams, and the bytes of its file."""
+    streams = {name: Coded.of(codes) for name, codes in found.codes.items()}
+    return replace(found, coded=streams, bytes=coded_bytes(rounder.model, streams, found.others))
 
-    ``step``: a first guess. The rate is a smooth function of the step, so the secant through the last two tries
-    finds it. Raises ``BudgetError`` if the budget is below what one step for everything can reach.
+
+class Search:
+    """Rounds one model, at steps whose files come ever closer to ``limit`` bytes.
+
+    ``known``: shared by the searches of one model with several dampings.
     """
-    finest = rounder.finest
-    if step is None:
-        step = _first_step(rounder, 8 * limit, finest)
-    tried: list[tuple[float, float]] = []  # log step, log bytes
-    best: Rounded | None = None
-    for _ in range(_PASSES):
-        step = min(max(step, finest), finest * _RANGE)
-        made = round_to(rounder, step)
-        _log.debug("step %.3g: %.3f MB of %.3f MB", step, made.bytes / 1e6, limit / 1e6)
-        if made.bytes <= limit and (best is None or made.bytes > best.bytes):
-            best = made
-        if best is not None and (best.bytes >= _CLOSE * limit or step == finest):
-            break
-        tried.append((math.log(step), math.log(made.bytes)))
-        step = math.exp(_next(tried, math.log(limit * (1 + _CLOSE) / 2)))
-    if best is None:
-        least = min(math.exp(size) for _, size in tried) / 1e6
-        raise BudgetError(
-            f"a budget of {limit / 1e6:.3f} MB cannot be met by rounding, the coarsest model that was tried takes "
-            f"{least:.3f} MB: give a larger budget"
-        )
-    return best
 
+    def __init__(self, rounder: Rounder, limit: int, known: Known):
+        self.rounder, self.limit, self.known = rounder, limit, known
+        self._rates = Rates(rounder.sites)
+        self._finest = rounder.finest
+        if rounder.bits is not None:  # a finer step would only be made coarser again, row by row
+            self._finest = max(
+                self._finest, self._rates.step(rounder.bits * self._rates.numbers, self._finest, self._finest * _RANGE)
+            )
+        self._tried: list[tuple[float, float]] = []  # log step, log bytes
+        self._last: Rounded | None = None
 
-def _next(tried: list[tuple[float, float]], wanted: float) -> float:
-    """The log of the step at which the secant through the last two tries meets the wanted log of bytes."""
-    (step, size), slope = tried[-1], -0.8
-    if len(tried) > 1:
-        (before, other) = tried[-2]
-        if abs(step - before) > 1e-9 and abs(size - other) > 1e-9:
-            slope = min(-0.05, (size - other) / (step - before))
-    return step + max(-2.0, min(2.0, (wanted - size) / slope))
+    def near(self) -> Rounded:
+        """A rounding near the limit, to be compared with others: within 2 % if the model is large, else the best one."""
+        if self._rates.numbers < _LARGE:
+            return self.best()
+        for _ in range(_PASSES):
+            found = self._round()
+            if abs(math.log(found.bytes / self.limit)) < _LOOSE or found.rounding.step == self._finest:
+                return found
+        return self.best()
 
+    def step_over(self, found: Rounded) -> float:
+        """The step that meets the limit, over the one that was used. The damage grows by its square."""
+        return math.exp(self._towards(found) - math.log(found.rounding.step))
 
-def _first_step(rounder: Rounder, bits: float, finest: float) -> float:
-    """The step at which the entropy of the codes is about ``bits``, if weights are Gaussian with sizes by row and column."""
-    ratios = []
-    for whitened in (site for site in rounder.sites if site.read):
-        squares = whitened.weight.square()
-        mean = squares.mean().clamp(min=1e-30)
-        rows, columns = (torch.from_numpy(half_octaves(part)).to(squares) for part in (whitened.rows, whitened.columns))
-        spread = squares.mean(1)[:, None] * squares.mean(0) / mean
-        ratios.append((spread / (rows[:, None] * columns).square()).flatten())
-    low, high = math.log(finest), math.log(finest * _RANGE)
-    for _ in range(40):
-        middle = (low + high) / 2
-        entropy = sum(float((1 + 17.08 * ratio * math.exp(-2 * middle)).log2().sum()) / 2 for ratio in ratios)
-        low, high = (middle, high) if entropy > bits else (low, middle)
-    return math.exp(high)
+    def best(self) -> Rounded:
+        """The finest rounding that is found within the limit, coded. Raises ``BudgetError`` if no step meets it."""
+        best: Rounded | None = None
+        for _ in range(_PASSES):
+            found = (
+                self._last if self._last is not None and self._last.coded is None and self._fits(self._last) else self._round()
+            )
+            if found.coded is None and self._fits(found):
+                found = self._code(found)
+            if found.coded is not None and found.bytes <= self.limit and (best is None or found.bytes > best.bytes):
+                best = found
+            if best is not None and (best.bytes >= _CLOSE * self.limit or found.rounding.step == self._finest):
+                return best
+        if best is None:
+            least = min(math.exp(size) for _, size in self._tried) / 1e6
+            raise BudgetError(
+                f"a budget of {self.limit / 1e6:.3f} MB cannot be met by rounding, the coarsest model that was tried takes "
+                f"{least:.3f} MB: give a larger budget"
+            )
+        return best
+
+    def _fits(self, found: Rounded) -> bool:
+        return _CLOSE * self.limit <= found.bytes <= self.limit or found.rounding.step == self._finest
+
+    def _round(self) -> Rounded:
+        """A rounding at the next step."""
+        if self._last is None:
+            bits = 8 * self.limit * (1 + _CLOSE) / 2 / self.known.lift
+            step = self._rates.step(bits, self._finest, self._finest * _RANGE)
+        else:
+            step = min(max(math.exp(self._towards(self._last)), self._finest), self._finest * _RANGE)
+        found = round_to(self.rounder, step)
+        if self.known.level is None or self._rates.numbers < _LARGE:
+            return self._code(found)
+        return self._note(replace(found, bytes=self.known.level * estimated_bytes(found.codes)))
+
+    def _code(self, found: Rounded) -> Rounded:
+        found = coded(self.rounder, found)
+        if self._rates.numbers >= _LARGE:
+            self.known.level = found.bytes / estimated_bytes(found.codes)
+        return self._note(found)
+
+    def _note(self, found: Rounded) -> Rounded:
+        step, size = found.rounding.step, found.bytes
+        _log.debug("step %.3g: %.3f MB of %.3f MB", step, found.bytes / 1e6, self.limit / 1e6)
+        self.known.lift = 8 * size / self._rates.bits(step)
+        self._tried = [one for one in self._tried if one[0] != math.log(step)] + [(math.log(step), math.log(size))]
+        self._last = found
+        return found
+
+    def _towards(self, found: Rounded) -> float:
+        """The log of the step at which the file meets the limit: by the secant through two sizes, or by the predicted slope."""
+        step, size = math.log(found.rounding.step), math.log(found.bytes)
+        slope = self._rates.slope(found.rounding.step)
+        before, other = next((one for one in reversed(self._tried) if abs(one[1] - size) > _FAR), (step, size))
+        if abs(before - step) > 1e-9:
+            slope = (size - other) / (step - before)
+        wanted = math.log(self.limit * (1 + _CLOSE) / 2)
+        return step + max(-2.0, min(2.0, (wanted - size) / min(-0.05, slope)))

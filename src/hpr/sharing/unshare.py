@@ -12,6 +12,7 @@ from hpr.errors import HprError
 from hpr.nn.bank import BANK, bank_of
 from hpr.nn.coded import attach_codes
 from hpr.nn.experts import SharedExperts
+from hpr.nn.integers import keep_floats
 from hpr.nn.linear import SharedLinear
 from hpr.nn.router import forget_masks
 from hpr.nn.site import SharedSite
@@ -47,6 +48,7 @@ def unshare(student: nn.Module) -> nn.Module:
     base, _ = base_of(dense)
     if bank_of(dense) is not None:
         delattr(base, BANK)
+    keep_floats(dense)
     attach_codes(dense, {}, None)
     forget_masks(dense)
     restore_ties(dense)
