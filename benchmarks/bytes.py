@@ -9,7 +9,8 @@ Every peer stands at the bytes of its own file, norms and biases in 16 bits:
 - "NNC", "HQQ", "torchao" and "onnxruntime" run those packages, if they are installed (``--packages``);
 - "static" is a table of one vector for each token and no network.
 
-"ours" and "one side" correct biases and choose their damping on calibration data that was not profiled. A row of ours is
+"ours" and "one side" correct biases and choose their damping on calibration data that was not profiled, unless ``--unchosen``
+says to keep the first damping that ``hpr`` tries, which takes a third of the time. A row of ours is
 "lost" if a peer of equal or fewer bytes has less divergence.
 
 Run: python benchmarks/bytes.py minilm [--text six] [--packages] > rows.jsonl    (or kwt1)
@@ -81,11 +82,12 @@ def statics(on: Ground) -> Iterator[Made]:
     yield from (("static", f"{width} dimensions", partial(made, width)) for width in STATIC)
 
 
-def coded(on: Ground, sizes: tuple[float, ...], only: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def coded(on: Ground, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Coded rounding with one side and with both, a row for each size in megabytes."""
+    measure = None if given.unchosen else on.measure
     for name, profile in (("ours", on.profile), ("one side", one_sided(on.profile))):
-        for megabytes in sizes if name.startswith(only) else ():
-            made = plan_bytes(on.model, profile, f"{megabytes}MB", int(megabytes * 1e6), on.measure)
+        for megabytes in (given.megabytes or on.megabytes) if name.startswith(given.only) else ():
+            made = plan_bytes(on.model, profile, f"{megabytes}MB", int(megabytes * 1e6), measure)
             assert made.plan.rounding is not None
             facts = {"planned": made.bytes / 1e6, "predicted": made.plan.damage, "damping": made.plan.rounding.input_damping}
             yield {"method": name, "megabytes": saved_bytes(made.student) / 1e6, **on.score(made.student), **facts}
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--text", choices=("docstrings", "six"), default="docstrings", help="what MiniLM is calibrated on")
     parser.add_argument("--profile", type=Path, help="a file that keeps MiniLM's profile from run to run")
     parser.add_argument("--packages", action="store_true", help="run other projects' packages as well")
+    parser.add_argument("--unchosen", action="store_true", help="do not choose dampings by measurement")
     parser.add_argument("--only", nargs="+", default=[""], metavar="METHOD", help="methods whose names begin so")
     given = parser.parse_args()
     given.only = tuple(given.only)
@@ -122,7 +125,7 @@ def main() -> None:
     rows = [say(method="original", megabytes=disk_bytes(on.model) / 1e6, **on.score(on.model))]
     peers = [*uniforms(on), *statics(on), *(packaged(on) if given.packages else ())]
     made = (row for peer in peers if peer[0].startswith(given.only) for row in rows_of(peer, on))
-    for row in chain(coded(on, tuple(given.megabytes or on.megabytes), given.only), made):
+    for row in chain(coded(on, given), made):
         rows.append(say(**row, calibrated=given.text))
     rows = marked(row for row in rows if "skipped" not in row)
     columns = {"method": "", "setting": "", "megabytes": ".3f", "divergence": ".5f", "six kinds": ".5f", "predicted": ".5f"}
