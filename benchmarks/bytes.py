@@ -6,7 +6,7 @@ Every peer stands at the bytes of its own file, norms and biases in 16 bits:
   codes are packed by ANS with one table for each weight, and by zstd. "GPTQ, tables too" also rounds tables against the
   moments of their gradients;
 - "one side" is coded rounding with the input moments alone (GPTQ with entropy coding, as WaterSIC, arXiv 2603.04956, has it);
-- "NNC", "HQQ", "torchao" and "onnxruntime" run those packages, if they are installed (``--packages``);
+- "NNC", "HQQ", "torchao", "auto-round" and "onnxruntime" run those packages, if they are installed (``--packages``);
 - "static" is a table of one vector for each token and no network.
 
 "ours" and "one side" correct biases and choose their damping on calibration data that was not profiled, unless ``--unchosen``
@@ -54,11 +54,17 @@ def uniforms(on: Ground) -> Iterator[Made]:
 
 
 def packaged(on: Ground) -> Iterator[Made]:
-    """The packages of others; the last two need a model of text."""
+    """The packages of others; the last ones need a model of text."""
     yield from (("HQQ", f"{bits} bits", partial(packages.hqq, on.model, bits)) for bits in on.widths)
     yield from (("torchao", f"{bits} bits", partial(packages.torchao, on.model, bits)) for bits in on.widths)
     yield from (("NNC", f"qp {qp}", partial(packages.nnc, on.model, qp)) for qp in QPS)
     if on.loaded is not None:
+        for bits in (bits for bits in on.widths if bits < 8):
+            yield (
+                "auto-round",
+                f"{bits} bits",
+                partial(packages.auto_round, on.model, on.loaded.tokenizer, on.calibration, bits),
+            )
         yield "onnxruntime", "int8", partial(packages.onnx_int8, on.model)
         yield from (("onnxruntime", f"4 bits, {block}", partial(packages.onnx_4bits, on.model, block)) for block in (32, 128))
 

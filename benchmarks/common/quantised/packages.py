@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,14 +17,13 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from common.quantised.student import Peer, half_bytes, weights_of, with_weights
-
-GROUP = 64
+from common.quantised.uniform import GROUP, nearest
 
 
 def nnc(model: nn.Module, qp: int) -> Peer:
     """MPEG's NNC (ISO/IEC 15938-17) by Fraunhofer's ``nncodec``: dependent quantisation and context-adaptive coding.
 
-    ``qp``: the step is 2^(qp / 4) in eighths, as the standard lays it; vectors keep the package's fine step of qp −75.
+    ``qp``: the step is 2^(qp / 4) at multiples of 4, and linear between them; vectors keep the package's fine step of qp −75.
     """
     from nncodec.nn import decode, encode
 
@@ -68,6 +69,30 @@ def torchao(model: nn.Module, bits: int) -> Peer:
         found[name] = packed.dequantize().detach().float()
         size += -(-weight.numel() * bits // 8) + 2 * packed.scale.numel()
     return Peer(with_weights(model, found), {"fixed": size + half_bytes(model, found)})
+
+
+def auto_round(model: nn.Module, tokenizer: Any, batches: Sequence[Any], bits: int) -> Peer:
+    """AutoRound (Cheng et al., 2023): rounding and clipping of each block's layers trained by signed gradients, groups of 64.
+
+    It reads sequences of one length from the calibration texts, and leaves tables alone: they are rounded to nearest.
+    """
+    from auto_round import AutoRound
+
+    texts = [text for batch in batches for text in tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "texts.json"
+        path.write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
+        options = {"bits": bits, "group_size": GROUP, "sym": False, "dataset": str(path), "device_map": "cpu"}
+        sizes = {"iters": 200, "nsamples": 256, "seqlen": 32, "batch_size": 8, "enable_torch_compile": False}
+        found = AutoRound(copy.deepcopy(model), tokenizer, **options, **sizes).quantize()
+    trained: nn.Module = found[0] if isinstance(found, tuple) else found
+    weights = {}
+    for name, weight in weights_of(model).items():
+        after = trained.get_submodule(name).weight.detach().float()
+        weights[name] = nearest(weight, bits).weight() if torch.equal(after, weight) else after
+    groups = sum(len(weight) * -(-weight.shape[1] // GROUP) for weight in weights.values())
+    codes = sum(-(-weight.numel() * bits // 8) for weight in weights.values())
+    return Peer(with_weights(model, weights), {"fixed": codes + 4 * groups + half_bytes(model, weights)})
 
 
 def onnx_int8(model: nn.Module) -> Peer:
