@@ -25,11 +25,18 @@ SERIES = {  # method → colour and dashes; what is not named here is not drawn
     "nearest": ("#7a8694", "5 4"),
     "HQQ": ("#2f8f6b", "5 4"),
     "torchao": ("#8a5fb0", "5 4"),
+    "auto-round": ("#c9a400", "5 4"),
     "onnxruntime": ("#b0407a", "5 4"),
     "NNC": ("#111827", ""),
     "static": ("#7c5a3a", "2 4"),
 }
-TITLES = {"ours": "HPR", "GPTQ, tables too, ANS": "GPTQ, entropy coded", "static": "static embeddings"}
+TITLES = {
+    "ours": "HPR",
+    "one side": "HPR, one side",
+    "GPTQ, tables too, ANS": "GPTQ, entropy coded",
+    "static": "static embeddings",
+}
+TEXTS = {"six kinds": "text of six kinds", "divergence": "calibration-like text"}
 Point = tuple[float, float]  # megabytes, divergence in nats
 
 
@@ -57,14 +64,17 @@ def picture(rows: Sequence[Mapping[str, Any]], score: str, title: str) -> str:
     def y(nats: float) -> float:
         return TOP + down * (most - math.log10(nats)) / (most - least)
 
-    parts = [text(20, 28, title, 14, weight="600"), text(20, 48, f"nats an example on {score}", 11, colour=SOFT)]
+    parts = [
+        text(20, 28, title, 14, weight="600"),
+        text(20, 48, f"nats per example on held-out {TEXTS.get(score, score)}", 11, colour=SOFT),
+    ]
     for megabytes in (0.1, 0.2, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48):
         if low <= math.log(megabytes) <= high:
             parts += [_line(x(megabytes), TOP, x(megabytes), TOP + down)]
             parts += [text(x(megabytes), TOP + down + 18, f"{megabytes:g}", 11, "middle", SOFT)]
     for power in range(least, most + 1):
         parts += [_line(LEFT, y(10.0**power), LEFT + across, y(10.0**power))]
-        parts += [text(LEFT - 8, y(10.0**power) + 4, f"{10.0**power:g}", 11, "end", SOFT)]
+        parts += [text(LEFT - 8, y(10.0**power) + 4, f"{10.0**power:.{max(0, -power)}f}", 11, "end", SOFT)]
     parts.append(text(LEFT + across / 2, HEIGHT - 14, "megabytes on disk", 12, "middle", SOFT))
     for name in reversed(lines):  # ours is drawn last, on top
         parts += _series(name, [(x(size), y(value)) for size, value in lines[name]])
