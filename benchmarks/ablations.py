@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -115,11 +114,6 @@ def coded_by(on: Ground, limit: int, code: Callable[[list[Codes]], float]) -> St
     return student, size
 
 
-def fixed_width(codes: list[Codes]) -> float:
-    """Bytes if every code of a weight has as many bits as its largest one needs."""
-    return sum(one.values.size * math.ceil(math.log2(int(np.ptp(one.values)) + 1)) / 8 for one in codes)
-
-
 def table_each(codes: list[Codes]) -> float:
     """Bytes by entropy with one table for each weight."""
     return sum(_entropy([one]) for one in codes)
@@ -155,7 +149,6 @@ DECISIONS: dict[str, Callable[[Ground, int], Student]] = {
     "threshold 0.5": halves,
     "one table for each weight": partial(coded_by, code=table_each),
     "one table for all": partial(coded_by, code=table_for_all),
-    "fixed width": partial(coded_by, code=fixed_width),
     "same bits in every weight": same_bits,
     "damping 0.3": partial(damped, damping=0.3),
     "damping 0.001": partial(damped, damping=0.001),
