@@ -1,125 +1,116 @@
-"""Quality at a number of bytes, no training: coded rounding beside round-to-nearest and one-sided rounding.
+"""Quality at a number of bytes, no training: coded rounding beside other methods on the same profile and text.
 
-Peers at the same bytes: "nearest" rounds in groups of 64 numbers with a 16-bit scale and a 16-bit offset each, at a fixed
-width; "one side" is coded rounding with the input moments alone (GPTQ with entropy coding, as
-WaterSIC, arXiv 2603.04956, has it). All keep norms and biases in 16 bits,
-and all but "nearest" correct biases. "ours" chooses its damping on calibration data that was not profiled.
+Every peer stands at the bytes of its own file, norms and biases in 16 bits:
 
-Run: python benchmarks/bytes.py minilm    (or kwt1)
+- "nearest" and "GPTQ" round groups of 64 numbers with a 16-bit scale and a 16-bit offset each, at a fixed width; the same
+  codes are packed by ANS with one table for each weight, and by zstd. "GPTQ, tables too" also rounds tables against the
+  moments of their gradients;
+- "one side" is coded rounding with the input moments alone (GPTQ with entropy coding, as WaterSIC, arXiv 2603.04956, has it);
+- "NNC", "HQQ", "torchao", "auto-round" and "onnxruntime" run those packages, if they are installed (``--packages``);
+- "static" is a table of one vector for each token and no network.
+
+"ours" and "one side" correct biases and choose their damping on calibration data that was not profiled, unless ``--unchosen``
+says to keep the first damping that ``hpr`` tries, which takes a third of the time. A row of ours is
+"lost" if a peer of equal or fewer bytes has less divergence.
+
+Run: python benchmarks/bytes.py minilm [--text six] [--packages] > rows.jsonl    (or kwt1)
+     python benchmarks/bytes_picture.py rows.jsonl docs/bytes.svg
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-import hpr
-from common import kwt1
-from common.paths import shared
+from common.byte_ground import Ground, marked, minilm, speech
+from common.quantised import packages
+from common.quantised.coded import one_sided, saved_bytes
+from common.quantised.static import static, token_outputs
+from common.quantised.student import Peer
+from common.quantised.uniform import settings, uniform
 from common.tables import markdown, say
-from common.tasks import embedder, sts_correlation, sts_pairs
-from hpr.anatomy.describe import describe
-from hpr.anatomy.lookup import weight_at
-from hpr.data.splits import prepare
 from hpr.evaluation.cost import disk_bytes
-from hpr.evaluation.divergence import accuracy, compare, divergence
-from hpr.profiling.objectives import OBJECTIVES, Objective
-from hpr.profiling.profile import Profile
+from hpr.evaluation.divergence import embeddings
 from hpr.rounding.plan import plan_bytes
-from kwt1_closed_form import clips
 
-GROUP = 64
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What all methods stand on: the model, data that chooses, the profile, and how a student is scored."""
-
-    model: nn.Module
-    choosing: Sequence[Any]
-    goal: Objective
-    profile: Profile
-    score: Callable[[nn.Module], dict[str, float]]
-    megabytes: Sequence[float]
-    widths: Sequence[int]
+Made = tuple[str, str, Callable[[], Peer]]  # method, setting, and what makes it
+QPS = (-32, -26, -20, -15)  # of NNC: from 14 to 3 MB of MiniLM
+STATIC = (256, 128, 64)  # dimensions
 
 
-def minilm() -> Ground:
-    """all-MiniLM-L6-v2 on docstrings, and its STS-B test correlation."""
-    loaded = hpr.open_model(None)
-    texts = prepare(None, loaded, 4096)
-    goal = OBJECTIVES["embedding"]
-    pairs = sts_pairs(shared() / "data" / "sts-b" / "stsb-en-test.csv")
-
-    def score(student: nn.Module) -> dict[str, float]:
-        return {
-            "divergence": divergence(student, loaded.model, texts.heldout, goal).mean,
-            "STS-B": sts_correlation(embedder(student, loaded.tokenizer), pairs),
-        }
-
-    profile = hpr.profile(loaded, None)
-    return Ground(loaded.model, texts.rescoring, goal, profile, score, (12.0, 7.7, 5.6, 4.2, 2.9), (8, 4, 3, 2))
+def uniforms(on: Ground) -> Iterator[Made]:
+    """Fixed widths, each to nearest and by GPTQ."""
+    for name, (profile, tables) in settings(on.profile).items():
+        for bits in on.widths:
+            yield name, f"{bits} bits", partial(uniform, on.model, bits, profile, tables)
 
 
-def speech() -> Ground:
-    """KWT-1 on calibration clips, and its accuracy on evaluation clips."""
-    model, goal = kwt1.load(shared() / "models" / "kwt1"), OBJECTIVES["classification"]
-    calibration, _ = clips("calibration")
-    evaluation, labels = clips("evaluation")
-    evaluated = list(evaluation.split(205))
-
-    def score(student: nn.Module) -> dict[str, float]:
-        found = compare(student, model, evaluated, goal)
-        return {"divergence": found.divergence.mean, "accuracy": 100 * accuracy(found.student, labels)}
-
-    profile = hpr.profile(model, list(calibration[:500].split(50)), "classification")
-    choosing = list(calibration[500:].split(50))
-    return Ground(model, choosing, goal, profile, score, (0.150, 0.125, 0.112, 0.095, 0.080), (4, 3, 2))
-
-
-def nearest(model: nn.Module, bits: int) -> tuple[nn.Module, int]:
-    """Every weight rounded to the nearest of 2^bits values between the smallest and largest of its group, and the bytes."""
-    student = copy.deepcopy(model)
-    size = 2 * sum(parameter.numel() for parameter in model.parameters())
-    with torch.no_grad():
-        for site in describe(model).sites:
-            weight = weight_at(student, site)
-            width = weight.shape[1]
-            for start in range(0, width, GROUP):
-                part = weight[:, start : start + GROUP]
-                low, high = part.amin(1, keepdim=True).half().float(), part.amax(1, keepdim=True).half().float()
-                step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
-                part.copy_(((part - low) / step).round().clamp(0, 2**bits - 1) * step + low)
-            size += int(site.parameters * bits / 8 - 2 * site.parameters + 4 * site.out_features * -(-width // GROUP))
-    return student, size
+def packaged(on: Ground) -> Iterator[Made]:
+    """The packages of others; the last ones need a model of text."""
+    yield from (("HQQ", f"{bits} bits", partial(packages.hqq, on.model, bits)) for bits in on.widths)
+    yield from (("torchao", f"{bits} bits", partial(packages.torchao, on.model, bits)) for bits in on.widths)
+    yield from (("NNC", f"qp {qp}", partial(packages.nnc, on.model, qp)) for qp in QPS)
+    if on.loaded is not None:
+        for bits in (bits for bits in on.widths if bits < 8):
+            yield (
+                "auto-round",
+                f"{bits} bits",
+                partial(packages.auto_round, on.model, on.loaded.tokenizer, on.calibration, bits),
+            )
+        yield "onnxruntime", "int8", partial(packages.onnx_int8, on.model)
+        yield from (("onnxruntime", f"4 bits, {block}", partial(packages.onnx_4bits, on.model, block)) for block in (32, 128))
 
 
-def one_sided(profile: Profile) -> Profile:
-    """The profile with the output moments of linear sites replaced by their mean diagonal."""
-    sites = {
-        name: replace(site, left=torch.full((len(site.left),), float(site.left.diagonal().mean())).double())
-        if site.left.dim() == 2
-        else site
-        for name, site in profile.sites.items()
-    }
-    return replace(profile, sites=sites)
+def statics(on: Ground) -> Iterator[Made]:
+    """Static tables of a sentence encoder."""
+    if on.loaded is None:
+        return
+    loaded = on.loaded
+    shares = next(site.left for name, site in on.profile.sites.items() if name.endswith("word_embeddings"))
+
+    @cache
+    def read() -> tuple[Tensor, Tensor]:
+        ordered = torch.cat([embeddings(on.model, [batch], on.goal) for batch in on.calibration])
+        return token_outputs(on.model, loaded.tokenizer, on.goal), ordered
+
+    def made(width: int) -> Peer:
+        outputs, wanted = read()
+        return static(outputs, shares / shares.sum(), width, (on.calibration, wanted))
+
+    yield from (("static", f"{width} dimensions", partial(made, width)) for width in STATIC)
 
 
-def saved_bytes(student: nn.Module) -> int:
-    """The bytes of the file of weights that ``hpr.save`` writes."""
-    with TemporaryDirectory() as folder:
-        hpr.save(student, Path(folder) / "model")
-        return os.path.getsize(Path(folder) / "model" / "model.safetensors")
+def coded(on: Ground, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Coded rounding with one side and with both, a row for each size in megabytes."""
+    measure = None if given.unchosen else on.measure
+    for name, profile in (("ours", on.profile), ("one side", one_sided(on.profile))):
+        for megabytes in (given.megabytes or on.megabytes) if name.startswith(given.only) else ():
+            made = plan_bytes(on.model, profile, f"{megabytes}MB", int(megabytes * 1e6), measure)
+            assert made.plan.rounding is not None
+            facts = {"planned": made.bytes / 1e6, "predicted": made.plan.damage, "damping": made.plan.rounding.input_damping}
+            yield {"method": name, "megabytes": saved_bytes(made.student) / 1e6, **on.score(made.student), **facts}
+
+
+def rows_of(made: Made, on: Ground) -> Iterator[dict[str, Any]]:
+    """A row for each way of packing a peer, or one that says why it did not run."""
+    method, setting, make = made
+    try:
+        peer = make()
+    except ImportError as error:
+        yield {"method": method, "setting": setting, "skipped": str(error)}
+        return
+    scores = on.score(peer.student)
+    for packing, size in peer.bytes.items():
+        label = method if packing in ("fixed", "own") else f"{method}, {packing}"
+        yield {"method": label, "setting": setting, "megabytes": size / 1e6, **scores}
 
 
 def main() -> None:
@@ -127,27 +118,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("minilm", "kwt1"))
     parser.add_argument("--megabytes", type=float, nargs="+", help="instead of the sizes of the table")
+    parser.add_argument("--text", choices=("docstrings", "six"), default="docstrings", help="what MiniLM is calibrated on")
+    parser.add_argument("--profile", type=Path, help="a file that keeps MiniLM's profile from run to run")
+    parser.add_argument("--packages", action="store_true", help="run other projects' packages as well")
+    parser.add_argument("--unchosen", action="store_true", help="do not choose dampings by measurement")
+    parser.add_argument("--no-task", action="store_true", help="score MiniLM by divergence alone, not on STS-B: half the time")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="METHOD", help="methods whose names begin so")
     given = parser.parse_args()
+    given.only = tuple(given.only)
     logging.getLogger("hpr").setLevel(logging.ERROR)
     torch.manual_seed(0)
-    on = {"minilm": minilm, "kwt1": speech}[given.model]()
+    on = speech() if given.model == "kwt1" else minilm(given.text, given.profile, not given.no_task)
     rows = [say(method="original", megabytes=disk_bytes(on.model) / 1e6, **on.score(on.model))]
-
-    def measure(student: nn.Module) -> float:
-        return divergence(student, on.model, on.choosing, on.goal).mean
-
-    for bits in on.widths:
-        student, size = nearest(on.model, bits)
-        rows.append(say(method=f"nearest, {bits} bits", megabytes=size / 1e6, **on.score(student)))
-    for name, profile in (("one side", one_sided(on.profile)), ("ours", on.profile)):
-        for megabytes in given.megabytes or on.megabytes:
-            made = plan_bytes(on.model, profile, f"{megabytes}MB", int(megabytes * 1e6), measure)
-            assert made.plan.rounding is not None
-            facts = {"predicted": made.plan.damage, "damping": made.plan.rounding.input_damping}
-            size = saved_bytes(made.student)
-            rows.append(say(method=name, megabytes=size / 1e6, planned=made.bytes / 1e6, **on.score(made.student), **facts))
-    columns = {"method": "", "megabytes": ".3f", "divergence": ".4f", "predicted": ".4f", "STS-B": ".4f", "accuracy": ".1f"}
-    print(markdown(rows, {key: form for key, form in columns.items() if any(key in row for row in rows)}))
+    peers = [*uniforms(on), *statics(on), *(packaged(on) if given.packages else ())]
+    made = (row for peer in peers if peer[0].startswith(given.only) for row in rows_of(peer, on))
+    for row in chain(coded(on, given), made):
+        rows.append(say(**row, calibrated=given.text))
+    rows = marked(row for row in rows if "skipped" not in row)
+    columns = {"method": "", "setting": "", "megabytes": ".3f", "divergence": ".5f", "six kinds": ".5f", "predicted": ".5f"}
+    columns |= {"STS-B": ".4f", "accuracy": ".1f", "damping": "", "lost": ""}
+    print(markdown(rows, {key: form for key, form in columns.items() if any(row.get(key) for row in rows)}))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,18 @@ def mixture(each: int = 4000) -> list[str]:
     return texts
 
 
+def divided(held: int = 100) -> tuple[list[str], dict[str, list[str]]]:
+    """Sentences of six kinds to calibrate on, shuffled, and ``held`` others of every kind to measure on, by kind.
+
+    Held-out docstrings come from modules that no calibration reads.
+    """
+    kinds = unlabelled()
+    kept = {name: texts[-held:] for name, texts in kinds.items()} | {"docstrings": docstrings("heldout")[:held]}
+    texts = [text for kind in kinds.values() for text in kind[: min(map(len, kinds.values())) - held][:1000]]
+    random.Random(1).shuffle(texts)
+    return texts, kept
+
+
 def _sentences(documents: list[str]) -> list[str]:
     pieces = [re.sub(r"\s+", " ", piece).strip() for text in documents for piece in _SENTENCE_END.split(text)]
     return [piece for piece in pieces if 5 <= len(piece.split()) <= 60]
