@@ -54,6 +54,32 @@ def test_a_saved_model_loads_with_bit_equal_outputs(
         assert torch.equal(plain(**inputs).logits, student(**inputs).logits)
 
 
+@pytest.mark.parametrize("loaded", [False, True])  # transformers freezes Whisper's fixed positions, except in loaded models
+def test_a_whisper_keeps_its_outputs_and_the_files_beside_its_weights(loaded: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    lengths = {"max_source_positions": 20, "max_target_positions": 12, "num_mel_bins": 8, "vocab_size": 40}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    config = tf.WhisperConfig(d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **layers, **lengths, **tokens)
+    model = tf.WhisperForConditionalGeneration(config).eval()
+    model.generation_config.max_length = 11
+    folder = tmp_path / "whisper"
+    model.save_pretrained(folder)
+    tf.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    if loaded:
+        model = tf.WhisperForConditionalGeneration.from_pretrained(folder)
+    inputs = {"input_features": torch.randn(2, 8, 40), "labels": torch.randint(4, 40, (2, 6))}
+    profile = hpr.profile(model, [inputs], structure=False)
+    assert profile.sites["decoder.embed_positions"].has_gradient
+    student = hpr.share(model, hpr.plan(model, profile, "40%bytes"), profile)
+    out = hpr.save(student, tmp_path / "coded", source=folder)
+    again = tf.WhisperForConditionalGeneration.from_pretrained(out)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, student(**inputs).logits)
+    assert again.generation_config.max_length == 11
+    assert tf.AutoFeatureExtractor.from_pretrained(out).feature_size == 8
+
+
 def test_without_hpr_loading_is_an_error_and_no_new_weights(bert: nn.Module, profile: hpr.Profile, tmp_path: Path) -> None:
     folder = hpr.save(hpr.share(bert, hpr.plan(bert, profile, "40%bytes"), profile), tmp_path / "coded")
     script = f"import transformers; transformers.AutoModel.from_pretrained({str(folder)!r})"
