@@ -25,6 +25,7 @@ from bytes import nearest, one_sided, saved_bytes
 from common.paths import shared
 from common.tables import markdown, say
 from hpr.checkpoints.open import open_model
+from hpr.data.batches import first_batches
 from hpr.data.files import read_texts
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits, prepare
@@ -40,8 +41,10 @@ SHARES = {  # percent of the file in float32
     "tinystories-656k": (16.0, 12.0, 9.0, 7.0),
     SPELLER: (16.0, 12.0, 10.7, 9.0, 7.8, 7.0),
 }
+METHODS = ("nearest", "one side", "ours")
 WIDTHS = (4, 3, 2)  # bits of the peer that rounds to the nearest
 STORIES = 300
+CHOOSING = 128  # texts that choose the damping
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Writer:
 
     def choose(self, student: nn.Module) -> float:
         """Nats per example from the original on calibration text that was not profiled."""
-        return divergence(student, self.loaded.model, self.data.rescoring, self.loaded.goal).mean
+        batches = first_batches(self.data.rescoring, CHOOSING)
+        return divergence(student, self.loaded.model, batches, self.loaded.goal).mean
 
 
 def writer(name: str, examples: int, stories: int) -> Writer:
@@ -84,9 +88,8 @@ def writer(name: str, examples: int, stories: int) -> Writer:
     return Writer(loaded, data, score, os.path.getsize(folder / "model.safetensors"))
 
 
-def measured(name: str, shares: Sequence[float], examples: int, stories: int) -> list[dict[str, object]]:
+def measured(name: str, on: Writer, shares: Sequence[float], methods: Sequence[str]) -> list[dict[str, object]]:
     """All rows of one model."""
-    on = writer(name, examples, stories)
     model = on.loaded.model
 
     def report(method: str, student: nn.Module, size: int, **facts: object) -> dict[str, object]:
@@ -94,14 +97,14 @@ def measured(name: str, shares: Sequence[float], examples: int, stories: int) ->
         return say(model=name, method=method, bytes=size, share=share, **on.score(student), **facts)
 
     rows = [report("original", copy.deepcopy(model), on.file_bytes)]
-    for bits in WIDTHS:
+    for bits in WIDTHS if "nearest" in methods else ():
         rows.append(report(f"nearest, {bits} bits", *nearest(model, bits)))
     start = time.perf_counter()
     profile = hpr.profile(model, on.data.calibration, on.loaded.objective, structure=False)
     temperature = profile.about["temperature"]
     say(model=name, profiled=profile.about["examples"], temperature=temperature, seconds=time.perf_counter() - start)
     for method, metric in (("one side", one_sided(profile)), ("ours", profile)):
-        for share in shares:
+        for share in shares if method in methods else ():
             made = plan_bytes(model, metric, f"{share}%bytes", int(share / 100 * on.file_bytes), on.choose)
             assert made.plan.rounding is not None
             dampings = (made.plan.rounding.output_damping, made.plan.rounding.input_damping)
@@ -117,13 +120,14 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", help="percent of the bytes in float32")
     parser.add_argument("--examples", type=int, default=4096, help="texts to profile, at most")
     parser.add_argument("--stories", type=int, default=STORIES, help="evaluation stories to measure on, at most")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     given = parser.parse_args()
     logging.getLogger("hpr").setLevel(logging.ERROR)
     torch.manual_seed(0)
     rows = [
         row
         for name in given.names or SHARES
-        for row in measured(name, given.shares or SHARES[name], given.examples, given.stories)
+        for row in measured(name, writer(name, given.examples, given.stories), given.shares or SHARES[name], given.methods)
     ]
     columns = {
         "model": "",
