@@ -17,6 +17,7 @@ from hpr.evaluation.cost import disk_bytes
 from hpr.nn.bank import recorded_objective
 from hpr.nn.coded import codes_of
 from hpr.plans.rounding import Rounding
+from hpr.rounding.plan import plan_bytes
 
 
 def batch(family: str, ids: Tensor) -> dict[str, Tensor]:
@@ -232,3 +233,22 @@ def test_a_coded_plan_without_a_profile_is_an_error(bert: nn.Module, profile: hp
 def test_a_step_that_is_no_positive_number_is_an_error(step: float) -> None:
     with pytest.raises(hpr.errors.PlanError, match="positive"):
         Rounding(step)
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        ((1.0, 0.99, 1.2, 0.8, 0.5), (0.015, 0.015)),  # more damping is no worse, so less is tried, too
+        ((1.0, 0.5, 0.6), (0.3, 0.3)),  # more damping is clearly better
+        ((1.0, 1.2, 0.97), (0.15, 0.15)),  # less damping is not clearly better
+        ((1.0, 1.2, 0.8, 0.79), (0.05, 0.05)),
+    ],
+)
+def test_dampings_are_tried_while_they_serve(
+    scores: tuple[float, ...], chosen: tuple[float, float], bert: nn.Module, profile: hpr.Profile
+) -> None:
+    left = iter(scores)
+    made = plan_bytes(bert, profile, "40%bytes", int(0.4 * disk_bytes(bert)), lambda student: next(left))
+    assert made.plan.rounding is not None
+    assert (made.plan.rounding.output_damping, made.plan.rounding.input_damping) == chosen
+    assert tuple(made.tried.values()) == scores

@@ -22,7 +22,7 @@ from hpr.rounding.search import Rounded, round_to_bytes
 
 _log = logging.getLogger(__name__)
 UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while they serve
-DOWNWARDS = ((0.05, 0.05),)  # tried if the first of UPWARDS is the best of them
+DOWNWARDS = ((0.05, 0.05), (0.015, 0.015))  # tried while they serve, unless more damping clearly serves better
 MARGIN = 0.05  # more damping holds better on other text, so it is preferred at up to so much more divergence
 
 
@@ -81,11 +81,13 @@ def plan_bytes(
         if made.score > (1 + MARGIN) * min(tried.values()):
             break
         best = made
-    for dampings in DOWNWARDS if measure and best is first else ():
+    no_worse = measure and first.score <= (1 + MARGIN) * min(tried.values())
+    for dampings in DOWNWARDS if no_worse else ():
         made = attempt(dampings, best.rounded.rounding.step)
         tried[dampings] = made.score
-        if best.score > (1 + MARGIN) * made.score:
-            best = made
+        if best.score <= (1 + MARGIN) * made.score:
+            break
+        best = made
     plan = _plan(best.rounder, best.rounded, budget)
     return CodedPlan(plan, best.student, best.rounded.bytes, tried if measure else {})
 
