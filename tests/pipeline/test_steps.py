@@ -44,6 +44,18 @@ def test_evaluate_reads_outputs_as_the_students_profile_did(case: tuple, tmp_pat
     assert nats(hpr.evaluate(student, model, batches, objective="hidden", repeats=0)) == pytest.approx(other)
 
 
+def test_a_profile_for_bytes_alone_has_the_same_curvature_and_no_structure(case: tuple) -> None:
+    model, _, batches = case
+    whole, bare = (hpr.profile(model, batches, objective="embedding", structure=structure) for structure in (True, False))
+    assert whole.layers
+    assert whole.symmetries
+    assert not bare.layers
+    assert not bare.symmetries
+    for name, site in whole.sites.items():
+        assert torch.equal(site.left, bare.sites[name].left)
+    assert hpr.plan(model, bare, "60%bytes").rounding == hpr.plan(model, whole, "60%bytes").rounding
+
+
 def test_a_student_without_a_profile_takes_the_objective_of_its_teacher(case: tuple) -> None:
     model, _, batches = case
     profile = hpr.profile(model, batches, objective="embedding")

@@ -257,6 +257,39 @@ def test_embedding_moment_against_autograd() -> None:
     torch.testing.assert_close(found["table"].right, rows.T @ rows / 6, rtol=1e-4, atol=1e-7)
 
 
+class Sliced(Reader):
+    """Adds a slice of a table of positions, or its rows by number, as Whisper's decoder does."""
+
+    def __init__(self, by_number: bool):
+        super().__init__()
+        self.positions = nn.Embedding(5, 4)
+        self.by_number = by_number
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        rows = self.positions.weight[torch.arange(length).expand(ids.shape) if self.by_number else slice(length)]
+        return self.head(torch.tanh(self.inner(self.table(ids) + rows)))
+
+
+def test_a_table_that_is_sliced_counts_like_one_that_is_looked_up() -> None:
+    batches = [torch.randint(0, 11, (20, 3), generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+    found = []
+    for by_number in (False, True):
+        model = Sliced(by_number)
+        found.append(measure_curvature(model, describe(model), batches, OBJECTIVES["hidden"])[0]["positions"])
+    assert all(one.left.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0]) for one in found)
+    assert [one.rows for one in found] == [3 / 20, 3]  # a slice is shared by the examples of a batch
+    assert found[0].fisher_trace == pytest.approx(found[1].fisher_trace, rel=0.25)
+
+
+def test_a_slice_of_columns_is_no_look_up() -> None:
+    model = Reader()
+    model.forward = lambda ids: model.inner(model.table.weight[:, :2].repeat(1, 2))[ids]  # type: ignore[method-assign]
+    found, _ = measure_curvature(model, describe(model), [torch.tensor([[1, 2]])], OBJECTIVES["hidden"])
+    assert not found["table"].has_gradient
+    assert found["inner"].has_gradient
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_a_tied_table_and_head_are_one_site_with_both_uses(monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
     if large:

@@ -46,6 +46,32 @@ def test_a_saved_model_loads_with_bit_equal_outputs(
         assert torch.equal(plain(**inputs).logits, student(**inputs).logits)
 
 
+@pytest.mark.parametrize("loaded", [False, True])  # transformers freezes Whisper's fixed positions, except in loaded models
+def test_a_whisper_keeps_its_outputs_and_the_files_beside_its_weights(loaded: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    lengths = {"max_source_positions": 20, "max_target_positions": 12, "num_mel_bins": 8, "vocab_size": 40}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    config = tf.WhisperConfig(d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **layers, **lengths, **tokens)
+    model = tf.WhisperForConditionalGeneration(config).eval()
+    model.generation_config.max_length = 11
+    folder = tmp_path / "whisper"
+    model.save_pretrained(folder)
+    tf.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    if loaded:
+        model = tf.WhisperForConditionalGeneration.from_pretrained(folder)
+    inputs = {"input_features": torch.randn(2, 8, 40), "labels": torch.randint(4, 40, (2, 6))}
+    profile = hpr.profile(model, [inputs], structure=False)
+    assert profile.sites["decoder.embed_positions"].has_gradient
+    student = hpr.share(model, hpr.plan(model, profile, "40%bytes"), profile)
+    out = hpr.save(student, tmp_path / "coded", source=folder)
+    again = tf.WhisperForConditionalGeneration.from_pretrained(out)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, student(**inputs).logits)
+    assert again.generation_config.max_length == 11
+    assert tf.AutoFeatureExtractor.from_pretrained(out).feature_size == 8
+
+
 def test_without_hpr_loading_is_an_error_and_no_new_weights(bert: nn.Module, profile: hpr.Profile, tmp_path: Path) -> None:
     folder = hpr.save(hpr.share(bert, hpr.plan(bert, profile, "40%bytes"), profile), tmp_path / "coded")
     script = f"import transformers; transformers.AutoModel.from_pretrained({str(folder)!r})"
@@ -248,9 +274,28 @@ def test_a_large_model_is_searched_by_estimated_sizes_and_ends_within_the_budget
     monkeypatch.setattr(search, "_LARGE", 1)
     encoded = []
     monkeypatch.setattr(search, "coded_bytes", lambda *given: encoded.append(1) or coded_bytes(*given))
-    limit = int(0.6 * disk_bytes(bert))
-    made = plan_bytes(bert, profile, "60%bytes", limit, lambda student: student.embeddings.word_embeddings.weight.std().item())
+    limit = int(0.3 * disk_bytes(bert))
+    made = plan_bytes(bert, profile, "30%bytes", limit, lambda student: student.embeddings.word_embeddings.weight.std().item())
     assert 0.9 * limit < made.bytes <= limit
     assert len(made.tried) > 1
     assert len(encoded) <= 4
     assert disk_bytes(made.student) == pytest.approx(made.bytes, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        ((1.0, 0.99, 1.2, 0.8, 0.5), (0.015, 0.015)),  # more damping is no worse, so less is tried, too
+        ((1.0, 0.5, 0.6), (0.3, 0.3)),  # more damping is clearly better
+        ((1.0, 1.2, 0.97), (0.15, 0.15)),  # less damping is not clearly better
+        ((1.0, 1.2, 0.8, 0.79), (0.05, 0.05)),
+    ],
+)
+def test_dampings_are_tried_while_they_serve(
+    scores: tuple[float, ...], chosen: tuple[float, float], bert: nn.Module, profile: hpr.Profile
+) -> None:
+    left = iter(scores)
+    made = plan_bytes(bert, profile, "40%bytes", int(0.4 * disk_bytes(bert)), lambda student: next(left))
+    assert made.plan.rounding is not None
+    assert (made.plan.rounding.output_damping, made.plan.rounding.input_damping) == chosen
+    assert tuple(made.tried.values()) == scores

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
-from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, copy_sentence_files, read_config, replace
+from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, copy_model_files, read_config, replace
 from hpr.sharing.specification import coded_specification, is_specification, specification
 
 
@@ -36,7 +36,7 @@ def save(
 
     ``files``: name → text (``plan.json``, ``README.md``), or a function that returns them when it is called with the folder
     that has the weights in it (to hash them). ``source``: the folder of the original, from which the files of a sentence
-    encoder (``modules.json``, pooling) are copied.
+    encoder (``modules.json``, pooling) and of a feature extractor (``preprocessor_config.json``) are copied.
 
     >>> hpr.save(student, folder / "out", tokenizer).name
     'out'
@@ -50,7 +50,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if source is not None:
-            copy_sentence_files(Path(source), partial)
+            copy_model_files(Path(source), partial)
         for name, text in (files(partial) if callable(files) else files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         replace(target, partial)

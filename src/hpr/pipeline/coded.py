@@ -56,7 +56,7 @@ def compress_to_bytes(
     with timed(seconds, "data"):
         texts = prepare(data, loaded, options.examples)
     with timed(seconds, "profile"):
-        measured = profile(loaded.model, texts.calibration, goal.name, options.seed)
+        measured = profile(loaded.model, texts.calibration, goal.name, options.seed, structure=False)
     with timed(seconds, "round"):
 
         def measure(student: nn.Module) -> float:

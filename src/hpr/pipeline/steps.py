@@ -97,18 +97,19 @@ def module_of(model: AnyModel) -> nn.Module:
     return model if isinstance(model, nn.Module) else open_model(model).model
 
 
-def profile(model: AnyModel, data: Any = None, objective: str | None = None, seed: int = 0) -> Profile:
+def profile(model: AnyModel, data: Any = None, objective: str | None = None, seed: int = 0, structure: bool = True) -> Profile:
     """Measure every site and layer of a model on unlabelled data. The model is left as it was.
 
-    ``objective``: what the outputs mean, by default what the model's class says (see the guide). At most 4,096 examples are
-    read. Raises ``HprError`` for no data, and for losses, activations or gradients that are not finite.
+    ``objective``: what the outputs mean, by default what the model's class says (see the guide). ``structure=False`` measures
+    no layers and looks for no symmetries, which saves time if the budget is in bytes: such a plan does not use them. At most
+    4,096 examples are read. Raises ``HprError`` for no data, and for losses, activations or gradients that are not finite.
 
     >>> hpr.profile(loaded, texts).about["examples"]
     64
     """
     loaded = open_model(model, objective=objective)
     batches, _ = open_data(data, loaded, "calibration", PROFILED)
-    return profile_batches(loaded.model, batches, loaded.objective, seed)
+    return profile_batches(loaded.model, batches, loaded.objective, seed, structure)
 
 
 def refit(student: nn.Module, teacher: AnyModel, data: Any, plan: Plan, profile: Profile) -> None:

@@ -24,19 +24,21 @@ def profile(
     batches: Sequence[BatchLike],
     objective: str | None = None,
     seed: int = 0,
+    structure: bool = True,
 ) -> Profile:
     """Return the profile of a model on calibration batches. The batches need no labels, and the model does not change.
 
-    ``objective``: a key of ``profiling.objectives.OBJECTIVES``; None is the default of the model's class. Raises ``HprError``
-    for no batches, and for losses, activations or gradients that are not finite.
+    ``objective``: a key of ``profiling.objectives.OBJECTIVES``; None is the default of the model's class. ``structure``:
+    whether to measure the features of layers and to look for symmetries, too. Only budgets in parameters use them. Raises
+    ``HprError`` for no batches, and for losses, activations or gradients that are not finite.
     """
     anatomy = describe(model)
     start, moved = time.perf_counter(), [to_device_of(batch, model) for batch in batches]
     goal = softened(objective_for(model, objective), model, first_few(moved))
     others = Sensitivity(model, anatomy)
     sites, examples = measure_curvature(model, anatomy, moved, goal, seed, others)
-    layers = measure_layers(model, anatomy, moved, seed)
-    symmetries = find_symmetries(model, anatomy, moved, seed)
+    layers = measure_layers(model, anatomy, moved, seed) if structure else {}
+    symmetries = find_symmetries(model, anatomy, moved, seed) if structure else ()
     about = {
         "objective": goal.name,
         "temperature": goal.temperature,

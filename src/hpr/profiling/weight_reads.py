@@ -19,8 +19,10 @@ Record = Callable[[Tensor, Tensor], None]  # takes the input, and the gradient o
 class WeightsRead(TorchFunctionMode):
     """Call a function with the input and the output's gradient at each use of a weight.
 
-    ``tables``: id of an embedding parameter → function for its look-ups. Embedding modules may compute ids or scale rows
-    themselves, so a hook on the module would see other tensors. ``experts``: address of the first number of an expert's weight
+    ``tables``: id of an embedding parameter → function for its look-ups, and for slices of its rows, as some modules read
+    positions. Embedding modules may compute ids or scale rows themselves, so a hook on the module would see other tensors. If
+    all examples of a batch share a slice, its gradient is their sum, whose expected outer product is the sum of theirs: the
+    draws of different examples are independent. ``experts``: address of the first number of an expert's weight
     → function for its products. Each call makes a new view of the weight, so the id of the view would not identify it.
     """
 
@@ -33,13 +35,17 @@ class WeightsRead(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if not torch.is_grad_enabled():  # some models look up fixed tables without gradients
             return output
-        record = None
+        record, given = None, args[0] if args else None
         if func is F.embedding:
             record = self.tables.get(id(args[1]))
+        elif func is Tensor.__getitem__ and not isinstance(args[1], tuple):  # a tuple chooses columns as well
+            record = self.tables.get(id(args[0]))
+            if record is not None:
+                given = torch.arange(len(args[0]), device=args[0].device)[args[1]]
         elif func is F.linear and self.experts and len(args) > 1:
             record = self.experts.get(args[1].data_ptr())
-        if record is not None:
-            callback, given = record, args[0].detach()
+        if record is not None and given is not None:
+            callback, given = record, given.detach()
             output = with_graph(output)
             output.register_hook(lambda gradient: callback(given, gradient))
         return output

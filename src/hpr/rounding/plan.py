@@ -19,7 +19,7 @@ from hpr.rounding.search import Known, Rounded, Search, coded, round_to
 
 _log = logging.getLogger(__name__)
 UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while they serve
-DOWNWARDS = ((0.05, 0.05),)  # tried if the first of UPWARDS is the best of them
+DOWNWARDS = ((0.05, 0.05), (0.015, 0.015))  # tried while they serve, unless more damping clearly serves better
 MARGIN = 0.05  # more damping holds better on other text, so it is preferred at up to so much more divergence
 
 
@@ -76,22 +76,24 @@ def _chosen(
         made = search(dampings)
         rounded = made.near()
         step = made.step_over(rounded)
-        tried[dampings] = (
-            measure(made.rounder.student(rounded.codes, rounded.others)) * step**2
-        )  # as if it had the size of the others
+        score = measure(made.rounder.student(rounded.codes, rounded.others))
+        tried[dampings] = score * step**2  # as if it had the size of the others
         _log.info("dampings %g, %g at %.3f MB: divergence %.4g nats", *dampings, rounded.bytes / 1e6, tried[dampings])
         return made
 
-    best = first = attempt(UPWARDS[0])
+    chosen = UPWARDS[0]
+    best = attempt(chosen)
     for dampings in UPWARDS[1:]:
         made = attempt(dampings)
         if tried[dampings] > (1 + MARGIN) * min(tried.values()):
             break
-        best = made
-    for dampings in DOWNWARDS if best is first else ():
+        best, chosen = made, dampings
+    no_worse = tried[UPWARDS[0]] <= (1 + MARGIN) * min(tried.values())
+    for dampings in DOWNWARDS if no_worse else ():
         made = attempt(dampings)
-        if tried[UPWARDS[0]] > (1 + MARGIN) * tried[dampings]:
-            best = made
+        if tried[chosen] <= (1 + MARGIN) * tried[dampings]:
+            break
+        best, chosen = made, dampings
     return best
 
 

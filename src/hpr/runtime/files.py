@@ -1,4 +1,4 @@
-"""Files and output folders: read a configuration, copy the files of a sentence encoder, and write atomically."""
+"""Files and output folders: read a configuration, copy the files that belong to a model, and write atomically."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hpr.errors import HprError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 MARKER = "hpr.json"  # marks a folder that hpr wrote, if its weights have no shared factors
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how sound and pictures become a model's inputs
 _WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md", MARKER)  # out of date beside a new model
 
 
@@ -23,6 +24,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise HprError(f"{folder / CONFIG} cannot be read ({error}): give a folder that hpr wrote") from error
     return config if isinstance(config, dict) else {}
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copy what an original has beside weights and tokenizer: files of sentence encoders and of feature extractors.
+
+    Files that ``target`` has already stay. Raises ``HprError`` as ``copy_sentence_files`` does.
+    """
+    for name in _PROCESSORS:
+        if (source / name).is_file() and not (target / name).exists():
+            shutil.copyfile(source / name, target / name)
+    copy_sentence_files(source, target)
 
 
 def copy_sentence_files(source: Path, target: Path) -> None:
