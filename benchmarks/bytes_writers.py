@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 import hpr
-from bytes import nearest, one_sided, saved_bytes
 from common.paths import shared
+from common.quantised.coded import one_sided, saved_bytes
+from common.quantised.uniform import uniform
 from common.tables import markdown, say
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import first_batches
@@ -98,7 +99,8 @@ def measured(name: str, on: Writer, shares: Sequence[float], methods: Sequence[s
 
     rows = [report("original", copy.deepcopy(model), on.file_bytes)]
     for bits in WIDTHS if "nearest" in methods else ():
-        rows.append(report(f"nearest, {bits} bits", *nearest(model, bits)))
+        peer = uniform(model, bits)
+        rows.append(report(f"nearest, {bits} bits", peer.student, min(peer.bytes.values())))
     start = time.perf_counter()
     profile = hpr.profile(model, on.data.calibration, on.loaded.objective, structure=False)
     temperature = profile.about["temperature"]
