@@ -459,3 +459,10 @@ def test_loading_a_folder_imports_nothing_that_compresses(build: Build, tmp_path
     load_it = f"import hpr, sys; from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path / 'm')!r})"
     run = without_hpr(f"{load_it}; print({LOADED}, 'networkx' in sys.modules)")
     assert run.stdout.strip() == "[] False", run.stderr
+
+
+def test_lack_of_memory_is_no_checkpoint_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = save.save(nn.Linear(2, 2), tmp_path / "out")
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: torch.empty(1 << 50))
+    with pytest.raises(RuntimeError, match="memory"):
+        load.load(nn.Linear(2, 2), out)

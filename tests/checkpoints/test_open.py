@@ -16,7 +16,7 @@ import hpr.data.splits
 from hpr.checkpoints.open import PACKAGED, open_model
 from hpr.data.splits import open_data
 from hpr.data.targets import own_answers
-from hpr.errors import HprError
+from hpr.errors import CheckpointError, HprError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "layer", "reads", "writes", "its", "factor", "text"]
 
@@ -274,3 +274,44 @@ def test_lack_of_memory_is_not_taken_for_a_damaged_folder(folder, monkeypatch) -
     monkeypatch.setattr(tf.AutoModel, "from_pretrained", full)
     with pytest.raises(MemoryError):
         open_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "AutoTokenizer"])
+def test_lack_of_a_processors_memory_is_not_taken_for_damage_either(kind: str, folder, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        torch.empty(1 << 50)
+
+    for name in (kind, "AutoModel") if kind == "BertModel" else (kind,):
+        monkeypatch.setattr(getattr(hpr.checkpoints.open, name, getattr(tf, name)), "from_pretrained", full)
+    with pytest.raises(RuntimeError, match="memory"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "AutoTokenizer"])
+def test_a_package_that_is_missing_is_named(kind: str, folder, monkeypatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise ImportError("requires the sentencepiece library")
+
+    for name in (kind, "AutoModel") if kind == "BertModel" else (kind,):
+        monkeypatch.setattr(getattr(hpr.checkpoints.open, name, getattr(tf, name)), "from_pretrained", absent)
+    with pytest.raises(CheckpointError, match=r"not installed \(requires the sentencepiece library\): install it"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), TypeError("a fault of the program")])
+def test_only_errors_of_the_hub_are_taken_for_a_model_that_it_has_not(error: Exception, monkeypatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hpr.checkpoints.open.snapshot_download", failing)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        open_model("somebody/something")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_model(monkeypatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("hpr.checkpoints.open.snapshot_download", failing)
+    with pytest.raises(CheckpointError, match="no folder somebody/something"):
+        open_model("somebody/something")

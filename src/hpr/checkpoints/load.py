@@ -19,6 +19,7 @@ from hpr.coding.record import Coded
 from hpr.errors import CheckpointError
 from hpr.nn.coded import attach_codes
 from hpr.runtime.files import CONFIG, WEIGHTS, read_config
+from hpr.runtime.torch_errors import does_not_fit
 from hpr.sharing.specification import is_specification
 
 
@@ -43,7 +44,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     try:
         load_model(model, path / WEIGHTS, strict=True)
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # lack of memory is no fault of the checkpoint
+        if not does_not_fit(error):  # lack of memory is no fault of the checkpoint
             raise
         raise CheckpointError(
             f"{path / WEIGHTS} does not fit this {type(model).__name__}: {error}; build it as it was"

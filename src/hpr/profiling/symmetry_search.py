@@ -20,6 +20,7 @@ from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import AxisSlice, Symmetry, layers_of, transform_site
 from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batches, first_examples
 from hpr.runtime.hooks import eval_mode, run
+from hpr.runtime.torch_errors import does_not_fit
 
 _log = logging.getLogger(__name__)
 EXAMPLES = 2  # for each trial; 1 if the inputs cannot be shortened
@@ -66,7 +67,7 @@ class _Trial:
         try:
             self.expected = self._run()
         except RuntimeError as error:
-            if not _does_not_fit(error):
+            if not does_not_fit(error):
                 raise
             _log.info("the model does not run on a trial batch in float64: %s", error)
             return False
@@ -230,14 +231,6 @@ def _neurons(trial: _Trial, stack: str, sites: Sequence[Site]) -> Iterator[Symme
 
 def _overlap(first: AxisSlice, second: AxisSlice) -> bool:
     return first.slot == second.slot and first.start < second.stop and second.start < first.stop
-
-
-def _does_not_fit(error: RuntimeError) -> bool:
-    """Return whether an error says that types or shapes do not fit. Torch has no class of its own for these errors.
-
-    Errors of memory and of devices are other errors, and are raised.
-    """
-    return type(error) in (RuntimeError, NotImplementedError) and "DefaultCPUAllocator" not in str(error)
 
 
 def _double(batch: Batch) -> Batch:

@@ -167,6 +167,14 @@ def test_the_newest_of_several_snapshots_of_a_step_is_read(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.glob("snapshot-*")] == ["snapshot-000000005"]
 
 
+def test_lack_of_memory_is_no_damage_of_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, model = Journal(tmp_path), nn.Linear(2, 2)
+    journal.snapshot(1, model, {"x": torch.ones(1)}, {"n": 1})
+    monkeypatch.setattr("hpr.healing.online.journal.load_model", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(RuntimeError, match="memory"):
+        journal.restore(model)
+
+
 def test_it_goes_on_where_it_was(pair, tmp_path: Path) -> None:  # noqa: F811
     teacher, student = pair
     options = OnlineOptions(learning_rate=2e-2, every=3, replay=4)  # so high that some is undone
