@@ -47,9 +47,10 @@ class Speller:
         return {"input_ids": [[START, *(self.letters.get(letter, UNKNOWN) for letter in word), END] for word in words]}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Phonemes of ids, up to the end."""
+        """Phonemes of ids, up to the end; "?" for an id that is no phoneme, which only a damaged model writes."""
         inside = list(ids)[: list(ids).index(END)] if END in ids else ids
-        return "".join(self.sounds[number] for number in inside if number > UNKNOWN)
+        known = range(len(self.sounds))
+        return "".join(self.sounds[number] if number in known else "?" for number in inside if number > UNKNOWN)
 
 
 def opened(folder: Path) -> LoadedModel:

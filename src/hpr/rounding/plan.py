@@ -19,7 +19,7 @@ from hpr.rounding.search import Known, Rounded, Search, coded, round_to
 
 _log = logging.getLogger(__name__)
 UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while they serve
-DOWNWARDS = ((0.05, 0.05), (0.015, 0.015))  # tried while they serve, unless more damping clearly serves better
+DOWNWARDS = ((0.05, 0.05),)  # tried while they serve, unless more damping clearly serves better
 MARGIN = 0.05  # more damping holds better on other text, so it is preferred at up to so much more divergence
 
 
