@@ -28,10 +28,11 @@ from common.byte_ground import Ground, minilm
 from common.quantised.coded import one_sided, saved_bytes
 from common.tables import markdown, say
 from hpr.coding.codes import Codes
-from hpr.coding.stream import decode
-from hpr.nn.coded import codes_of, stored
+from hpr.coding.record import Coded
+from hpr.evaluation.cost import coded_bytes
+from hpr.nn.coded import codes_of, other_codes_of, stored
 from hpr.profiling.profile import Profile
-from hpr.rounding.matrices import rounded
+from hpr.rounding.matrices import Rule
 
 Student = tuple[nn.Module, int]  # with the bytes that its file takes, or would take
 _CLOSE = 0.005  # of the bytes: as near as a search by another code comes
@@ -68,8 +69,8 @@ def halves(on: Ground, limit: int) -> Student:
 def alone(on: Ground, limit: int) -> Student:
     """Every number rounded by itself on the same grid: no number takes up the errors of others."""
 
-    def nearest(weights: Tensor, grids: tuple[Tensor, Tensor], sides: object, threshold: float = 0.5) -> Tensor:
-        return rounded(weights / (grids[0][:, :, None] * grids[1][:, None, :]), threshold)
+    def nearest(weights: Tensor, grids: tuple[Tensor, Tensor], sides: object, rule: Rule) -> Tensor:
+        return rule.whole(weights / (grids[0][:, :, None] * grids[1][:, None, :]))
 
     with patched(hpr.rounding.model, "round_matrices", nearest):
         return whole(on, limit)
@@ -104,10 +105,9 @@ def coded_by(on: Ground, limit: int, code: Callable[[list[Codes]], float]) -> St
     budget = float(limit)
     for _ in range(4):
         student, size = whole(on, int(budget))
-        streams = [coded.stream for coded in codes_of(student).values()]
-        codes = [decode(stream) for stream in streams]
-        vectors = sum(len(one.rows) + len(one.columns) for one in codes)
-        size = int(size - sum(map(len, streams)) + vectors + code(codes))
+        codes = {name: coded.codes() for name, coded in codes_of(student).items()}
+        empty = {name: Coded.of(replace(one, values=np.zeros_like(one.values))) for name, one in codes.items()}
+        size = int(coded_bytes(student, empty, other_codes_of(student)) + code(list(codes.values())))
         if abs(size / limit - 1) < _CLOSE:
             break
         budget *= limit / size

@@ -206,7 +206,7 @@ def test_sentences_to_measure_on_are_not_calibrated_on():
 
 
 def test_every_decision_gives_another_student_within_the_bytes(on):
-    limit = 24_000
+    limit = 12_000
     first, _ = ablations.whole(on, limit)
     for name, decide in ablations.DECISIONS.items():
         student, size = decide(on, limit)

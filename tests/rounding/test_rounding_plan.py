@@ -105,6 +105,16 @@ def test_the_file_is_no_larger_than_the_budget_and_as_large_as_the_plan_says(
     assert 0.9 * limit < size <= limit * 1.005
 
 
+def test_a_budget_above_what_exact_weights_take_is_not_filled(bert: nn.Module, profile: hpr.Profile) -> None:
+    plan = hpr.plan(bert, profile, "80%bytes")
+    student = hpr.share(bert, plan, profile)
+    assert disk_bytes(student) == pytest.approx(plan.diagnostics["bytes"], rel=0.005)
+    assert plan.diagnostics["bytes"] < 0.8 * disk_bytes(bert)
+    assert plan.damage < 1e-9
+    for name in codes_of(student).keys() - {"pooler.dense"}:  # the objective reads all others
+        assert torch.allclose(student.get_submodule(name).weight, bert.get_submodule(name).weight, rtol=1e-5, atol=1e-4)
+
+
 def test_more_bytes_do_less_damage(bert: nn.Module, profile: hpr.Profile) -> None:
     damages = [hpr.plan(bert, profile, f"{share}%bytes").damage for share in (35, 45, 60, 80)]
     assert damages == sorted(damages, reverse=True)
@@ -179,6 +189,7 @@ def test_the_codes_do_not_depend_on_the_number_of_threads(bert: nn.Module, profi
 
 
 def test_biases_absorb_what_rounding_does_to_the_mean_output(bert: nn.Module, profile: hpr.Profile) -> None:
+    profile = replace(profile, others={})  # so biases are kept in half precision, and their rounding does not count
     plan = hpr.plan(bert, profile, "35%bytes")
     student = hpr.share(bert, plan, profile)
     name = "encoder.layer.1.intermediate.dense"
@@ -186,7 +197,7 @@ def test_biases_absorb_what_rounding_does_to_the_mean_output(bert: nn.Module, pr
     assert mean is not None
     outputs = [site.weight.double() @ mean + site.bias.double() for site in (before, after)]
     uncorrected = after.weight.double() @ mean + before.bias.double()
-    assert (outputs[1] - outputs[0]).norm() < 0.4 * (uncorrected - outputs[0]).norm()
+    assert (outputs[1] - outputs[0]).norm() < 0.05 * (uncorrected - outputs[0]).norm()
 
 
 @pytest.mark.parametrize("budget", ["0.1%bytes", "1KB", "101%bytes", "5GB"])
@@ -274,9 +285,9 @@ def test_a_large_model_is_searched_by_estimated_sizes_and_ends_within_the_budget
     monkeypatch.setattr(search, "_LARGE", 1)
     encoded = []
     monkeypatch.setattr(search, "coded_bytes", lambda *given: encoded.append(1) or coded_bytes(*given))
-    limit = int(0.3 * disk_bytes(bert))
-    made = plan_bytes(bert, profile, "30%bytes", limit, lambda student: student.embeddings.word_embeddings.weight.std().item())
-    assert 0.9 * limit < made.bytes <= limit
+    limit = int(0.5 * disk_bytes(bert))
+    made = plan_bytes(bert, profile, "50%bytes", limit, lambda student: student.embeddings.word_embeddings.weight.std().item())
+    assert 0.99 * limit < made.bytes <= limit
     assert len(made.tried) > 1
     assert len(encoded) <= 4
     assert disk_bytes(made.student) == pytest.approx(made.bytes, rel=0.005)

@@ -7,7 +7,7 @@ tensor in the pack: a loader that knows nothing of hpr finds a tensor of another
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +76,9 @@ class CodedState:
     key of the pack, if there is one.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    streams: dict[str, str] = field(default_factory=dict)
-    pack: str | None = None
+    tensors: dict[str, Tensor]
+    streams: dict[str, str]
+    pack: str | None
 
 
 def coded_state(model: nn.Module) -> CodedState:
@@ -104,7 +104,8 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
     weights: dict[str, Codes] = {}
     rest: dict[str, Codes] = {}
     plain: dict[str, Tensor] = {}
-    state = CodedState()
+    large: dict[str, Tensor] = {}
+    streams: dict[str, str] = {}
     seen: set[tuple[int, torch.Size]] = set()
     tensors = model.state_dict(keep_vars=True)
     for key in sorted(tensors, key=lambda name: name not in sites and name not in others):  # coded names before their aliases
@@ -114,8 +115,8 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
             continue
         seen.add(place)
         if key in sites and tensor.numel() >= _PACKED_BELOW:
-            state.tensors[key] = torch.frombuffer(bytearray(coded[sites[key]].stream), dtype=torch.uint8)
-            state.streams[sites[key]] = key
+            large[key] = torch.frombuffer(bytearray(coded[sites[key]].stream), dtype=torch.uint8)
+            streams[sites[key]] = key
         elif key in sites:
             weights[key] = coded[sites[key]].codes()
         elif key in others:
@@ -123,13 +124,15 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
         elif tensor.numel() < _PACKED_BELOW:
             plain[key] = stored(tensor)
         else:
-            state.tensors[key] = stored(tensor).contiguous()
-    if names := [key for key in tensors if key in {*weights, *rest, *plain}]:
-        first = next((key for key in names if key.startswith(prefix)), names[0])  # every class of this model has it
-        packed = torch.frombuffer(bytearray(Pack(weights, rest, plain).to_bytes()), dtype=torch.uint8)
-        state.tensors[first] = packed[None] if tensors[first].dim() == 1 else packed  # never of the tensor's own shape
-        return CodedState(state.tensors, state.streams, first)
-    return state
+            large[key] = stored(tensor).contiguous()
+    together = {*weights, *rest, *plain}
+    names = [key for key in tensors if key in together]
+    if not names:
+        return CodedState(large, streams, None)
+    first = next((key for key in names if key.startswith(prefix)), names[0])  # every class of this model has it
+    packed = torch.frombuffer(bytearray(Pack(weights, rest, plain).to_bytes()), dtype=torch.uint8)
+    packed = packed[None] if tensors[first].dim() == 1 else packed  # never of the tensor's own shape
+    return CodedState(large | {first: packed}, streams, first)
 
 
 def _check(name: str, expected: Tensor, found: Tensor) -> None:

@@ -55,6 +55,7 @@ class Rounder:
         self.profile = profile
         self.dampings = (output_damping, input_damping)
         self.bits = bits
+        self._others = {name: parameter.detach() for name, parameter in other_parameters(model, anatomy).items()}
         self.sites = [roots.whiten(site, weight64(model, site), profile.sites[site.name]) for site in anatomy.sites]
 
     def codes(self, step: float) -> dict[str, Codes]:
@@ -94,8 +95,12 @@ class Rounder:
         student = copy.deepcopy(self.model)
         with torch.no_grad():
             parameters = dict(student.named_parameters())
-            for name, value in self._corrected(codes).items():
-                parameters[name].copy_(others[name].weight().view_as(value) if name in others else stored(value))
+            for name, found in others.items():
+                parameters[name].copy_(found.weight().view_as(parameters[name]))
+            if self._others.keys() - others.keys():
+                for name, value in self._corrected(codes).items():
+                    if name not in others:
+                        parameters[name].copy_(stored(value))
             for whitened in self.sites:
                 weight_at(student, whitened.site).copy_(codes[whitened.site.name].weight())
             for tensor in student.state_dict(keep_vars=True).values():
@@ -107,8 +112,7 @@ class Rounder:
 
     def _corrected(self, codes: Mapping[str, Codes]) -> dict[str, Tensor]:
         """The parameters beside the weights of sites, with biases that absorb what rounding does to the mean output."""
-        anatomy = describe(self.model)
-        values = {name: parameter.detach() for name, parameter in other_parameters(self.model, anatomy).items()}
+        values = dict(self._others)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for whitened in self.sites:
             site = whitened.site

@@ -67,10 +67,4 @@ def estimated_bytes(codes: Mapping[str, Codes]) -> float:
 
     The coder comes within a few per cent of it, by nearly the same share at steps that are near each other.
     """
-    return sum(_estimate(one) for one in codes.values())
-
-
-def _estimate(codes: Codes) -> float:
-    every = max(1, codes.values.size // _COUNTED)
-    kept = Codes(codes.values[::every], codes.rows[::every], codes.columns, codes.scale)
-    return estimate(kept) * codes.values.size / kept.values.size
+    return sum(estimate(one, max(1, one.values.size // _COUNTED)) for one in codes.values())

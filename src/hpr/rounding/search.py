@@ -44,9 +44,14 @@ class Rounded:
 
 @dataclass
 class Known:
-    """What earlier sizes teach: coded bytes over those estimated from the codes, and over those predicted from the step."""
+    """What earlier sizes teach.
+
+    ``level``: bytes of the streams over those estimated from the codes; ``beside``: bytes of the file that are no streams;
+    ``lift``: bits of the file over those predicted from the step.
+    """
 
     level: float | None = None
+    beside: int = 0
     lift: float = 1.0
 
 
@@ -78,6 +83,7 @@ class Search:
             )
         self._tried: list[tuple[float, float]] = []  # log step, log bytes
         self._last: Rounded | None = None
+        self._best: Rounded | None = None
 
     def near(self) -> Rounded:
         """A rounding near the limit, to be compared with others: within 2 % if the model is large, else the best one."""
@@ -91,10 +97,17 @@ class Search:
 
     def step_over(self, found: Rounded) -> float:
         """The step that meets the limit, over the one that was used. The damage grows by its square."""
+        if found is self._best:
+            return 1.0
         return math.exp(self._towards(found) - math.log(found.rounding.step))
 
     def best(self) -> Rounded:
         """The finest rounding that is found within the limit, coded. Raises ``BudgetError`` if no step meets it."""
+        if self._best is None:
+            self._best = self._search()
+        return self._best
+
+    def _search(self) -> Rounded:
         best: Rounded | None = None
         for _ in range(_PASSES):
             found = (
@@ -127,12 +140,14 @@ class Search:
         found = round_to(self.rounder, step)
         if self.known.level is None or self._rates.numbers < _LARGE:
             return self._code(found)
-        return self._note(replace(found, bytes=self.known.level * estimated_bytes(found.codes)))
+        return self._note(replace(found, bytes=self.known.beside + self.known.level * estimated_bytes(found.codes)))
 
     def _code(self, found: Rounded) -> Rounded:
         found = coded(self.rounder, found)
         if self._rates.numbers >= _LARGE:
-            self.known.level = found.bytes / estimated_bytes(found.codes)
+            streams = sum(len(one.stream) for one in found.coded.values()) if found.coded else 0
+            self.known.level = streams / estimated_bytes(found.codes)
+            self.known.beside = int(found.bytes) - streams
         return self._note(found)
 
     def _note(self, found: Rounded) -> Rounded:
