@@ -35,7 +35,7 @@ from common.quantised import packages
 from common.quantised.coded import one_sided, saved_bytes
 from common.quantised.static import static, token_outputs
 from common.quantised.student import Peer
-from common.quantised.uniform import settings, uniform
+from common.quantised.uniform import Moments, input_moments, table_moments, uniform
 from common.tables import markdown, say
 from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.divergence import embeddings
@@ -48,9 +48,15 @@ STATIC = (256, 128, 64)  # dimensions
 
 def uniforms(on: Ground) -> Iterator[Made]:
     """Fixed widths, each to nearest and by GPTQ."""
-    for name, (profile, tables) in settings(on.profile).items():
+    inputs = cache(partial(input_moments, on.model, on.calibration))
+    ways: dict[str, Callable[[], Moments]] = {
+        "nearest": dict,
+        "GPTQ": inputs,
+        "GPTQ, tables too": lambda: {**inputs(), **table_moments(on.profile)},
+    }
+    for name, moments in ways.items():
         for bits in on.widths:
-            yield name, f"{bits} bits", partial(uniform, on.model, bits, profile, tables)
+            yield name, f"{bits} bits", lambda bits=bits, moments=moments: uniform(on.model, bits, moments())
 
 
 def packaged(on: Ground) -> Iterator[Made]:

@@ -89,7 +89,8 @@ def speech() -> Ground:
     profiled = list(calibration[:500].split(50))
     profile = hpr.profile(model, profiled, "classification")
     choosing = list(calibration[500:].split(50))
-    return Ground(model, choosing, goal, profile, score, (0.150, 0.125, 0.112, 0.095, 0.080), (8, 4, 3, 2))
+    sizes = (0.150, 0.125, 0.112, 0.095, 0.080)
+    return Ground(model, choosing, goal, profile, score, sizes, (8, 4, 3, 2), calibration=profiled)
 
 
 def marked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

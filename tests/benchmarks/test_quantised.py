@@ -17,7 +17,7 @@ from common.paths import shared
 from common.quantised.packing import ans_bytes, zstd_bytes
 from common.quantised.static import static
 from common.quantised.student import half_bytes, weights_of, with_weights
-from common.quantised.uniform import DAMPING, GROUP, gptq, nearest, uniform
+from common.quantised.uniform import DAMPING, GROUP, gptq, input_moments, nearest, table_moments, uniform
 from common.texts import divided
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
@@ -141,9 +141,9 @@ def test_a_peer_changes_weights_and_keeps_other_numbers_in_half_precision(on):
 
 def test_gptq_rounds_tables_to_nearest_unless_told(on):
     table = "embeddings.word_embeddings"
-    plain, kept, changed = (
-        weights_of(uniform(on.model, 3, *given).student) for given in ((), (on.profile,), (on.profile, True))
-    )
+    inputs = input_moments(on.model, on.choosing)
+    moments = ({}, inputs, {**inputs, **table_moments(on.profile)})
+    plain, kept, changed = (weights_of(uniform(on.model, 3, given).student) for given in moments)
     assert torch.equal(plain[table], kept[table])
     assert not torch.equal(plain[table], changed[table])
     query = "encoder.layer.1.attention.self.query"
@@ -241,3 +241,15 @@ def test_same_bits_are_nearly_the_same_in_every_weight(on):
         return max(bits) - min(bits)
 
     assert spread(ablations.same_bits(on, 24_000)[0]) < 0.7 * spread(ablations.whole(on, 24_000)[0])
+
+
+def test_moments_are_those_of_the_inputs_without_padding(on):
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    ids = torch.tensor([[5, 6, 7], [8, 0, 0]])
+    read = []
+    name = "encoder.layer.1.output.dense"
+    hook = module_at(on.model, name).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].detach()))
+    found = input_moments(on.model, [{"input_ids": ids, "attention_mask": mask}])
+    hook.remove()
+    rows = read[0][mask.bool()].double()
+    assert torch.allclose(found[name], rows.T @ rows / 4)

@@ -7,8 +7,9 @@ by activation, damping 1 % of the mean moment, the grid of a group is laid when 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,10 +17,15 @@ from torch import Tensor, nn
 
 from common.quantised.packing import ans_bytes, zstd_bytes
 from common.quantised.student import Peer, half_bytes, weights_of, with_weights
-from hpr.profiling.profile import Profile, SiteStatistics
+from hpr.anatomy.describe import describe
+from hpr.anatomy.lookup import module_at
+from hpr.profiling.profile import Profile
+from hpr.runtime.batch import as_batches
+from hpr.runtime.hooks import eval_mode, run
 
 GROUP = 64
 DAMPING = 0.01
+Moments = Mapping[str, Float[Tensor, "in in"]]  # by site
 Grid = tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]
 
 
@@ -67,15 +73,11 @@ def gptq(weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"], bits: 
     return Grouped(codes, *(torch.cat(side, 1) for side in zip(*grids, strict=True)))
 
 
-def uniform(model: nn.Module, bits: int, profile: Profile | None = None, tables: bool = False) -> Peer:
-    """A model at a fixed width: to nearest without a profile, else by GPTQ against the moments of the inputs, not centred.
-
-    A table has no inputs but tokens, so it is rounded to nearest; ``tables`` rounds it by GPTQ against the moment of its
-    gradients, which is more than the published method does.
-    """
+def uniform(model: nn.Module, bits: int, moments: Moments | None = None) -> Peer:
+    """A model at a fixed width: by GPTQ where a moment is given for a site, else to nearest."""
     found: dict[str, Grouped] = {}
     for name, weight in weights_of(model).items():
-        moment = None if profile is None else _moment(profile.sites[name], tables)
+        moment = (moments or {}).get(name)
         found[name] = nearest(weight, bits) if moment is None else gptq(weight, moment, bits)
     scales = sum(4 * grouped.low.numel() for grouped in found.values())
     beside = scales + half_bytes(model, found)
@@ -88,12 +90,36 @@ def uniform(model: nn.Module, bits: int, profile: Profile | None = None, tables:
     return Peer(with_weights(model, {name: grouped.weight() for name, grouped in found.items()}), sizes)
 
 
-def _moment(site: SiteStatistics, tables: bool) -> Tensor | None:
-    if site.right.dim() == 1 or not site.has_gradient:
-        return None
-    if site.left.dim() == 1:  # a table: its right side is the moment of its gradients
-        return site.right if tables else None
-    return site.right if site.mean is None else site.right + torch.outer(site.mean, site.mean)
+def input_moments(model: nn.Module, batches: Sequence[Any]) -> Moments:
+    """E[x xᵀ] of the inputs of every linear site, not centred, padding left out: what GPTQ calls the Hessian."""
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    mask: Tensor | None = None
+
+    def record(name: str, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].double()
+        x = x[mask.bool()] if mask is not None and x.shape[:-1] == mask.shape else x.flatten(0, -2)
+        sums[name] = sums.get(name, 0) + x.T @ x
+        rows[name] = rows.get(name, 0) + len(x)
+
+    sites = [site.name for site in describe(model).sites if site.kind == "linear"]
+    hooks = [
+        module_at(model, name).register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs)) for name in sites
+    ]
+    try:
+        with torch.no_grad(), eval_mode(model):
+            for batch in as_batches(batches):
+                mask = batch.get("attention_mask")
+                run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / rows[name] for name, total in sums.items()}
+
+
+def table_moments(profile: Profile) -> Moments:
+    """The moments of the gradients of tables. Tables have no inputs but tokens, so the published method does not round them."""
+    return {name: site.right for name, site in profile.sites.items() if site.left.dim() == 1 and site.right.dim() == 2}
 
 
 def _grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -104,8 +130,3 @@ def _grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _codes(part: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
     return ((part - low) / step).round().clamp(0, 2**bits - 1)
-
-
-def settings(profile: Profile) -> Mapping[str, tuple[Profile | None, bool]]:
-    """The methods of this file by name: the profile that each reads, and whether it reads it for tables."""
-    return {"nearest": (None, False), "GPTQ": (profile, False), "GPTQ, tables too": (profile, True)}
