@@ -120,9 +120,11 @@ def rounding_line(plan: Mapping[str, Any]) -> str:
     """The step, the size of the file, and the predicted damage of a plan for a budget in bytes."""
     size, bits = plan["diagnostics"]["bytes"], plan["rounding"].get("bits")
     kept = f", codes of {bits} bits" if bits else ""
+    above = plan["diagnostics"].get("decibels")
+    limit = "" if above is None else f", {above:.1f} decibels above the limit of a code of so many bits"
     return (
         f"{byte_count(size)} on disk, budget {plan['budget']['text']}; every number is rounded with the step "
-        f"{plan['rounding']['step']:.3g}{kept}\npredicted damage {figure(plan['predicted_damage'], 'nats')} per example"
+        f"{plan['rounding']['step']:.3g}{kept}\npredicted damage {figure(plan['predicted_damage'], 'nats')} per example{limit}"
     )
 
 

@@ -71,6 +71,11 @@ def compress_to_bytes(
         "timing": seconds,
         "plans": plan_rows([made.plan], [score], 0, describe(loaded.model)),
         "plan_quality": "agreement with the original" if score.cosine is None else "cosine to the original",
+        "rounding": {
+            "step": made.plan.rounding.step if made.plan.rounding else None,
+            "damage": made.plan.damage,
+            "decibels": made.plan.diagnostics.get("decibels"),
+        },
         "refit": False,
         "operator_gains": [],
         "dampings": [{"output": left, "input": right, "measured": value} for (left, right), value in made.tried.items()],

@@ -68,6 +68,8 @@ def _prediction(plan: Mapping[str, Any]) -> str:
         parts[0] += f": at most {allowed:,.0f} of {dense:,.0f} parameters"
     if damage is not None:
         parts.append(f"predicted damage {damage:.3g} nats per example")
+    if (above := number(dig(plan, "diagnostics", "decibels"))) is not None:
+        parts[-1] += f", {above:.1f} decibels above the limit of a code of so many bits"
     if gap is not None:
         parts[-1] += f", at most {100 * gap:.2f} % above the least possible"
     return "\n".join(parts)

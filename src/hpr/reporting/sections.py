@@ -244,7 +244,7 @@ def solver(metrics: Mapping[str, Any]) -> Section | None:
     """Predicted damage of the plan, and how far it may be from the least possible."""
     account = table(metrics, "solver")
     if not account:
-        return None
+        return _rounding(table(metrics, "rounding"))
     gap = number(account.get("gap"))
     rows = [
         ("Damage of the plan", figure(account.get("damage"), "nats"), "predicted, summed over all sites, per example"),
@@ -263,6 +263,29 @@ def solver(metrics: Mapping[str, Any]) -> Section | None:
     reading = "The gap to the best plan was not recorded."
     if gap is not None:
         reading = f"The predicted damage is within {100 * gap:.2f}\u00a0% of the least that these candidates allow."
+    return {"rows": rows, "reading": reading}
+
+
+def _rounding(account: Mapping[str, Any]) -> Section | None:
+    """The step of a coded model, and how far its damage is from the least that so many bits allow."""
+    if not account:
+        return None
+    above = number(account.get("decibels"))
+    rows = [
+        ("Step size δ", figure(account.get("step"), ""), "in √nats, one for all weights: a number costs about δ² / 12 nats"),
+        ("Damage of the plan", figure(account.get("damage"), "nats"), "predicted, summed over all sites, per example"),
+        (
+            "Above the limit",
+            ABSENT if above is None else f"{above:.1f}\u00a0dB",
+            "over the least damage of any code of so many bits for independent Gaussian weights",
+        ),
+    ]
+    reading = "How far the plan is from the limit of a code of so many bits was not recorded."
+    if above is not None:
+        reading = (
+            f"The predicted damage is {above:.1f}\u00a0decibels above what the best code of so many bits could reach. Rounding "
+            f"number by number stays 1.5\u00a0decibels above it at many bits; 6\u00a0decibels are a bit a number."
+        )
     return {"rows": rows, "reading": reading}
 
 

@@ -9,13 +9,17 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from hpr.anatomy.describe import describe
+from hpr.coding.stream import encode
 from hpr.errors import PlanError
+from hpr.nn.coded import is_packed
 from hpr.operators.metric import metric_of
 from hpr.plans.budget import Budget
 from hpr.plans.plan import Plan, keep_all
 from hpr.profiling.profile import Profile
+from hpr.rounding.limit import Limit
 from hpr.rounding.model import Rounder
 from hpr.rounding.search import Known, Rounded, Search, coded, round_to
+from hpr.runtime.progress import progress
 
 _log = logging.getLogger(__name__)
 UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while they serve
@@ -114,7 +118,7 @@ def _plan(rounder: Rounder, rounded: Rounded, budget: str) -> Plan:
     assert rounded.coded is not None
     anatomy = describe(rounder.model)
     plan = keep_all(anatomy)
-    entries, bits = {}, {}
+    entries, bits, limit = {}, {}, Limit(*rounder.dampings)
     for whitened in rounder.sites:
         site = whitened.site
         stream = rounded.coded[site.name].stream
@@ -122,7 +126,15 @@ def _plan(rounder: Rounder, rounded: Rounded, budget: str) -> Plan:
         change = rounded.codes[site.name].weight().to(whitened.weight) - whitened.weight
         entries[site.name] = replace(plan.entries[site.name], damage=metric.damage(change) if metric.has_gradient else 0.0)
         bits[site.name] = round(8 * len(stream) / site.parameters, 3)
-    diagnostics = {"solver": "coded rounding", "bytes": int(rounded.bytes), "bits": bits}
+        limit.add(site.kind, rounder.profile.sites[site.name], whitened.weight, change)
+        progress("checking", len(entries), len(rounder.sites))
+    above = limit.decibels(8 * _code_bytes(rounder, rounded))
+    diagnostics = {
+        "solver": "coded rounding",
+        "bytes": int(rounded.bytes),
+        "bits": bits,
+        **({} if above is None else {"decibels": round(above, 2)}),
+    }
     return replace(
         plan,
         budget=Budget(budget, anatomy.total_parameters),
@@ -130,3 +142,12 @@ def _plan(rounder: Rounder, rounded: Rounded, budget: str) -> Plan:
         diagnostics=diagnostics,
         rounding=rounded.rounding,
     )
+
+
+def _code_bytes(rounder: Rounder, rounded: Rounded) -> int:
+    """The bytes of all codes that the objective reads; small weights lie together in one stream."""
+    assert rounded.coded is not None
+    read = [whitened.site.name for whitened in rounder.sites if whitened.read]
+    small = [rounded.codes[name] for name in read if is_packed(rounded.codes[name].values.size)]
+    large = sum(len(rounded.coded[name].stream) for name in read if not is_packed(rounded.codes[name].values.size))
+    return large + (len(encode(small)) if small else 0)
