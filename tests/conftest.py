@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe
@@ -23,6 +24,8 @@ from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile as measure
 
 torch.set_num_threads(1)
+settings.register_profile("hpr", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are busy at times
+settings.load_profile("hpr")
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
 BART = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,58 @@ class Codes:
         rows = torch.from_numpy((self.scale * half_octaves(self.rows)).astype(np.float32))
         columns = torch.from_numpy(half_octaves(self.columns).astype(np.float32))
         return torch.from_numpy(self.values).to(torch.float32).mul_(rows[:, None]).mul_(columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A weight of low rank, as the codes of its factors ``u`` (out, rank) and ``v`` (rank, in).
+
+    >>> u = Codes(np.array([[3], [-1]], "int32"), np.zeros(2, "int32"), np.zeros(1, "int32"), 0.5)
+    >>> v = Codes(np.array([[2, 4]], "int32"), np.zeros(1, "int32"), np.zeros(2, "int32"), 0.5)
+    >>> Product(u, v).weight()
+    tensor([[ 1.5000,  3.0000],
+            [-0.5000, -1.0000]])
+    """
+
+    u: Codes
+    v: Codes
+
+    @property
+    def rank(self) -> int:
+        """How many columns ``u`` and rows ``v`` have."""
+        return len(self.v.rows)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether codes are so small that the scales between the factors keep 16 bits."""
+        return float(np.abs(self.u.values).max()) * float(np.abs(self.v.values).max()) * self.rank < 2.0**36
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The weight in float32. The sums are whole numbers below 2^53, so every machine computes the same bits.
+
+        The scales between the factors, relative to the largest one, are rounded to as many bits as that leaves.
+        """
+        between = half_octaves(self.u.columns + self.v.rows)
+        largest = float(between.max())
+        sizes = np.abs(self.u.values).max(0).astype(np.float64) * np.abs(self.v.values).max(1)
+        most = float(np.ldexp(1.0, 52)) / max(1.0, float((sizes * between / largest).sum()) + float(sizes.sum()) / 2)
+        bits = min(40, math.frexp(most)[1] - 1)
+        whole = np.rint(np.ldexp(between / largest, bits))
+        sums = (self.u.values * whole) @ self.v.values.astype(np.float64)
+        rows = (self.u.scale * self.v.scale * largest * half_octaves(self.u.rows)).astype(np.float32)
+        columns = half_octaves(self.v.columns).astype(np.float32)
+        numbers = torch.from_numpy(np.ldexp(sums, -bits).astype(np.float32))
+        return numbers.mul_(torch.from_numpy(rows)[:, None]).mul_(torch.from_numpy(columns))
+
+
+def parts_of(codes: Codes | Product) -> list[Codes]:
+    """What a stream holds of a weight: its codes, or those of both factors."""
+    return [codes] if isinstance(codes, Codes) else [codes.u, codes.v]
+
+
+def joined(parts: Sequence[Codes]) -> Codes | Product:
+    """The weight that ``parts_of`` took apart."""
+    return parts[0] if len(parts) == 1 else Product(*parts)
 
 
 def half_octaves(exponents: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

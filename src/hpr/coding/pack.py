@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hpr.coding.codes import Codes
-from hpr.coding.stream import VERSION, decode, encode
+from hpr.coding.codes import Codes, Product, joined, parts_of
+from hpr.coding.stream import decode, encode
 from hpr.errors import CheckpointError
 
+_VERSION = 3
 _HEAD = struct.Struct("<BIII")  # version, bytes of the index, bytes of the stream, checksum of index and plain tensors
 
 
@@ -22,19 +23,21 @@ _HEAD = struct.Struct("<BIII")  # version, bytes of the index, bytes of the stre
 class Pack:
     """Tensors by their keys: ``weights`` of sites, ``others`` that are coded, and ``plain`` ones."""
 
-    weights: Mapping[str, Codes] = field(default_factory=dict)
+    weights: Mapping[str, Codes | Product] = field(default_factory=dict)
     others: Mapping[str, Codes] = field(default_factory=dict)
     plain: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """All of them; coded tensors share one stream."""
-        coded = [*self.weights.values(), *self.others.values()]
+        parts = {name: parts_of(codes) for name, codes in self.weights.items()}
+        coded = [part for some in parts.values() for part in some] + list(self.others.values())
         stream = encode(coded) if coded else b""
         listed = [[name, str(tensor.dtype).removeprefix("torch."), tensor.shape] for name, tensor in self.plain.items()]
-        names = json.dumps([list(self.weights), list(self.others), listed], separators=(",", ":"))
+        counts = {name: len(some) for name, some in parts.items()}
+        names = json.dumps([counts, list(self.others), listed], separators=(",", ":"))
         index = zlib.compress(names.encode(), 9)
         plain = b"".join(_bytes(tensor) for tensor in self.plain.values())
-        return _HEAD.pack(VERSION, len(index), len(stream), zlib.crc32(index + plain)) + index + stream + plain
+        return _HEAD.pack(_VERSION, len(index), len(stream), zlib.crc32(index + plain)) + index + stream + plain
 
     @classmethod
     def from_bytes(cls, packed: bytes) -> Pack:
@@ -43,8 +46,8 @@ class Pack:
             version, indexed, coded, checksum = _HEAD.unpack_from(packed)
         except struct.error as error:
             raise CheckpointError(f"packed tensors of {len(packed)} bytes are fewer than their head: {_AGAIN}") from error
-        if version != VERSION:
-            raise CheckpointError(f"packed tensors have format {version}, this hpr reads {VERSION}: save the model again")
+        if version != _VERSION:
+            raise CheckpointError(f"packed tensors have format {version}, this hpr reads {_VERSION}: save the model again")
         start = _HEAD.size + indexed
         index, stream, plain = packed[_HEAD.size : start], packed[start : start + coded], packed[start + coded :]
         if zlib.crc32(index + plain) != checksum:
@@ -60,7 +63,8 @@ class Pack:
                     torch.frombuffer(bytearray(plain[place : place + size]), dtype=tensors[name].dtype).reshape(shape)
                 )
             place += size
-        return cls({name: next(codes) for name in weights}, {name: next(codes) for name in others}, tensors)
+        found = {name: joined([next(codes) for _ in range(count)]) for name, count in weights.items()}
+        return cls(found, {name: next(codes) for name in others}, tensors)
 
 
 def _bytes(tensor: Tensor) -> bytes:

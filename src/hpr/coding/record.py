@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from hpr.coding.codes import Codes
+from hpr.coding.codes import Codes, Product, joined, parts_of
 from hpr.coding.stream import decode, encode
 
 
@@ -18,15 +18,14 @@ class Coded:
     stream: bytes
 
     @classmethod
-    def of(cls, codes: Codes) -> Coded:
+    def of(cls, codes: Codes | Product) -> Coded:
         """The codes as a stream."""
-        return cls(encode([codes]))
+        return cls(encode(parts_of(codes)))
 
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight in float32, decoded anew: a model keeps its streams, not a second copy of its weights."""
         return self.codes().weight()
 
-    def codes(self) -> Codes:
+    def codes(self) -> Codes | Product:
         """The codes, decoded anew."""
-        [codes] = decode(self.stream)
-        return codes
+        return joined(decode(self.stream))

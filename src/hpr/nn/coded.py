@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hpr.anatomy.lookup import base_of, module_at, weight_of
-from hpr.coding.codes import Codes
+from hpr.coding.codes import Codes, Product
 from hpr.coding.pack import Pack
 from hpr.coding.record import Coded
 from hpr.errors import CheckpointError, HprError
@@ -106,7 +106,7 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
     base, prefix = base_of(model)
     inside = {name for name, _ in base.named_modules(remove_duplicate=False)}
     sites = {f"{prefix if path in inside else ''}{path}.weight": path for path in coded}
-    weights: dict[str, Codes] = {}
+    weights: dict[str, Codes | Product] = {}
     rest: dict[str, Codes] = {}
     plain: dict[str, Tensor] = {}
     large: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hpr.anatomy.lookup import module_at
-from hpr.coding.codes import Codes, half_octaves
+from hpr.coding.codes import Codes, Product, half_octaves
 from hpr.errors import HprError
 from hpr.nn.coded import codes_of
 
@@ -127,8 +127,9 @@ class _LooksUp(nn.Embedding):
 def keep_integers(model: nn.Module) -> nn.Module:
     """Keep a coded model's weights as integers in memory, in place, and return it.
 
-    Most weights then take one byte a number, instead of four or two. A layer unpacks its weight each time it is called, and
-    an embedding unpacks only the rows that it looks up, so outputs stay the same bit for bit and passes get slower.
+    Most weights then take one byte a number, instead of four or two; those of low rank stay floats. A layer unpacks its
+    weight each time it is called, and an embedding unpacks only the rows that it looks up, so outputs stay the same bit for
+    bit and passes get slower.
     ``hpr.save`` writes the same file as before, ``save_pretrained`` a stock checkpoint; ``hpr.unshare`` gives a model with
     float weights. Raises ``HprError`` for a model that is not coded.
 
@@ -153,7 +154,9 @@ def keep_integers(model: nn.Module) -> nn.Module:
         users = by_weight.get(id(weight), [])
         if weight is None or any(getattr(user, "max_norm", None) is not None for user in users):
             continue  # integers already, or a table that its look-ups change
-        integers = Integers(coded.codes(), weight)
+        if isinstance(codes := coded.codes(), Product):
+            continue  # no weight of integers: its factors are
+        integers = Integers(codes, weight)
         for user in users:
             _swap(user, integers)
     return model
@@ -197,12 +200,14 @@ def integer_bytes(model: nn.Module) -> int:
         for path, coded in codes_of(model).items()
         if (weight := module_at(model, path)._parameters.get("weight")) is not None
     }
-    return sum(weight.numel() * weight.element_size() - _stored_bytes(coded.codes()) for weight, coded in weights.values())
+    return sum(_saved_bytes(coded.codes(), weight) for weight, coded in weights.values())
 
 
-def _stored_bytes(found: Codes) -> int:
-    dtype = _smallest(found)
-    return _bytes(found, dtype) + 4 * sum(found.values.shape)
+def _saved_bytes(found: Codes | Product, weight: Tensor) -> int:
+    if isinstance(found, Product):
+        return 0
+    integers = _bytes(found, _smallest(found)) + 4 * sum(found.values.shape)
+    return weight.numel() * weight.element_size() - integers
 
 
 def _smallest(found: Codes) -> torch.dtype:

@@ -45,10 +45,10 @@ class Limit:
         if not statistics.has_gradient:
             return
         is_table = kind == "embedding"
-        left = _damped(
+        left = damped(
             smooth_frequencies(statistics.left) if is_table else statistics.left, 0.0 if is_table else self.dampings[0]
         )
-        right = _damped(statistics.right, self.dampings[1])
+        right = damped(statistics.right, self.dampings[1])
         left, right = left.to(weight), right.to(weight)
         self.damage += 0.5 * statistics.rows * float((_times(left, change) * _times(right, change.T).T).sum())
 
@@ -79,7 +79,8 @@ class Limit:
         return 10 * math.log10(self.damage / least) if self.damage > 0 and least > 0 else None
 
 
-def _damped(moment: Tensor, damping: float) -> Tensor:
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """A moment with a share of its mean diagonal added to its diagonal."""
     if moment.dim() == 1:
         return moment + damping * moment.mean()
     return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)

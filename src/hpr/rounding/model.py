@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, weight_at
-from hpr.coding.codes import Codes, half_octaves
+from hpr.coding.codes import Codes, Product
 from hpr.coding.record import Coded
 from hpr.errors import PlanError
 from hpr.nn.coded import attach_codes, refuse_coded, stored
@@ -20,17 +18,14 @@ from hpr.operators.metric import weight64
 from hpr.plans.rounding import largest_code
 from hpr.profiling.other_parameters import other_parameters
 from hpr.profiling.profile import Profile
-from hpr.rounding.matrices import Rule, round_matrices
+from hpr.rounding.matrices import Rule
 from hpr.rounding.others import round_others
-from hpr.rounding.ranges import coarser
+from hpr.rounding.products import Factoring
+from hpr.rounding.sites import THRESHOLD, powers, round_sites
 from hpr.rounding.whitening import Roots, Whitened
 from hpr.runtime.progress import progress
 
-THRESHOLD = 0.55  # of a step: a little above a half, since the smaller code is the cheaper one
-_LARGEST_CODE = 2**31 - 1
 _TOGETHER = 1 << 23  # numbers that are rounded at once, which bounds the memory
-
-Grid = tuple[np.ndarray, np.ndarray]  # exponents of rows and columns
 
 
 class Rounder:
@@ -56,19 +51,38 @@ class Rounder:
         self.dampings = (output_damping, input_damping)
         self.bits = bits
         self._others = {name: parameter.detach() for name, parameter in other_parameters(model, anatomy).items()}
+        self.ranks: dict[str, int] = {}
+        self.products: list[tuple[Factoring, int]] = []
         self.sites = [roots.whiten(site, weight64(model, site), profile.sites[site.name]) for site in anatomy.sites]
 
-    def codes(self, step: float) -> dict[str, Codes]:
+    def codes(self, step: float) -> dict[str, Codes | Product]:
         """The codes of every site by its name, at a step size (see ``Rounding``)."""
-        codes: dict[str, Codes] = {}
+        codes: dict[str, Codes | Product] = {}
         rule = Rule(THRESHOLD, largest_code(self.bits))
         for group in self._groups():
-            grids = [_grid(whitened, step, rule.largest) for whitened in group]
-            for whitened, grid, values in zip(group, grids, _rounded(group, grids, step, rule), strict=True):
-                site = whitened.site.name
-                codes[site] = Codes(_integers(values, site), *grid, whitened.scale(step))
+            rounded = round_sites(group, step, rule)
+            codes |= {whitened.site.name: found for whitened, found in zip(group, rounded, strict=True)}
+            progress("rounding", len(codes), len(self.sites))
+        for factoring, rank in self.products:
+            codes[factoring.site.name] = factoring.codes(rank, step)
             progress("rounding", len(codes), len(self.sites))
         return {whitened.site.name: codes[whitened.site.name] for whitened in self.sites}
+
+    def factored(self, ranks: Mapping[str, int]) -> Rounder:
+        """The same, but the sites with a rank become products of two factors. Raises ``PlanError`` for one without gradient."""
+        made = copy.copy(self)
+        made.ranks = dict(ranks)
+        made.products = []
+        for whitened in self.sites:
+            if whitened.site.name in ranks:
+                if not whitened.read:
+                    raise PlanError(f"{whitened.site.name} has a rank, but no gradient to choose factors by: keep it whole")
+                made.products.append((self.factoring(whitened), ranks[whitened.site.name]))
+        return made
+
+    def factoring(self, whitened: Whitened) -> Factoring:
+        """A site that has a gradient, prepared to become a product."""
+        return Factoring.of(whitened, self.profile.sites[whitened.site.name], self.dampings)
 
     @property
     def finest(self) -> float:
@@ -77,16 +91,16 @@ class Rounder:
             float((whitened.weight.abs() / (rows[:, None] * columns)).max())
             for whitened in self.sites
             if whitened.read
-            for rows, columns in [(_powers(whitened.rows, whitened.weight), _powers(whitened.columns, whitened.weight))]
+            for rows, columns in [(powers(whitened.rows, whitened.weight), powers(whitened.columns, whitened.weight))]
         ]
         return max(sizes, default=1.0) / 2**30 or 1.0
 
-    def others(self, codes: Mapping[str, Codes], step: float) -> dict[str, Codes]:
+    def others(self, codes: Mapping[str, Codes | Product], step: float) -> dict[str, Codes]:
         """The codes of parameters that are no site's weight, by name. Biases absorb what rounding does to the mean output."""
         return round_others(self._corrected(codes), self.profile.others, step)
 
     def student(
-        self, codes: Mapping[str, Codes], others: Mapping[str, Codes], coded: Mapping[str, Coded] | None = None
+        self, codes: Mapping[str, Codes | Product], others: Mapping[str, Codes], coded: Mapping[str, Coded] | None = None
     ) -> nn.Module:
         """A copy of the model with the rounded numbers in it; with ``coded``, the streams of the codes, it can be saved.
 
@@ -110,7 +124,7 @@ class Rounder:
             attach_codes(student, coded, self.profile.about.get("objective"), others)
         return student
 
-    def _corrected(self, codes: Mapping[str, Codes]) -> dict[str, Tensor]:
+    def _corrected(self, codes: Mapping[str, Codes | Product]) -> dict[str, Tensor]:
         """The parameters beside the weights of sites, with biases that absorb what rounding does to the mean output."""
         values = dict(self._others)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -126,42 +140,12 @@ class Rounder:
         return values
 
     def _groups(self) -> Iterator[list[Whitened]]:
-        """Sites of one shape, as many together as memory allows."""
+        """Sites of one shape that are no products, as many together as memory allows."""
         kinds: dict[tuple[object, ...], list[Whitened]] = {}
-        for whitened in self.sites:
+        factored = {factoring.site.name for factoring, _ in self.products}
+        for whitened in (whitened for whitened in self.sites if whitened.site.name not in factored):
             kinds.setdefault(whitened.kind, []).append(whitened)
         for sites in kinds.values():
             count = max(1, _TOGETHER // sites[0].weight.numel())
             for start in range(0, len(sites), count):
                 yield sites[start : start + count]
-
-
-def _grid(whitened: Whitened, step: float, largest: float) -> Grid:
-    if largest == math.inf:
-        return whitened.rows, whitened.columns
-    like = whitened.weight
-    sizes = like.abs() / whitened.scale(step) / _powers(whitened.rows, like)[:, None] / _powers(whitened.columns, like)
-    rows, columns = coarser(sizes, largest)
-    return whitened.rows + rows, whitened.columns + columns
-
-
-def _rounded(group: list[Whitened], grids: list[Grid], step: float, rule: Rule) -> Tensor:
-    weights = torch.stack([whitened.weight for whitened in group])
-    rows = torch.stack([whitened.scale(step) * _powers(grid[0], weights) for whitened, grid in zip(group, grids, strict=True)])
-    columns = torch.stack([_powers(grid[1], weights) for grid in grids])
-    sides = (
-        None if group[0].left is None else torch.stack([whitened.left for whitened in group]),  # type: ignore[misc]
-        None if group[0].right is None else torch.stack([whitened.right for whitened in group]),  # type: ignore[misc]
-    )
-    return round_matrices(weights, (rows, columns), sides, rule)
-
-
-def _powers(exponents: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(half_octaves(exponents)).to(like)
-
-
-def _integers(values: Tensor, site: str) -> np.ndarray:
-    """Whole numbers as int32. Raises ``PlanError`` for numbers outside its range: the step is far too fine."""
-    if not float(values.abs().max()) < _LARGEST_CODE:  # not finite is no code, either
-        raise PlanError(f"codes of {site} are above {_LARGEST_CODE:,} at this step: give a larger step, or plan anew")
-    return values.cpu().numpy().astype(np.int32)

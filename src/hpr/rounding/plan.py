@@ -9,15 +9,20 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from hpr.anatomy.describe import describe
+from hpr.anatomy.model import Anatomy, Site
+from hpr.coding.codes import parts_of
 from hpr.coding.stream import encode
 from hpr.errors import PlanError
 from hpr.nn.coded import is_packed
+from hpr.operators.low_rank import NAME as LOW_RANK
 from hpr.operators.metric import metric_of
 from hpr.plans.budget import Budget
 from hpr.plans.plan import Plan, keep_all
+from hpr.plans.terms import KEEP, Entry, Term
 from hpr.profiling.profile import Profile
 from hpr.rounding.limit import Limit
 from hpr.rounding.model import Rounder
+from hpr.rounding.products import worthwhile
 from hpr.rounding.search import Known, Rounded, Search, coded, round_to
 from hpr.runtime.progress import progress
 
@@ -51,9 +56,9 @@ def plan_bytes(
     """The plan of a model at ``limit`` bytes; ``budget`` is what the user wrote.
 
     ``measure`` gives the divergence of a student in nats, on data that the profile has not seen: with it the dampings are
-    chosen. Small models at few bits want more damping. ``bits``: 8 or 4 keep the codes in the range of such integers. Raises
-    ``BudgetError`` for a budget that cannot be met, and ``PlanError`` for a model with experts that are slices of one
-    parameter.
+    chosen, and whether some weights become products. Small models at few bits want more damping. ``bits``: 8 or 4 keep the
+    codes in the range of such integers; no weight is a product then. Raises ``BudgetError`` for a budget that cannot be met,
+    and ``PlanError`` for a model with experts that are slices of one parameter.
     """
     known = Known()
 
@@ -62,6 +67,8 @@ def plan_bytes(
 
     tried: dict[tuple[float, float], float] = {}
     chosen = search(UPWARDS[0]) if measure is None else _chosen(search, measure, tried)
+    if measure is None:
+        chosen = _factored(chosen, chosen.near()) or chosen
     rounder, rounded = chosen.rounder, chosen.best()
     if unread := [whitened.site.label for whitened in rounder.sites if not whitened.read]:
         _log.info("the objective does not read %s: about 3 bits a number, whatever the budget", ", ".join(unread))
@@ -77,13 +84,22 @@ def _chosen(
     """The search with the dampings that measure best; ``tried`` receives the divergence that was measured with each."""
 
     def attempt(dampings: tuple[float, float]) -> Search:
-        made = search(dampings)
-        rounded = made.near()
-        step = made.step_over(rounded)
-        score = measure(made.rounder.student(rounded.codes, rounded.others))
-        tried[dampings] = score * step**2  # as if it had the size of the others
-        _log.info("dampings %g, %g at %.3f MB: divergence %.4g nats", *dampings, rounded.bytes / 1e6, tried[dampings])
-        return made
+        whole = search(dampings)
+        rounded = whole.near()
+        best, score = whole, loss(whole, rounded, dampings)
+        if (factored := _factored(whole, rounded)) is not None:
+            other = loss(factored, factored.near(), dampings)
+            best, score = (factored, other) if other < score else (best, score)
+        tried[dampings] = score
+        return best
+
+    def loss(made: Search, rounded: Rounded, dampings: tuple[float, float]) -> float:
+        measured = measure(made.rounder.student(rounded.codes, rounded.others))
+        products = len(made.rounder.ranks)
+        _log.info(
+            "dampings %g, %g, %d products, at %.3f MB: divergence %.4g nats", *dampings, products, rounded.bytes / 1e6, measured
+        )
+        return measured * made.step_over(rounded) ** 2  # as if it had the size of the others
 
     chosen = UPWARDS[0]
     best = attempt(chosen)
@@ -101,6 +117,16 @@ def _chosen(
     return best
 
 
+def _factored(whole: Search, found: Rounded) -> Search | None:
+    """The search with some weights as products of two factors; None if that pays for none of them, or codes have a range."""
+    rounder = whole.rounder
+    if rounder.bits is not None:
+        return None
+    linear = (one for one in rounder.sites if one.read and one.site.kind == "linear" and min(one.weight.shape) > 1)
+    ranks = worthwhile((rounder.factoring(one) for one in linear), found.codes, found.rounding.step)
+    return Search(rounder.factored(ranks), whole.limit, whole.known) if ranks else None
+
+
 def round_model(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Module:
     """The model that a plan with a rounding describes. Raises ``PlanError`` without a profile, or for another model's plan."""
     if plan.rounding is None:
@@ -110,6 +136,7 @@ def round_model(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Mod
     plan.validate(describe(model))
     how = plan.rounding
     rounder = Rounder(model, profile, how.output_damping, how.input_damping, how.bits)
+    rounder = rounder.factored({name: rank for name, entry in plan.entries.items() for rank in _ranks(entry)})
     rounded = coded(rounder, round_to(rounder, how.step))
     return rounder.student(rounded.codes, rounded.others, rounded.coded)
 
@@ -123,12 +150,14 @@ def _plan(rounder: Rounder, rounded: Rounded, budget: str) -> Plan:
         site = whitened.site
         stream = rounded.coded[site.name].stream
         metric = metric_of(site, rounder.profile, whitened.weight).of(site, whitened.weight)
-        change = rounded.codes[site.name].weight().to(whitened.weight) - whitened.weight
-        entries[site.name] = replace(plan.entries[site.name], damage=metric.damage(change) if metric.has_gradient else 0.0)
+        codes = rounded.codes[site.name]
+        change = codes.weight().to(whitened.weight) - whitened.weight
+        damage = metric.damage(change) if metric.has_gradient else 0.0
+        entries[site.name] = _entry(site, rounder.ranks.get(site.name), damage)
         bits[site.name] = round(8 * len(stream) / site.parameters, 3)
         limit.add(site.kind, rounder.profile.sites[site.name], whitened.weight, change)
         progress("checking", len(entries), len(rounder.sites))
-    above = limit.decibels(8 * _code_bytes(rounder, rounded))
+    above = limit.decibels(8 * _code_bytes(anatomy, rounder, rounded))
     diagnostics = {
         "solver": "coded rounding",
         "bytes": int(rounded.bytes),
@@ -144,10 +173,21 @@ def _plan(rounder: Rounder, rounded: Rounded, budget: str) -> Plan:
     )
 
 
-def _code_bytes(rounder: Rounder, rounded: Rounded) -> int:
+def _entry(site: Site, rank: int | None, damage: float) -> Entry:
+    if rank is None:
+        return Entry(KEEP, damage=damage)
+    return Entry(LOW_RANK, (Term(f"{site.name}.u", f"{site.name}.v", rank),), damage)
+
+
+def _ranks(entry: Entry) -> list[int]:
+    return [term.rank for term in entry.terms if term.rank is not None]
+
+
+def _code_bytes(anatomy: Anatomy, rounder: Rounder, rounded: Rounded) -> int:
     """The bytes of all codes that the objective reads; small weights lie together in one stream."""
     assert rounded.coded is not None
     read = [whitened.site.name for whitened in rounder.sites if whitened.read]
-    small = [rounded.codes[name] for name in read if is_packed(rounded.codes[name].values.size)]
-    large = sum(len(rounded.coded[name].stream) for name in read if not is_packed(rounded.codes[name].values.size))
-    return large + (len(encode(small)) if small else 0)
+    small = [name for name in read if is_packed(anatomy[name].parameters)]
+    parts = [part for name in small for part in parts_of(rounded.codes[name])]
+    large = sum(len(rounded.coded[name].stream) for name in read if name not in small)
+    return large + (len(encode(parts)) if parts else 0)

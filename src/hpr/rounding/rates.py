@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from hpr.coding.codes import Codes, half_octaves
+from hpr.coding.codes import Codes, Product, half_octaves, parts_of
 from hpr.coding.stream import estimate
 from hpr.rounding.whitening import Whitened
 
@@ -62,9 +62,10 @@ def _ratios(whitened: Whitened) -> torch.Tensor:
     return height[places // len(width)] * width[places % len(width)]
 
 
-def estimated_bytes(codes: Mapping[str, Codes]) -> float:
+def estimated_bytes(codes: Mapping[str, Codes | Product]) -> float:
     """About the bytes that the codes will be coded in, from evenly spaced rows of large weights.
 
     The coder comes within a few per cent of it, by nearly the same share at steps that are near each other.
     """
-    return sum(estimate(one, max(1, one.values.size // _COUNTED)) for one in codes.values())
+    parts = (part for one in codes.values() for part in parts_of(one))
+    return sum(estimate(part, max(1, part.values.size // _COUNTED)) for part in parts)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from hpr.coding.codes import Codes
+from hpr.coding.codes import Codes, Product
 from hpr.coding.record import Coded
 from hpr.errors import BudgetError
 from hpr.evaluation.cost import coded_bytes
@@ -35,7 +35,7 @@ class Rounded:
     ``bytes``: of the whole file, by estimate if ``coded`` is None.
     """
 
-    codes: Mapping[str, Codes]
+    codes: Mapping[str, Codes | Product]
     others: Mapping[str, Codes]
     rounding: Rounding
     bytes: float

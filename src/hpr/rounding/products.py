@@ -1,0 +1,147 @@
+"""Weights of low rank at the same step: a site as a product of two rounded factors, where that costs less.
+
+At the step δ one bit is worth λ = (ln 2 / 6) · δ² nats, the slope of damage over bits of every number that is rounded. So a
+site costs J = damage + λ · bits, whichever way it is stored, and the way of least J is taken. Where a few directions hold most
+of a weight, two thin factors need fewer numbers, and what they leave out costs less than rounding all of it.
+
+The factors are those of the truncated singular value decomposition of the weight in its metric, W ≈ U V. The error of V is read
+through Uᵀ G U, which is diagonal. Once V is rounded, U is fitted to it anew, and its error is read through V A Vᵀ.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hpr.anatomy.model import Site
+from hpr.coding.codes import Codes, Product, parts_of
+from hpr.coding.stream import estimate
+from hpr.profiling.profile import SiteStatistics
+from hpr.rounding.limit import damped
+from hpr.rounding.matrices import Rule
+from hpr.rounding.sites import THRESHOLD, round_sites
+from hpr.rounding.whitening import Roots, Whitened
+
+_log = logging.getLogger(__name__)
+_RIDGE = 1e-4  # of the diagonal, at most
+_GAIN = 0.02  # of J: a product that saves less is not worth its code
+_HOPE = 1.2  # a predicted J up to so many times that of the whole weight is tried
+_AROUND = (0.6, 1.0, 1.5)  # ranks that are tried, relative to the one of least predicted J
+_SPREAD = 17.08  # 2πe: the entropy of a Gaussian of variance v at step 1 is about ½·log2(1 + 2πe·v)
+
+
+def price(step: float) -> float:
+    """Nats that one bit is worth at a step size: the slope of step² / 12 nats over the bits of a number."""
+    return math.log(2) / 6 * step**2
+
+
+@dataclass(frozen=True, eq=False)
+class Factoring:
+    """A site (out, in) that may become a product, in float64.
+
+    ``left`` (out, out) and ``right`` (in, in): its damped moments, 1-dimensional if diagonal. ``values`` (n,): the singular
+    values of the whitened weight, in √nats. ``basis`` (n, in): its right singular vectors, unwhitened.
+    """
+
+    site: Site
+    weight: Float[Tensor, "out in"]
+    left: Tensor
+    right: Tensor
+    rows: float
+    values: Float[Tensor, " n"]
+    basis: Float[Tensor, "n in"]
+
+    @classmethod
+    def of(cls, whitened: Whitened, statistics: SiteStatistics, dampings: tuple[float, float]) -> Factoring:
+        """The factoring of a linear site that has a gradient."""
+        weight = whitened.weight
+        left, right = (
+            damped(moment, damping).to(weight)
+            for moment, damping in zip((statistics.left, statistics.right), dampings, strict=True)
+        )
+        roots = Roots(0.0, 0.0)
+        outer, inner = roots.root(left, 0.0), roots.root(right, 0.0)
+        seen = _times(outer, weight, transposed=True) if outer.dim() > 1 else outer[:, None] * weight
+        seen = (seen @ inner if inner.dim() > 1 else seen * inner) * math.sqrt(statistics.rows / 2)
+        squares, vectors = torch.linalg.eigh(seen.T @ seen if weight.shape[1] <= weight.shape[0] else seen @ seen.T)
+        values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+        if weight.shape[1] > weight.shape[0]:
+            vectors = (seen.T @ vectors) / values.clamp(min=1e-12 * float(values[0]) + torch.finfo(torch.float64).tiny)
+        if inner.dim() > 1:
+            basis = torch.linalg.solve_triangular(inner.T, vectors, upper=True).T
+        else:
+            basis = (vectors / inner[:, None]).T
+        return cls(whitened.site, weight, left, right, statistics.rows, values, basis)
+
+    def codes(self, rank: int, step: float) -> Product:
+        """Both factors, rounded at a step size."""
+        scale = self.values[:rank].clamp(min=1e-9 * float(self.values[0]))
+        # in the sizes that leave both factors alike: the error of V is read through ½ · 2 · diag(values)
+        v = self._round(scale.sqrt()[:, None] * self.basis[:rank], scale, self.right, 2.0, step)
+        found = v.weight().to(self.weight)
+        kept = found.abs().amax(1) > 0
+        if not bool(kept.any()):
+            kept[0] = True
+        v = Codes(v.values[kept.cpu().numpy()], v.rows[kept.cpu().numpy()], v.columns, v.scale)
+        found = found[kept]
+        reads = _times(self.right, found.T)
+        inner = found @ reads
+        ridge = _RIDGE * (step / scale[kept]).clamp(max=1)  # coarse rows may nearly depend on one another, fine ones do not
+        inner = inner + torch.diag(ridge * inner.diagonal() + torch.finfo(torch.float64).tiny)
+        u = self._round(torch.linalg.solve(inner, reads.T @ self.weight.T).T, self.left, inner, self.rows, step)
+        return Product(u, v)
+
+    def damage(self, codes: Codes | Product) -> float:
+        """Nats per example, in the damped metric."""
+        change = codes.weight().to(self.weight) - self.weight
+        return 0.5 * self.rows * float((_times(self.left, change) * _times(self.right, change.T).T).sum())
+
+    def likely(self, step: float) -> tuple[int, float]:
+        """The rank of least predicted J, and that J, as if the entries of both factors were Gaussian."""
+        squares, noise = self.values.square(), step**2 / 12
+        costs = torch.zeros_like(squares)
+        for height in self.weight.shape:
+            spread = squares / height
+            costs += height * (spread * noise / (spread + noise) + price(step) * 0.5 * (1 + _SPREAD * spread / step**2).log2())
+        left_out = squares.sum() - squares.cumsum(0)
+        total = costs.cumsum(0) + left_out.clamp(min=0)
+        return int(total.argmin()) + 1, float(total.min())
+
+    def _round(self, matrix: Tensor, left: Tensor, right: Tensor, rows: float, step: float) -> Codes:
+        site = replace(self.site, kind="linear", out_features=matrix.shape[0], in_features=matrix.shape[1])
+        return round_sites([Roots(0.0, 0.0).whiten(site, matrix, SiteStatistics(left, right, rows))], step, Rule(THRESHOLD))[0]
+
+
+def worthwhile(sites: Iterable[Factoring], codes: Mapping[str, Codes | Product], step: float) -> dict[str, int]:
+    """The sites that are cheaper as products at a step size, each with its rank. ``codes``: those of the whole weights."""
+    found = {}
+    for one in sites:
+        whole = _cost(one, codes[one.site.name], step)
+        rank, predicted = one.likely(step)
+        if predicted > _HOPE * whole:
+            continue
+        most = min(one.weight.shape) - 1
+        ranks = sorted({max(1, min(round(factor * rank), most)) for factor in _AROUND})
+        products = {rank: one.codes(rank, step) for rank in ranks}
+        costs = {rank: _cost(one, product, step) for rank, product in products.items() if product.is_exact}
+        best = min(costs, key=lambda rank: costs[rank], default=0)
+        if costs and costs[best] < (1 - _GAIN) * whole:
+            _log.debug("%s: rank %d saves %.1f %% of its cost", one.site.label, best, 100 * (1 - costs[best] / whole))
+            found[one.site.name] = best
+    return found
+
+
+def _cost(one: Factoring, codes: Codes | Product, step: float) -> float:
+    return one.damage(codes) + price(step) * 8 * sum(estimate(part) for part in parts_of(codes))
+
+
+def _times(moment: Tensor, matrix: Tensor, transposed: bool = False) -> Tensor:
+    if moment.dim() == 1:
+        return moment[:, None] * matrix
+    return (moment.T if transposed else moment) @ matrix
