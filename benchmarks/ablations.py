@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 import hpr.rounding.model
 import hpr.rounding.plan
+import hpr.rounding.sites
 from common.byte_ground import Ground, minilm
 from common.quantised.coded import one_sided, saved_bytes
 from common.tables import markdown, say
-from hpr.coding.codes import Codes
+from hpr.coding.codes import Codes, joined, parts_of
 from hpr.coding.record import Coded
 from hpr.evaluation.cost import coded_bytes
 from hpr.nn.coded import codes_of, other_codes_of, stored
@@ -72,7 +73,13 @@ def alone(on: Ground, limit: int) -> Student:
     def nearest(weights: Tensor, grids: tuple[Tensor, Tensor], sides: object, rule: Rule) -> Tensor:
         return rule.whole(weights / (grids[0][:, :, None] * grids[1][:, None, :]))
 
-    with patched(hpr.rounding.model, "round_matrices", nearest):
+    with patched(hpr.rounding.sites, "round_matrices", nearest):
+        return whole(on, limit)
+
+
+def no_products(on: Ground, limit: int) -> Student:
+    """No weight as a product of two factors."""
+    with patched(hpr.rounding.plan, "worthwhile", lambda *_: {}):
         return whole(on, limit)
 
 
@@ -106,12 +113,20 @@ def coded_by(on: Ground, limit: int, code: Callable[[list[Codes]], float]) -> St
     for _ in range(4):
         student, size = whole(on, int(budget))
         codes = {name: coded.codes() for name, coded in codes_of(student).items()}
-        empty = {name: Coded.of(replace(one, values=np.zeros_like(one.values))) for name, one in codes.items()}
-        size = int(coded_bytes(student, empty, other_codes_of(student)) + code(list(codes.values())))
+        parts = {name: parts_of(one) for name, one in codes.items()}
+        empty = {name: Coded.of(joined([without_codes(part) for part in some])) for name, some in parts.items()}
+        size = int(
+            coded_bytes(student, empty, other_codes_of(student)) + code([part for some in parts.values() for part in some])
+        )
         if abs(size / limit - 1) < _CLOSE:
             break
         budget *= limit / size
     return student, size
+
+
+def without_codes(codes: Codes) -> Codes:
+    """The same scales with codes that take no bits."""
+    return replace(codes, values=np.zeros_like(codes.values))
 
 
 def table_each(codes: list[Codes]) -> float:
@@ -145,6 +160,7 @@ DECISIONS: dict[str, Callable[[Ground, int], Student]] = {
     "nothing left out": whole,
     "one side": second_side,
     "no feedback": alone,
+    "no products": no_products,
     "biases not corrected": biases,
     "threshold 0.5": halves,
     "one table for each weight": partial(coded_by, code=table_each),

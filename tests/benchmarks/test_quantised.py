@@ -21,7 +21,7 @@ from common.quantised.uniform import DAMPING, GROUP, gptq, input_moments, neares
 from common.texts import divided
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
-from hpr.coding.codes import Codes
+from hpr.coding.codes import Codes, Product
 from hpr.data.batches import Batches
 from hpr.evaluation.divergence import divergence
 from hpr.nn.coded import codes_of
@@ -212,8 +212,19 @@ def test_every_decision_gives_another_student_within_the_bytes(on):
         student, size = decide(on, limit)
         assert size <= limit * 1.01, name
         same = all(torch.equal(one, other) for one, other in zip(student.parameters(), first.parameters(), strict=True))
-        assert same == (name in ("nothing left out",)), name
+        assert same == (name in ("nothing left out", "no products")), name  # random weights are no products
         assert codes_of(student)
+
+
+def test_without_products_a_weight_of_rank_one_stays_whole(on):
+    thin = on.model.encoder.layer[1].intermediate.dense.weight
+    with torch.no_grad():
+        thin.copy_(thin[:, :1] @ thin[:1])
+    kinds = [
+        {type(coded.codes()) for coded in codes_of(decide(on, 12_000)[0]).values()}
+        for decide in (ablations.whole, ablations.no_products)
+    ]
+    assert kinds == [{Codes, Product}, {Codes}]
 
 
 def test_one_table_for_all_takes_more_bytes_than_one_for_each():

@@ -81,21 +81,28 @@ class Factoring:
 
     def codes(self, rank: int, step: float) -> Product:
         """Both factors, rounded at a step size."""
-        scale = self.values[:rank].clamp(min=1e-9 * float(self.values[0]))
-        # in the sizes that leave both factors alike: the error of V is read through ½ · 2 · diag(values)
-        v = self._round(scale.sqrt()[:, None] * self.basis[:rank], scale, self.right, 2.0, step)
-        found = v.weight().to(self.weight)
-        kept = found.abs().amax(1) > 0
-        if not bool(kept.any()):
-            kept[0] = True
-        v = Codes(v.values[kept.cpu().numpy()], v.rows[kept.cpu().numpy()], v.columns, v.scale)
-        found = found[kept]
+        return self.fitted(self.right_factor(rank, step), self.values[:rank], step)
+
+    def right_factor(self, rank: int, step: float) -> Codes:
+        """V (rank, in). It has the sizes with which U and V are alike: its error is read through diag(values)."""
+        scale = self._positive(self.values[:rank])
+        return self._round(scale.sqrt()[:, None] * self.basis[:rank], scale, self.right, 2.0, step)
+
+    def fitted(self, v: Codes, values: Float[Tensor, " rank"], step: float) -> Product:
+        """The product of U, fitted, and a rounded V with the singular ``values`` of its rows. Rows of zeros are left out."""
+        kept = (v.values != 0).any(1)
+        kept[0] |= not kept.any()
+        v = Codes(v.values[kept], v.rows[kept], v.columns, v.scale)
+        found, values = v.weight().to(self.weight), self._positive(values)[torch.from_numpy(kept).to(values.device)]
         reads = _times(self.right, found.T)
         inner = found @ reads
-        ridge = _RIDGE * (step / scale[kept]).clamp(max=1)  # coarse rows may nearly depend on one another, fine ones do not
+        ridge = _RIDGE * (step / values).clamp(max=1)  # coarse rows may nearly depend on one another, fine ones do not
         inner = inner + torch.diag(ridge * inner.diagonal() + torch.finfo(torch.float64).tiny)
         u = self._round(torch.linalg.solve(inner, reads.T @ self.weight.T).T, self.left, inner, self.rows, step)
         return Product(u, v)
+
+    def _positive(self, values: Tensor) -> Tensor:
+        return values.clamp(min=1e-9 * float(self.values[0]) + torch.finfo(torch.float64).tiny)
 
     def damage(self, codes: Codes | Product) -> float:
         """Nats per example, in the damped metric."""
