@@ -55,25 +55,33 @@ class Product:
 
     @property
     def is_exact(self) -> bool:
-        """Whether codes are so small that the scales between the factors keep 16 bits."""
-        return float(np.abs(self.u.values).max()) * float(np.abs(self.v.values).max()) * self.rank < 2.0**36
+        """Whether codes are so small that the scales between the factors keep 16 bits, and scales are float32 numbers."""
+        sizes = [float(np.abs(part.values).max()) for part in (self.u, self.v)]
+        scales = (self._rows().max(), half_octaves(self.v.columns).max())
+        return sizes[0] * sizes[1] * self.rank < 2.0**36 and max(scales) < float(np.finfo(np.float32).max)
 
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight in float32. The sums are whole numbers below 2^53, so every machine computes the same bits.
 
         The scales between the factors, relative to the largest one, are rounded to as many bits as that leaves.
         """
-        between = half_octaves(self.u.columns + self.v.rows)
+        between = self._between()
         largest = float(between.max())
         sizes = np.abs(self.u.values).max(0).astype(np.float64) * np.abs(self.v.values).max(1)
         most = float(np.ldexp(1.0, 52)) / max(1.0, float((sizes * between / largest).sum()) + float(sizes.sum()) / 2)
         bits = min(40, math.frexp(most)[1] - 1)
         whole = np.rint(np.ldexp(between / largest, bits))
         sums = (self.u.values * whole) @ self.v.values.astype(np.float64)
-        rows = (self.u.scale * self.v.scale * largest * half_octaves(self.u.rows)).astype(np.float32)
-        columns = half_octaves(self.v.columns).astype(np.float32)
+        rows, columns = self._rows().astype(np.float32), half_octaves(self.v.columns).astype(np.float32)
         numbers = torch.from_numpy(np.ldexp(sums, -bits).astype(np.float32))
         return numbers.mul_(torch.from_numpy(rows)[:, None]).mul_(torch.from_numpy(columns))
+
+    def _between(self) -> Float[np.ndarray, " rank"]:
+        return half_octaves(self.u.columns + self.v.rows)
+
+    def _rows(self) -> Float[np.ndarray, " out"]:
+        """The scales of rows, with all that is common to the product."""
+        return self.u.scale * self.v.scale * self._between().max() * half_octaves(self.u.rows)
 
 
 def parts_of(codes: Codes | Product) -> list[Codes]:
