@@ -61,6 +61,11 @@ def refuse_coded(model: nn.Module, action: str) -> None:
         )
 
 
+def in_pack(numbers: int) -> bool:
+    """Whether a tensor of so many numbers lies in the pack of a coded file; a larger one is a tensor of the file."""
+    return numbers < _PACKED_BELOW
+
+
 def stored(tensor: Tensor) -> Tensor:
     """A tensor that is not coded as a checkpoint stores it: in half precision, unless a number would leave its range."""
     if tensor.dtype != torch.float32 or float(tensor.abs().max() if tensor.numel() else 0) > torch.finfo(torch.float16).max:
@@ -114,14 +119,14 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
-        if key in sites and tensor.numel() >= _PACKED_BELOW:
+        if key in sites and not in_pack(tensor.numel()):
             large[key] = torch.frombuffer(bytearray(coded[sites[key]].stream), dtype=torch.uint8)
             streams[sites[key]] = key
         elif key in sites:
             weights[key] = coded[sites[key]].codes()
         elif key in others:
             rest[key] = others[key]
-        elif tensor.numel() < _PACKED_BELOW:
+        elif in_pack(tensor.numel()):
             plain[key] = stored(tensor)
         else:
             large[key] = stored(tensor).contiguous()
