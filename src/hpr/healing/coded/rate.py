@@ -8,6 +8,7 @@ number cost the same, and a larger number never costs less than a smaller one, s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,13 +36,17 @@ class Price:
         parts = np.split(each, np.cumsum([height * width for height, width in shapes])[:-1])
         self._buckets = [torch.from_numpy(part.reshape(shape)) for part, shape in zip(parts, shapes, strict=True)]
         self._centres = [layout.centre for layout in choice.layouts]
-        self._beside = 0.0
-        with torch.no_grad():
-            self._beside = choice.bits - float(self([torch.from_numpy(codes.values).float() for codes in weights]))
+        self._weights = weights
 
     def __call__(self, latents: Sequence[Float[Tensor, "out in"]]) -> Float[Tensor, ""]:
         """The bits of the stream for latents of the weights, with tables and sizes; its gradient is that of the codes alone."""
         return torch.stack([self.of(place, one).sum() for place, one in enumerate(latents)]).sum() + self._beside
+
+    @cached_property
+    def _beside(self) -> float:
+        """The bits of the stream that are no codes: tables, and sizes of rows and columns."""
+        now = (torch.from_numpy(codes.values).float() for codes in self._weights)
+        return self.bits - sum(float(self.of(place, one).sum()) for place, one in enumerate(now))
 
     def of(self, place: int, latents: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The bits of every code of the weight with the number ``place``."""
@@ -71,12 +76,13 @@ def prices(codes: Mapping[str, Codes]) -> list[tuple[list[str], Price]]:
 
 def _table(buckets: Int[np.ndarray, " n"], values: Int[np.ndarray, " n"]) -> Float[np.ndarray, "buckets sizes"]:
     """The bits of a code by its bucket and its size, for sizes from 0 to one above the largest that counts."""
-    found = np.zeros((LARGEST - SMALLEST + 1, _FAR + 2), np.float32)
-    sizes = np.arange(_FAR + 1)
-    for bucket in np.unique(buckets):
-        plain = plain_bits(int(bucket))
-        counts = np.bincount(np.clip(values[buckets == bucket] >> plain, -_FAR, _FAR) + _FAR, minlength=2 * _FAR + 1) + _SEEN
-        both = (counts[(sizes >> plain) + _FAR] + counts[(-sizes >> plain) + _FAR]) / 2
-        row = np.maximum.accumulate(plain - np.log2(both / counts.sum()))
-        found[bucket - SMALLEST] = np.append(row, row[-1])
-    return found
+    count, width = LARGEST - SMALLEST + 1, 2 * _FAR + 1
+    plain = np.array([plain_bits(bucket) for bucket in range(SMALLEST, LARGEST + 1)])
+    cells = buckets.astype(np.int64) - SMALLEST
+    symbols = np.clip(values >> plain[cells], -_FAR, _FAR) + _FAR
+    counts = np.bincount(cells * width + symbols, minlength=count * width).reshape(count, width) + _SEEN
+    sizes = np.arange(_FAR + 1) >> plain[:, None]
+    mirrored = -np.arange(_FAR + 1) >> plain[:, None]
+    both = np.take_along_axis(counts, sizes + _FAR, 1) + np.take_along_axis(counts, mirrored + _FAR, 1)
+    bits = np.maximum.accumulate(plain[:, None] + 1 - np.log2(both / counts.sum(1, keepdims=True)), axis=1)
+    return np.concatenate([bits, bits[:, -1:]], axis=1).astype(np.float32)

@@ -23,7 +23,7 @@ from hpr.healing.trainer import BestWeights, HealingTrainer
 from hpr.nn.coded import codes_of, other_codes_of
 from hpr.rounding.search import Rounded
 
-STEPS = 125.0  # grid steps: the learning rate of latents over that of the recipe, 0.05 steps per update by default
+STEPS = 50.0  # grid steps: the learning rate of latents over that of the recipe, 0.02 steps per update by default
 
 
 class CodedHealing:
