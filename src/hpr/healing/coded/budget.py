@@ -39,30 +39,30 @@ class ByteBudget:
         """How latents become codes."""
         return Rule(threshold, largest_code(self.rounding.bits))
 
-    def fit(self, student: nn.Module, latents: Latents) -> Rounded | None:
-        """The codes of the latents and of the student's other parameters, within the limit; None if none were found.
-
-        Latents are rounded to nearest if that fits. Else the threshold is raised from which a fraction of a step is rounded
-        away from zero, so that the latents nearest to it become the smaller, cheaper number: as few of them as will do.
-        """
+    def file(self, student: nn.Module, latents: Latents, threshold: float = 0.5) -> Rounded:
+        """The codes of the latents and of the student's other parameters, with the bytes of their file."""
         values = {name: parameter.detach() for name, parameter in student.named_parameters()}
         known = {name: value for name, value in self.sensitivities.items() if name in values}
         others = round_others(values, known, self.rounding.step)
+        codes = latents.whole(self.rule(threshold))
+        streams = {site: Coded.of(one) for site, one in codes.items()}
+        return Rounded(codes, others, self.rounding, coded_bytes(student, streams, others), streams)
 
-        def attempt(threshold: float) -> Rounded:
-            codes = latents.whole(self.rule(threshold))
-            streams = {site: Coded.of(one) for site, one in codes.items()}
-            return Rounded(codes, others, self.rounding, coded_bytes(student, streams, others), streams)
+    def fit(self, student: nn.Module, latents: Latents, nearest: Rounded | None = None) -> Rounded | None:
+        """The file within the limit; None if none was found. ``nearest``: the file of the latents rounded to nearest.
 
-        best, found = attempt(0.5), None
+        It is that file if it fits. Else the threshold is raised from which a fraction of a step is rounded away from zero, so
+        that the latents nearest to it become the smaller, cheaper number: as few of them as will do.
+        """
+        best, found = nearest or self.file(student, latents), None
         if best.bytes <= self.limit:
             return best
         margins = torch.cat([latent.margins() for latent in latents]).sort().values
-        low, high, over = 0, len(margins), best.bytes - self.limit
-        count = int(8 * over / _SAVED) + 1
+        low, high = 0, len(margins)
+        count = int(8 * (best.bytes - self.limit) / _SAVED) + 1
         for _ in range(_ATTEMPTS):
             count = min(count, high)
-            best = attempt(0.5 + float(margins[:count].amax()) if count else 0.5)
+            best = self.file(student, latents, 0.5 + float(margins[count - 1]) if count else 0.5)
             if best.bytes <= self.limit:
                 high, found = count, best
             else:

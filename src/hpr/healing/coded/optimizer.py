@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 _EVERY = 10  # steps between two looks at the bytes
 _AIM = 0.998  # of the limit
 _GAIN, _BRAKE, _MOST = 4.0, 12.0, 0.5  # how the price of a bit follows the share of bytes too many, and its growth
-_LEAST = 0.01
+_LEAST = 0.01  # of the ratio of gradients to slopes: a price of 0 would stay 0
 _BETAS = (0.9, 0.999)
 _TINY = 1e-16
 
@@ -37,6 +37,11 @@ class Pressure:
         self.slopes: dict[str, Tensor] = {}
         self.bytes = float(size)
         self._beside: float | None = None  # bytes that no price counts
+
+    def correct(self, size: float) -> None:
+        """Take the real bytes of the file of the latents as they are now: norms and biases change it, too."""
+        bits = sum(price.bits for _, price in prices(self.latents.whole(self.budget.rule())))
+        self._beside, self.bytes = size - bits / 8, size
 
     def look(self) -> None:
         """Count the codes as they are now, and set the price of a bit."""

@@ -32,6 +32,8 @@ class CodedHealing:
     def __init__(self, student: nn.Module, budget: ByteBudget):
         self.student, self.budget = student, budget
         self.latents = Latents(student, {site: coded.codes() for site, coded in codes_of(student).items()})
+        size = coded_bytes(student, codes_of(student), other_codes_of(student))
+        self.pressure = Pressure(self.latents, budget, size)
         self.fitted: Rounded | None = None
 
     @contextmanager
@@ -47,11 +49,7 @@ class CodedHealing:
         """Trains latents, and everything in ``groups`` that is no weight of a site."""
         weights = {id(latent.weight) for latent in self.latents}
         floats = [group for group in groups if id(group["params"][0]) not in weights]
-        return CodedAdam(floats, self.latents, STEPS * learning_rate, self._pressure())
-
-    def _pressure(self) -> Pressure:
-        size = coded_bytes(self.student, codes_of(self.student), other_codes_of(self.student))
-        return Pressure(self.latents, self.budget, size)
+        return CodedAdam(floats, self.latents, STEPS * learning_rate, self.pressure)
 
     @contextmanager
     def as_file(self) -> Iterator[Rounded | None]:
@@ -59,7 +57,9 @@ class CodedHealing:
         weights = {id(latent.weight) for latent in self.latents}
         floats = {name: one for name, one in self.student.named_parameters() if id(one) not in weights}
         kept = {name: one.detach().clone() for name, one in floats.items()}
-        fitted = self.budget.fit(self.student, self.latents)
+        nearest = self.budget.file(self.student, self.latents)
+        self.pressure.correct(nearest.bytes)
+        fitted = self.budget.fit(self.student, self.latents, nearest)
         if fitted is not None:
             put(self.student, fitted)
         try:
