@@ -34,7 +34,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 def test_the_record_and_the_report_tell_the_healing_and_the_file_keeps_the_budget(loaded: LoadedModel, tmp_path: Path) -> None:
     plain = hpr.compress(loaded, "8%bytes", TEXTS)
-    made = hpr.compress(loaded, "8%bytes", TEXTS, tmp_path / "out", heal=hpr.Recipe("240steps", checks=3, learning_rate=2e-4))
+    made = hpr.compress(loaded, "8%bytes", TEXTS, tmp_path / "out", heal=hpr.Recipe("240steps", checks=3, learning_rate=3e-4))
     healing = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["healing"]
     assert healing == made.metrics["healing"]
     assert healing["after"] < healing["before"]

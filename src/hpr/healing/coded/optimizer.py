@@ -18,7 +18,6 @@ _log = logging.getLogger(__name__)
 _EVERY = 10  # steps between two looks at the bytes
 _AIM = 0.998  # of the limit
 _GAIN, _BRAKE, _MOST = 4.0, 12.0, 0.5  # how the price of a bit follows the share of bytes too many, and its growth
-_LEAST = 0.01  # of the ratio of gradients to slopes: a price of 0 would stay 0
 _BETAS = (0.9, 0.999)
 _TINY = 1e-16
 
@@ -26,17 +25,25 @@ _TINY = 1e-16
 class Pressure:
     """Holds the bytes of a file at its budget: the price of a bit rises while they are more, and falls while they are fewer.
 
-    ``price``: in units of the loss per bit; None before the first gradient, which gives its start: the price at which the first
-    step neither gains nor loses bits, because the gradient that is left has no part along that of the bits.
+    ``price``: in units of the loss per bit; 0 before the first batch (see ``begin``).
     ``slopes``: the derivative of the bits in each latent, by site. ``bytes``: those of the file, about.
     """
 
     def __init__(self, latents: Latents, budget: ByteBudget, size: int):
         self.latents, self.budget = latents, budget
-        self.price: float | None = None
+        self.price = 0.0
         self.slopes: dict[str, Tensor] = {}
         self.bytes = float(size)
         self._beside: float | None = None  # bytes that no price counts
+
+    def begin(self, loss: float) -> None:
+        """Set the first price, what a bit is worth at the loss D of the first batch: 2 ln 2 · D / n for n codes.
+
+        For D falls by a factor of 2^(−2 b / n) with b more bits, if these are spent as well as the others.
+        """
+        if not self.price:
+            self.price = 2 * math.log(2) * loss / max(1, sum(latent.value.numel() for latent in self.latents))
+            _log.debug("the price of a bit starts at %.3g", self.price)
 
     def correct(self, size: float) -> None:
         """Take the real bytes of the file of the latents as they are now: norms and biases change it, too."""
@@ -57,9 +64,8 @@ class Pressure:
         before, self.bytes = self.bytes, self._beside + bits / 8
         over = self.bytes / (_AIM * self.budget.limit) - 1
         growth = (self.bytes - before) / self.budget.limit
-        if self.price is not None:
-            self.price *= math.exp(max(-_MOST, min(_MOST, _GAIN * over + _BRAKE * growth)))
-        _log.debug("%.4f MB, a bit costs %s", self.bytes / 1e6, self.price)
+        self.price *= math.exp(max(-_MOST, min(_MOST, _GAIN * over + _BRAKE * growth)))
+        _log.debug("%.4f MB, a bit costs %.3g", self.bytes / 1e6, self.price)
 
 
 class CodedAdam(torch.optim.AdamW):
@@ -81,9 +87,6 @@ class CodedAdam(torch.optim.AdamW):
         self._steps += 1
         found = {site: latent.gradient() for site, latent in self.latents.items()}
         read = {site: one for site, one in found.items() if one is not None}
-        if self.pressure.price is None:
-            self.pressure.price = balance(read, self.pressure.slopes)
-            _log.debug("the price of a bit starts at %.3g", self.pressure.price)
         for site, gradient in read.items():
             self._move(self.latents[site], gradient, self.pressure.slopes[site])
         done = super().step(closure)
@@ -103,7 +106,7 @@ class CodedAdam(torch.optim.AdamW):
             whole = (first, second, count, value)
             first, second, count, value = (part[rows] for part in whole)
             gradient, slope = gradient[rows], slope[rows]
-        gradient = gradient.add_(slope, alpha=self.pressure.price or 0.0)
+        gradient = gradient.add_(slope, alpha=self.pressure.price)
         count += 1
         first.lerp_(gradient, 1 - _BETAS[0])
         second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
@@ -112,14 +115,3 @@ class CodedAdam(torch.optim.AdamW):
         if not every:
             for part, new in zip(whole, (first, second, count, value), strict=True):
                 part[rows] = new
-
-
-def balance(gradients: dict[str, Tensor], slopes: dict[str, Tensor]) -> float:
-    """The price of a bit at which gradients are orthogonal to the slope of the bits; at least a small share of their ratio."""
-    along = sums = size = 0.0
-    for site, gradient in gradients.items():
-        slope = slopes[site][gradient.abs().amax(1) > 0]
-        along -= float((gradient * slopes[site]).sum(dtype=torch.float64))
-        sums += float(gradient.square().sum(dtype=torch.float64))
-        size += float(slope.square().sum(dtype=torch.float64))
-    return max(along / size, _LEAST * math.sqrt(sums / size)) if size else 0.0

@@ -23,7 +23,7 @@ from hpr.healing.trainer import BestWeights, HealingTrainer
 from hpr.nn.coded import codes_of, other_codes_of
 from hpr.rounding.search import Rounded
 
-STEPS = 50.0  # grid steps: the learning rate of latents over that of the recipe, 0.02 steps per update by default
+STEPS = 37.5  # grid steps: the learning rate of latents over that of the recipe, 0.015 steps per update by default
 
 
 class CodedHealing:
@@ -90,6 +90,11 @@ class CodedTrainer(HealingTrainer):
         if self.optimizer is None:
             self.optimizer = self.healing.optimizer(self.groups, self.setup.recipe.learning_rate)
         return self.optimizer
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().compute_loss(*args, **kwargs)
+        self.healing.pressure.begin(float(loss.detach()))
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.healing.as_file() as fitted:
