@@ -32,7 +32,7 @@ BELOW = {
     "planning": "anatomy layer_reuse operators plans profiling runtime solver",
     "checkpoints": "anatomy coding data nn plans profiling runtime sharing",
     "routing": "anatomy data nn operators planning plans profiling runtime sharing",
-    "healing": "anatomy data evaluation nn plans profiling runtime sharing",
+    "healing": "anatomy coding data evaluation nn plans profiling rounding runtime sharing",
 }
 BELOW["pipeline"] = " ".join(room for room in BELOW if room != "errors")
 BELOW["cli"] = BELOW["pipeline"] + " pipeline"

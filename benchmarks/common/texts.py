@@ -46,14 +46,14 @@ def mixture(each: int = 4000) -> list[str]:
     return texts
 
 
-def divided(held: int = 100) -> tuple[list[str], dict[str, list[str]]]:
-    """Sentences of six kinds to calibrate on, shuffled, and ``held`` others of every kind to measure on, by kind.
+def divided(held: int = 100, each: int = 1000) -> tuple[list[str], dict[str, list[str]]]:
+    """At most ``each`` sentences of six kinds to read, shuffled, and ``held`` others of every kind to measure on, by kind.
 
     Held-out docstrings come from modules that no calibration reads.
     """
     kinds = unlabelled()
     kept = {name: texts[-held:] for name, texts in kinds.items()} | {"docstrings": docstrings("heldout")[:held]}
-    texts = [text for kind in kinds.values() for text in kind[: min(map(len, kinds.values())) - held][:1000]]
+    texts = [text for kind in kinds.values() for text in kind[: min(map(len, kinds.values())) - held][:each]]
     random.Random(1).shuffle(texts)
     return texts, kept
 

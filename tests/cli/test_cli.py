@@ -284,6 +284,18 @@ def test_compress_and_heal(home, tmp_path):
     assert not left_behind(tmp_path)
 
 
+def test_compress_to_bytes_and_heal(home, tmp_path):
+    out = tmp_path / "out"
+    common = ["compress", home / "model", "--budget", "12%bytes", "--data", home / "texts.txt", "-o", out, "--heal", "12steps"]
+    found = json.loads(run(*common, "--json").stdout)
+    assert found["healing"]["after"] <= found["healing"]["before"]
+    assert [row["step"] for row in found["healing"]["history"]][-1] == 12
+    assert 'id="healing"' in (out / "report.html").read_text(encoding="utf-8")
+    assert (out / "model.safetensors").stat().st_size == found["sizes"]["after"]["bytes"]
+    assert "12 steps in" in run(*common).stdout
+    assert not left_behind(tmp_path)
+
+
 def test_several_files_with_shares(home, tmp_path):
     first, second = home / "texts.txt", tmp_path / "more=2.tsv"
     texts = first.read_text(encoding="utf-8").splitlines()

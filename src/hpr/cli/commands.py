@@ -213,7 +213,10 @@ def compress(
     ] = None,
     align: Align = None,
     heal: Annotated[
-        str | None, typer.Option(metavar="AMOUNT", help="Then train the result to imitate its original: 500steps, 10min.")
+        str | None,
+        typer.Option(
+            metavar="AMOUNT", help="Then train the result to imitate its original, within the same budget: 500steps, 10min."
+        ),
     ] = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="Also measure plans of other budgets, for the report's figure of quality by size.")

@@ -27,6 +27,11 @@ class Codes:
     columns: Int[np.ndarray, " in"]
     scale: float
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers the weight has."""
+        return int(self.values.size)
+
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight in float32. Products of single numbers only, so every machine computes the same bits."""
         rows = torch.from_numpy((self.scale * half_octaves(self.rows)).astype(np.float32))
@@ -52,6 +57,11 @@ class Product:
     def rank(self) -> int:
         """How many columns ``u`` and rows ``v`` have."""
         return len(self.v.rows)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the weight has; its factors have fewer."""
+        return len(self.u.rows) * len(self.v.columns)
 
     @property
     def is_exact(self) -> bool:
@@ -82,6 +92,11 @@ class Product:
     def _rows(self) -> Float[np.ndarray, " out"]:
         """The scales of rows, with all that is common to the product."""
         return self.u.scale * self.v.scale * self._between().max() * half_octaves(self.u.rows)
+
+
+def part_names(name: str, codes: Codes | Product) -> list[str]:
+    """A name for each of the parts of a weight: its own, or one for each factor."""
+    return [name] if isinstance(codes, Codes) else [f"{name}.u", f"{name}.v"]
 
 
 def parts_of(codes: Codes | Product) -> list[Codes]:

@@ -34,7 +34,7 @@ _AGAIN = "copy or download the checkpoint again"
 
 def encode(weights: Sequence[Codes]) -> bytes:
     """The codes of at least one weight as the shorter of two streams: with expected sizes sent, or taken from the scales."""
-    return _encoded(weights, _choice(weights))
+    return _encoded(weights, choice_of(weights))
 
 
 def decode(stream: bytes) -> list[Codes]:
@@ -56,7 +56,7 @@ def decode(stream: bytes) -> list[Codes]:
     layouts = filled(layouts, bool(sized), lambda count: next(tables).decode(coder, count))
     values = np.empty(sum(layout.numbers for layout in layouts), dtype=np.int32)
     for bucket, places in _buckets(layouts, bool(sized)):
-        bits = _plain_bits(bucket)
+        bits = plain_bits(bucket)
         values[places] = next(tables).decode(coder, len(places)) << bits
         if bits:
             values[places] += coder.decode(uniform(bits), len(places))
@@ -71,16 +71,16 @@ def estimate(codes: Codes, every: int = 1) -> float:
     """
     height = len(codes.rows)
     kept = Codes(codes.values[::every], codes.rows[::every], codes.columns, codes.scale)
-    choice, more = _choice([kept]), height / len(kept.rows)
-    bits = _entropy(_bucket_of_each(choice.layouts, choice.sized), choice.values) * more
+    choice, more = choice_of([kept]), height / len(kept.rows)
+    bits = _entropy(bucket_of_each(choice.layouts, choice.sized), choice.values) * more
     for kind, symbols in enumerate(exponents(choice.layouts, choice.sized)):
         bits += _plain_entropy(symbols) * (1 if kind % 2 else more)  # those of rows and of columns alternate
     return bits / 8
 
 
 @dataclass(frozen=True, eq=False)
-class _Choice:
-    """How codes are laid out. ``values``: flat; ``bits``: about how many the stream has."""
+class Choice:
+    """How codes are laid out. ``values``: flat, less their centres; ``bits``: about how many the stream has."""
 
     layouts: Sequence[Layout]
     sized: bool
@@ -88,23 +88,23 @@ class _Choice:
     bits: float
 
 
-def _choice(weights: Sequence[Codes]) -> _Choice:
+def choice_of(weights: Sequence[Codes]) -> Choice:
     """The layout of fewest bits, expected sizes being sent or taken from the scales."""
     layouts = [Layout.of(codes) for codes in weights]
     values = np.concatenate([(codes.values - layout.centre).ravel() for codes, layout in zip(weights, layouts, strict=True)])
 
     def bits(sized: bool) -> float:
         sizes = sum(_plain_entropy(symbols) for symbols in exponents(layouts, sized))
-        buckets = _bucket_of_each(layouts, sized)
+        buckets = bucket_of_each(layouts, sized)
         tables = np.count_nonzero(np.bincount(buckets.astype(np.int64) - SMALLEST))
         return sizes + _entropy(buckets, values) + _TABLE * tables
 
     ways = {sized: bits(sized) for sized in ((True, False) if any(not layout.flat for layout in layouts) else (False,))}
     sized = min(ways, key=lambda way: ways[way])
-    return _Choice(layouts, sized, values, ways[sized])
+    return Choice(layouts, sized, values, ways[sized])
 
 
-def _encoded(weights: Sequence[Codes], choice: _Choice) -> bytes:
+def _encoded(weights: Sequence[Codes], choice: Choice) -> bytes:
     tables: list[Table] = []
     steps: list[Callable[[object], None]] = []
 
@@ -116,7 +116,7 @@ def _encoded(weights: Sequence[Codes], choice: _Choice) -> bytes:
     for symbols in exponents(choice.layouts, choice.sized):
         put(symbols)
     for bucket, places in _buckets(choice.layouts, choice.sized):
-        bits, symbols = _plain_bits(bucket), choice.values[places]
+        bits, symbols = plain_bits(bucket), choice.values[places]
         put(symbols >> bits)
         if bits:
             low = (symbols & ((1 << bits) - 1)).astype(np.int32)
@@ -131,13 +131,14 @@ def _encoded(weights: Sequence[Codes], choice: _Choice) -> bytes:
     return _HEAD.pack(*head, zlib.crc32(_checked(unsealed))) + description + words
 
 
-def _bucket_of_each(layouts: Sequence[Layout], sized: bool) -> Int[np.ndarray, " codes"]:
+def bucket_of_each(layouts: Sequence[Layout], sized: bool) -> Int[np.ndarray, " codes"]:
+    """The bucket of every code of several weights, int8, one weight after the other."""
     return np.concatenate([np.clip(layout.expected(sized), SMALLEST, LARGEST).astype(np.int8) for layout in layouts])
 
 
 def _buckets(layouts: Sequence[Layout], sized: bool) -> Iterator[tuple[int, np.ndarray]]:
     """The number of each bucket that is not empty, and the places of its codes among all."""
-    buckets = _bucket_of_each(layouts, sized)
+    buckets = bucket_of_each(layouts, sized)
     order = np.argsort(buckets, kind="stable")
     starts = np.flatnonzero(np.diff(buckets[order])) + 1
     for places in np.split(order, starts):
@@ -149,11 +150,12 @@ def _checked(stream: bytes) -> bytes:
     return stream[: _HEAD.size - 4] + stream[_HEAD.size :]
 
 
-def _plain_bits(bucket: int) -> int:
+def plain_bits(bucket: int) -> int:
+    """How many of the lowest bits of a code are stored as they are, in a bucket."""
     return max(0, bucket - _PLAIN_ABOVE + 2) // 2
 
 
-_PLAIN = np.array([_plain_bits(bucket) for bucket in (*range(LARGEST + 1), *range(SMALLEST, 0))])  # negative ones from the end
+_PLAIN = np.array([plain_bits(bucket) for bucket in (*range(LARGEST + 1), *range(SMALLEST, 0))])  # negative ones from the end
 
 
 def _entropy(buckets: Int[np.ndarray, " n"], values: Int[np.ndarray, " n"]) -> float:

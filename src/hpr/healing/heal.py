@@ -16,7 +16,8 @@ from hpr.data.splits import TRAINED, Splits, prepare
 from hpr.errors import DataError
 from hpr.healing.augmentation import Augmentation, augmentation
 from hpr.healing.recipe import Recipe
-from hpr.healing.train import Healing, train
+from hpr.healing.setup import TrainingSetup
+from hpr.healing.train import Healing, run, set_up
 from hpr.nn.bank import recorded_objective
 from hpr.nn.coded import refuse_coded
 from hpr.profiling.objectives import objective_for
@@ -48,7 +49,11 @@ def heal(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any = None,
     (0.137, 0.0698)
     """
     refuse_coded(student, "healed")
-    recipe = recipe or Recipe()
+    return run(student, ready(student, teacher, data, recipe or Recipe()))
+
+
+def ready(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any, recipe: Recipe) -> TrainingSetup:
+    """Everything that a run needs, from data of any kind. Raises ``HprError`` as ``heal`` does."""
     goal = recipe.objective or recorded_objective(student)
     if isinstance(teacher, nn.Module):
         teacher = as_loaded(teacher, None, goal)
@@ -61,7 +66,7 @@ def heal(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any = None,
         augment = None if recipe.weights.labels else changes_for(teacher)  # a label says nothing about changed inputs
         _log.info("inputs are %s", "shown unchanged" if augment is None else "mixed, shifted and made noisy")
     recipe = replace(recipe, augment=augment, objective=teacher.objective)
-    return train(student, teacher.model, batches, validation, recipe, shares)
+    return set_up(student, teacher.model, batches, validation, recipe, shares)
 
 
 def batches_of(

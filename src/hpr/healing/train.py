@@ -6,8 +6,8 @@ import copy
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hpr.anatomy.describe import describe
@@ -35,9 +35,12 @@ from hpr.healing.trainer import HealingTrainer, last_checkpoint, load_weights
 from hpr.nn.bank import recorded_objective
 from hpr.nn.coded import refuse_coded
 from hpr.profiling.objectives import objective_for
-from hpr.runtime.batch import Batch, BatchLike, as_batches
+from hpr.runtime.batch import BatchLike, as_batches
 from hpr.runtime.hooks import eval_mode, transformers_quiet
 
+MakeTrainer = Callable[
+    [nn.Module, TrainingSetup, TrainingArguments, Schedule, TargetCache | None], AbstractContextManager[HealingTrainer]
+]
 TARGETS = "targets"  # the folder of the teacher's targets, beside the checkpoints
 _log = logging.getLogger(__name__)
 
@@ -101,10 +104,13 @@ def train(
     the checkpoints of another run.
     """
     refuse_coded(student, "healed")
+    return run(student, set_up(student, teacher, batches, validation, recipe or Recipe(), shares))
+
+
+def run(student: nn.Module, setup: TrainingSetup, trainer: MakeTrainer | None = None) -> Healing:
+    """Train a student in place as a setup says (see ``train``). ``trainer`` makes its trainer, by default the recipe's."""
     start, device, initial = time.perf_counter(), next(student.parameters()).device, copy.deepcopy(student.state_dict())
-    sources = {name: as_batches(source) for name, source in named(batches).items()}
-    setup = _setup(student, teacher, recipe or Recipe(), sources, shares, as_batches(validation))
-    loss = setup.loss
+    loss, teacher = setup.loss, setup.loss.teacher
     before = loss.validate(student, setup.validation)
     processes = PartialState(cpu=device.type == "cpu")
     with _checkpoint_folder(setup.recipe) as folder:
@@ -113,7 +119,7 @@ def train(
             with processes.main_process_first():
                 check_resume(folder, facts_of(student, setup))
                 checkpoint = last_checkpoint(folder)
-        best_step, log = _trained(student, setup, folder, checkpoint)
+        best_step, log = _trained(student, setup, folder, checkpoint, trainer or trainer_of(setup.recipe))
         after = loss.validate(student, setup.validation)
         if not after.mean < before.mean:
             student.load_state_dict(initial)
@@ -131,15 +137,16 @@ def train(
     return Healing(before, after, best_step, time.perf_counter() - start, rows, gains, setup.settings())
 
 
-def _setup(
+def set_up(
     student: nn.Module,
     teacher: nn.Module,
+    batches: Sequence[BatchLike] | Mapping[str, Sequence[BatchLike]],
+    validation: Sequence[BatchLike],
     recipe: Recipe,
-    sources: Mapping[str, Sequence[Batch]],
-    shares: Mapping[str, float] | None,
-    validation: Sequence[Batch],
+    shares: Mapping[str, float] | None = None,
 ) -> TrainingSetup:
-    """Read the recipe. A time becomes steps; a run that continues keeps the steps that it began with."""
+    """What a run needs (see ``train``). A time becomes steps; a run that continues keeps the steps that it began with."""
+    sources = {name: as_batches(source) for name, source in named(batches).items()}
     if recipe.augment == "auto":
         recipe = replace(recipe, augment=None)
     goal = objective_for(teacher, recipe.objective or recorded_objective(student))
@@ -150,11 +157,20 @@ def _setup(
         assert seconds is not None
         steps = steps_within(seconds, student, loss, list(chain(*sources.values())), recipe.accumulate)
         _log.info("%g seconds are %d steps", seconds, steps)
-    return TrainingSetup(recipe, steps, seconds, loss, sources, shares, validation)
+    return TrainingSetup(recipe, steps, seconds, loss, sources, shares, as_batches(validation))
+
+
+def trainer_of(recipe: Recipe) -> MakeTrainer:
+    """What makes the trainer for a recipe."""
+    if recipe.staged:
+        from hpr.healing.stages import staged_trainer
+
+        return staged_trainer
+    return lambda *given: nullcontext(HealingTrainer(*given))
 
 
 def _trained(
-    student: nn.Module, setup: TrainingSetup, folder: Path, checkpoint: Path | None
+    student: nn.Module, setup: TrainingSetup, folder: Path, checkpoint: Path | None, make: MakeTrainer
 ) -> tuple[int, list[dict[str, float]]]:
     """Train, and load the best weights into the student. Return their step and the Trainer's log."""
     recipe, teacher = setup.recipe, setup.loss.teacher
@@ -170,12 +186,7 @@ def _trained(
         if recipe.sharded:
             learner = shard(copy.deepcopy(student), setup.loss.anatomy, args.device)
         stack.enter_context(_restored(learner, recipe))
-        if recipe.staged:
-            from hpr.healing.stages import staged_trainer
-
-            trainer = stack.enter_context(staged_trainer(learner, setup, args, schedule, cache))
-        else:
-            trainer = HealingTrainer(learner, setup, args, schedule, cache)
+        trainer = stack.enter_context(make(learner, setup, args, schedule, cache))
         if checkpoint is not None:
             _log.info("continuing from %s", checkpoint)
         with transformers_quiet():

@@ -61,8 +61,8 @@ def refuse_coded(model: nn.Module, action: str) -> None:
         )
 
 
-def is_packed(numbers: int) -> bool:
-    """Whether a tensor of so many numbers lies in the pack."""
+def in_pack(numbers: int) -> bool:
+    """Whether a tensor of so many numbers lies in the pack of a coded file; a larger one is a tensor of the file."""
     return numbers < _PACKED_BELOW
 
 
@@ -119,14 +119,14 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
-        if key in sites and not is_packed(tensor.numel()):
+        if key in sites and not in_pack(tensor.numel()):
             large[key] = torch.frombuffer(bytearray(coded[sites[key]].stream), dtype=torch.uint8)
             streams[sites[key]] = key
         elif key in sites:
             weights[key] = coded[sites[key]].codes()
         elif key in others:
             rest[key] = others[key]
-        elif is_packed(tensor.numel()):
+        elif in_pack(tensor.numel()):
             plain[key] = stored(tensor)
         else:
             large[key] = stored(tensor).contiguous()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,16 +12,23 @@ from hpr.anatomy.describe import describe
 from hpr.checkpoints.save import check_folder
 from hpr.coding.tables import ans
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.splits import prepare
+from hpr.data.splits import Splits, prepare
 from hpr.errors import BudgetError
+from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.divergence import compare, divergence
 from hpr.evaluation.evaluate import evaluate, measured_on
+from hpr.nn.coded import codes_of
 from hpr.pipeline.compression import Compression, timed
 from hpr.pipeline.record import plan_rows, record, write
 from hpr.planning.options import DEFAULTS, PlanOptions
 from hpr.profiling.objectives import objective_for
+from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile
-from hpr.rounding.plan import plan_bytes
+from hpr.rounding.plan import CodedPlan, plan_bytes
+
+if TYPE_CHECKING:  # the Trainer is imported only if something is healed
+    from hpr.healing.recipe import Recipe
+    from hpr.healing.train import Healing
 
 _SHARING = ("only", "operators", "align", "refit", "reuse", "routers", "curve")  # options of plans that share
 
@@ -41,12 +49,19 @@ def compress_to_bytes(
     data: Any,
     output: str | Path | None,
     options: PlanOptions,
+    recipe: Recipe | None = None,
 ) -> Compression:
     """Compress a model to a file of at most so many bytes; ``budget``: the user's words and the bytes.
+
+    With a ``recipe`` the codes are trained as well, within the same bytes.
 
     Raises ``HprError``, before anything is measured or written, if an input does not fit.
     """
     check_options(options, budget[0])
+    if recipe is not None:
+        from hpr.healing.coded.heal import check_recipe
+
+        check_recipe(loaded.model, recipe)
     ans()  # raises if the coder is not installed
     if output is not None:
         check_folder(output)
@@ -63,9 +78,13 @@ def compress_to_bytes(
             return divergence(student, loaded.model, texts.rescoring, goal).mean
 
         made = plan_bytes(loaded.model, measured, *budget, measure, options.bits)
+        score = compare(made.student, loaded.model, texts.rescoring, goal)
+    healing = None
+    if recipe is not None:
+        with timed(seconds, "heal"):
+            made, healing = _healed(made, budget[1], loaded, measured, texts, recipe)
     with timed(seconds, "evaluate"):
         figures = measured_on(evaluate(made.student, loaded.model, texts.heldout, goal), f"{texts.source}, held out")
-        score = compare(made.student, loaded.model, texts.rescoring, goal)
     metrics = record(loaded, made.plan, measured, texts, figures) | {
         "seed": options.seed,
         "timing": seconds,
@@ -80,5 +99,22 @@ def compress_to_bytes(
         "operator_gains": [],
         "dampings": [{"output": left, "input": right, "measured": value} for (left, right), value in made.tried.items()],
     }
+    if healing is not None:
+        metrics["healing"] = healing.as_metrics()
     folder = None if output is None else write(made.student, output, made.plan, metrics, loaded)
     return Compression(made.student, made.plan, metrics, folder)
+
+
+def _healed(
+    made: CodedPlan, limit: int, loaded: LoadedModel, measured: Profile, texts: Splits, recipe: Recipe
+) -> tuple[CodedPlan, Healing]:
+    """The same with trained codes. The plan says how the codes began, and how many bytes they have now."""
+    from hpr.healing.coded.budget import ByteBudget
+    from hpr.healing.coded.heal import heal_codes
+
+    assert made.plan.rounding is not None
+    healing = heal_codes(made.student, loaded, texts, recipe, ByteBudget(limit, made.plan.rounding, measured.others))
+    size = disk_bytes(made.student)
+    bits = {site: round(8 * len(one.stream) / one.codes().numbers, 3) for site, one in codes_of(made.student).items()}
+    diagnostics = {**made.plan.diagnostics, "bytes": size, "bits": bits}
+    return replace(made, plan=replace(made.plan, diagnostics=diagnostics), bytes=size), healing

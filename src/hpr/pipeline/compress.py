@@ -113,10 +113,9 @@ def compress(
     options = options or PlanOptions()
     loaded = open_model(model)
     if (limit := byte_limit(budget, disk_bytes(loaded.model))) is not None:
-        if heal is not None:
-            raise BudgetError(f"a budget in bytes ({budget}) cannot be healed yet: leave healing out, or give 50% or 11M")
+        recipe = _recipe(heal, options)
         with seeded(options.seed):
-            return compress_to_bytes(loaded, (budget.strip(), limit), data, output, options)
+            return compress_to_bytes(loaded, (budget.strip(), limit), data, output, options, recipe)
     with seeded(options.seed):
         run, recipe = _checked(loaded, budget, output, options, heal)
         with run.step("data"):
@@ -165,17 +164,22 @@ def _checked(
     loaded: LoadedModel, budget: str, output: str | Path | None, options: PlanOptions, heal: Recipe | str | None
 ) -> tuple[_Run, Recipe | None]:
     """Read every option. Whatever is wrong is said here, before minutes are spent."""
-    recipe = None
-    if heal is not None:
-        from hpr.healing.recipe import Recipe
-
-        recipe = Recipe(duration=heal, seed=options.seed) if isinstance(heal, str) else heal
+    recipe = _recipe(heal, options)
     options.refuse_bits(budget)
     known_operators(options.operators)
     if output is not None:
         check_folder(output)
     limit = parse_budget(budget, describe(loaded.model), bytes_per_parameter(loaded.model), options.only)
     return _Run(loaded, objective_for(loaded.model, loaded.objective), limit, options), recipe
+
+
+def _recipe(heal: Recipe | str | None, options: PlanOptions) -> Recipe | None:
+    """The recipe that ``heal`` says."""
+    if heal is None or not isinstance(heal, str):
+        return heal
+    from hpr.healing.recipe import Recipe
+
+    return Recipe(duration=heal, seed=options.seed)
 
 
 def _proposals(run: _Run, candidates: Draft) -> list[Proposal]:

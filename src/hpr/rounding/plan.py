@@ -13,7 +13,7 @@ from hpr.anatomy.model import Anatomy, Site
 from hpr.coding.codes import parts_of
 from hpr.coding.stream import encode
 from hpr.errors import PlanError
-from hpr.nn.coded import is_packed
+from hpr.nn.coded import in_pack
 from hpr.operators.low_rank import NAME as LOW_RANK
 from hpr.operators.metric import metric_of
 from hpr.plans.budget import Budget
@@ -187,7 +187,7 @@ def _code_bytes(anatomy: Anatomy, rounder: Rounder, rounded: Rounded) -> int:
     """The bytes of all codes that the objective reads; small weights lie together in one stream."""
     assert rounded.coded is not None
     read = [whitened.site.name for whitened in rounder.sites if whitened.read]
-    small = [name for name in read if is_packed(anatomy[name].parameters)]
+    small = [name for name in read if in_pack(anatomy[name].parameters)]
     parts = [part for name in small for part in parts_of(rounded.codes[name])]
     large = sum(len(rounded.coded[name].stream) for name in read if name not in small)
     return large + (len(encode(parts)) if parts else 0)
