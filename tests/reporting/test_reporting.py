@@ -362,3 +362,22 @@ def test_heatmaps_of_any_depth(size):
     svg = figures.heatmap([[1.0 if i == j else 0.5 for j in range(size)] for i in range(size)], "Similarity")
     parse(str(svg))
     assert svg.count("<title>") == size * size
+
+
+def test_a_coded_plan_shows_bits_and_ranks_and_how_far_it_is_from_the_limit() -> None:
+    sites = {name: entry("keep", 0.01) for name in PLAN["sites"]}
+    thin = "encoder.layer.1.attention.self.query"
+    sites[thin] = entry("low rank", 0.02, low_rank(thin, 26))
+    diagnostics = {"solver": "coded rounding", "bytes": 4_000_000, "bits": dict.fromkeys(sites, 1.4), "decibels": 2.54}
+    plan = PLAN | {"sites": sites, "rounding": {"step": 2e-4}, "diagnostics": diagnostics}
+    metrics = METRICS | {"solver": "coded rounding", "rounding": {"step": 2e-4, "damage": 0.05, "decibels": 2.54}}
+    page = re.sub(r"\s+", " ", render_report(plan, metrics))
+    assert "1 is a product of two rounded factors" in page
+    assert "5 are rounded and coded" in page
+    assert "compressed on its own" not in page
+    assert "2.5 dB" in page
+    assert "2.5 decibels above" in page
+    bare = render_report(plan, metrics | {"rounding": {"step": 2e-4, "damage": 0.05}})
+    assert "limit of a code of so many bits was not recorded" in bare
+    assert "\u00a0dB" not in bare
+    assert "rounded and coded" in render_card(plan, metrics)

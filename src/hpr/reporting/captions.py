@@ -33,7 +33,8 @@ def plan_reading(cells: Sequence[Any], place: str) -> str:
     kinds = [cell.kind for cell in cells]
     groups = {group for cell in cells for group in cell.groups}
     phrases = [] if groups else ["none share factors"]
-    for kind, singular, plural in _KINDS:
+    rounded = ("private", "is a product of two rounded factors", "are products of two rounded factors")
+    for kind, singular, plural in (rounded if "coded" in kinds and one[0] == "private" else one for one in _KINDS):
         if sites := kinds.count(kind):
             inside = f" in {len(groups)} group{'s' if len(groups) != 1 else ''}" if kind == "shared" else ""
             phrases.append(f"{sites} {singular if sites == 1 else plural}{inside}")
