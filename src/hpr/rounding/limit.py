@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hpr.operators.metric import smooth_frequencies
 from hpr.profiling.profile import SiteStatistics
+from hpr.rounding.whitening import damped_moments
 
 _SAMPLE = 1 << 13  # products of eigenvalues that stand for all of a weight
 _HALVINGS = 60
@@ -44,12 +44,7 @@ class Limit:
         """
         if not statistics.has_gradient:
             return
-        is_table = kind == "embedding"
-        left = damped(
-            smooth_frequencies(statistics.left) if is_table else statistics.left, 0.0 if is_table else self.dampings[0]
-        )
-        right = damped(statistics.right, self.dampings[1])
-        left, right = left.to(weight), right.to(weight)
+        left, right = (moment.to(weight) for moment in damped_moments(kind, statistics, self.dampings))
         self.damage += 0.5 * statistics.rows * float((_times(left, change) * _times(right, change.T).T).sum())
 
         squares = weight.square()
@@ -77,13 +72,6 @@ class Limit:
         """How far the damage lies above the least one at so many bits; None if either is 0."""
         least = self.least(bits)
         return 10 * math.log10(self.damage / least) if self.damage > 0 and least > 0 else None
-
-
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """A moment with a share of its mean diagonal added to its diagonal."""
-    if moment.dim() == 1:
-        return moment + damping * moment.mean()
-    return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
 
 
 def _times(moment: Tensor, matrix: Tensor) -> Tensor:

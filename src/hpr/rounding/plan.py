@@ -122,8 +122,8 @@ def _factored(whole: Search, found: Rounded) -> Search | None:
     rounder = whole.rounder
     if rounder.bits is not None:
         return None
-    linear = (one for one in rounder.sites if one.read and one.site.kind == "linear" and min(one.weight.shape) > 1)
-    ranks = worthwhile((rounder.factoring(one) for one in linear), found.codes, found.rounding.step)
+    sites = (one for one in rounder.sites if one.read and min(one.weight.shape) > 1)
+    ranks = worthwhile((rounder.factoring(one) for one in sites), found.codes, found.rounding.step)
     return Search(rounder.factored(ranks), whole.limit, whole.known) if ranks else None
 
 

@@ -23,16 +23,16 @@ from hpr.anatomy.model import Site
 from hpr.coding.codes import Codes, Product, parts_of
 from hpr.coding.stream import estimate
 from hpr.profiling.profile import SiteStatistics
-from hpr.rounding.limit import damped
 from hpr.rounding.matrices import Rule
 from hpr.rounding.sites import THRESHOLD, round_sites
-from hpr.rounding.whitening import Roots, Whitened
+from hpr.rounding.whitening import Roots, Whitened, damped_moments
 
 _log = logging.getLogger(__name__)
 _RIDGE = 1e-4  # of the diagonal, at most
 _GAIN = 0.02  # of J: a product that saves less is not worth its code
 _HOPE = 1.2  # a predicted J up to so many times that of the whole weight is tried
-_AROUND = (0.6, 1.0, 1.5)  # ranks that are tried, relative to the one of least predicted J
+_AROUND = (0.6, 1.0, 1.5, 2.2)  # ranks that are tried, relative to the one of least predicted J
+_ROWS = 4096  # of a table that are rounded for a trial, about
 _SPREAD = 17.08  # 2πe: the entropy of a Gaussian of variance v at step 1 is about ½·log2(1 + 2πe·v)
 
 
@@ -43,7 +43,7 @@ def price(step: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Factoring:
-    """A site (out, in) that may become a product, in float64.
+    """A site (out, in) that may become a product, in float64. At full rank the product is another basis for its rows.
 
     ``left`` (out, out) and ``right`` (in, in): its damped moments, 1-dimensional if diagonal. ``values`` (n,): the singular
     values of the whitened weight, in √nats. ``basis`` (n, in): its right singular vectors, unwhitened.
@@ -59,12 +59,9 @@ class Factoring:
 
     @classmethod
     def of(cls, whitened: Whitened, statistics: SiteStatistics, dampings: tuple[float, float]) -> Factoring:
-        """The factoring of a linear site that has a gradient."""
+        """The factoring of a site that has a gradient."""
         weight = whitened.weight
-        left, right = (
-            damped(moment, damping).to(weight)
-            for moment, damping in zip((statistics.left, statistics.right), dampings, strict=True)
-        )
+        left, right = (moment.to(weight) for moment in damped_moments(whitened.site.kind, statistics, dampings))
         roots = Roots(0.0, 0.0)
         outer, inner = roots.root(left, 0.0), roots.root(right, 0.0)
         seen = _times(outer, weight, transposed=True) if outer.dim() > 1 else outer[:, None] * weight
@@ -109,6 +106,16 @@ class Factoring:
         change = codes.weight().to(self.weight) - self.weight
         return 0.5 * self.rows * float((_times(self.left, change) * _times(self.right, change.T).T).sum())
 
+    def sample(self) -> tuple[int, Factoring]:
+        """Evenly spaced rows that stand for all of a tall weight, and for how many each of them stands.
+
+        If the left moment is diagonal, rows do not touch one another, so their codes are those that they have among all.
+        """
+        every = len(self.weight) // _ROWS if self.left.dim() == 1 else 1
+        if every < 2:
+            return 1, self
+        return every, replace(self, weight=self.weight[::every], left=self.left[::every])
+
     def likely(self, step: float) -> tuple[int, float]:
         """The rank of least predicted J, and that J, as if the entries of both factors were Gaussian."""
         squares, noise = self.values.square(), step**2 / 12
@@ -129,23 +136,36 @@ def worthwhile(sites: Iterable[Factoring], codes: Mapping[str, Codes | Product],
     """The sites that are cheaper as products at a step size, each with its rank. ``codes``: those of the whole weights."""
     found = {}
     for one in sites:
-        whole = _cost(one, codes[one.site.name], step)
+        every, rows = one.sample()
+        name, most = one.site.name, min(one.weight.shape)
+        whole = every * _cost(rows, _thinned(codes[name], every), step)
         rank, predicted = one.likely(step)
         if predicted > _HOPE * whole:
             continue
-        most = min(one.weight.shape) - 1
-        ranks = sorted({max(1, min(round(factor * rank), most)) for factor in _AROUND})
-        products = {rank: one.codes(rank, step) for rank in ranks}
-        costs = {rank: _cost(one, product, step) for rank, product in products.items() if product.is_exact}
+        costs = {}
+        for rank in sorted({max(1, min(round(factor * rank), most)) for factor in _AROUND}):
+            product = rows.codes(rank, step)
+            if product.is_exact:  # the bits of V count once
+                costs[rank] = every * (_cost(rows, product, step) - _bits(product.v, step)) + _bits(product.v, step)
         best = min(costs, key=lambda rank: costs[rank], default=0)
         if costs and costs[best] < (1 - _GAIN) * whole:
             _log.debug("%s: rank %d saves %.1f %% of its cost", one.site.label, best, 100 * (1 - costs[best] / whole))
-            found[one.site.name] = best
+            found[name] = best
     return found
 
 
 def _cost(one: Factoring, codes: Codes | Product, step: float) -> float:
-    return one.damage(codes) + price(step) * 8 * sum(estimate(part) for part in parts_of(codes))
+    return one.damage(codes) + sum(_bits(part, step) for part in parts_of(codes))
+
+
+def _bits(part: Codes, step: float) -> float:
+    """The price of the bits of some codes, in nats."""
+    return price(step) * 8 * estimate(part)
+
+
+def _thinned(codes: Codes | Product, every: int) -> Codes:
+    assert isinstance(codes, Codes)
+    return Codes(codes.values[::every], codes.rows[::every], codes.columns, codes.scale)
 
 
 def _times(moment: Tensor, matrix: Tensor, transposed: bool = False) -> Tensor:

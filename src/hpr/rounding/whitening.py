@@ -78,6 +78,19 @@ class Roots:
         return Whitened(site, weight, left_unit, right_unit, row_exponents, column_exponents)
 
 
+def damped_moments(kind: str, statistics: SiteStatistics, dampings: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The moments of a site's outputs and inputs as rounding sees them; ``kind``: linear or embedding."""
+    left, right = statistics.left, damped(statistics.right, dampings[1])
+    return (smooth_frequencies(left) if kind == "embedding" else damped(left, dampings[0])), right
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """A moment with a share of its mean diagonal added to its diagonal."""
+    if moment.dim() == 1:
+        return moment + damping * moment.mean()
+    return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
+
+
 def _root(moment: Tensor, damping: float) -> Tensor:
     diagonal = moment if moment.dim() == 1 else moment.diagonal()
     extra = damping * float(diagonal.mean()) + torch.finfo(torch.float64).tiny
