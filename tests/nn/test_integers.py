@@ -1,6 +1,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +12,37 @@ from torch import Tensor, nn
 import hpr
 from conftest import HEADS
 from hpr.anatomy.describe import describe
-from hpr.coding.codes import Codes
+from hpr.coding.codes import Codes, Product
 from hpr.evaluation.cost import parts, resident_bytes, sizes
 from hpr.nn.bank import parameters
+from hpr.nn.coded import codes_of
 from hpr.nn.integers import Integers, keep_integers
+from hpr.plans.terms import Entry, Term
 
 
 def inputs(family: str, ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if family in ("bart", "t5") else {})
 
 
-@pytest.fixture
-def coded(build: Callable[..., nn.Module], ids: Tensor) -> Callable[[str], nn.Module]:
-    """A coded model with a head; its weight of most spread has codes outside int8."""
+@pytest.fixture(params=["whole", "products"])
+def coded(request: pytest.FixtureRequest, build: Callable[..., nn.Module], ids: Tensor) -> Callable[[str], nn.Module]:
+    """A coded model with a head. Either codes of its table lie outside int8, or the table and others are products."""
 
     def make(family: str) -> nn.Module:
         model = build(family, HEADS[family])
         with torch.no_grad():
             model.get_input_embeddings().weight[5, 3] = 30
         profile = hpr.profile(model, [inputs(family, ids)])
-        return hpr.share(model, hpr.plan(model, profile, "60%bytes"), profile)
+        plan = hpr.plan(model, profile, "60%bytes" if request.param == "whole" else "30%bytes")
+        if request.param == "products":
+            sites = [site for site in describe(model).sites if profile.sites[site.name].has_gradient]
+            thin = [next(site for site in sites if site.kind == kind) for kind in ("embedding", "linear")]
+            terms = {site.name: Term(f"{site.name}.u", f"{site.name}.v", 3) for site in thin}
+            entries = {name: Entry("low rank", (term,)) for name, term in terms.items()}
+            plan = replace(plan, entries={**plan.entries, **entries})
+        made = hpr.share(model, plan, profile)
+        assert any(isinstance(one.codes(), Product) for one in codes_of(made).values()) == (request.param == "products")
+        return made
 
     return make
 

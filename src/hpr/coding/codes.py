@@ -65,33 +65,34 @@ class Product:
 
     @property
     def is_exact(self) -> bool:
-        """Whether codes are so small that the scales between the factors keep 16 bits, and scales are float32 numbers."""
+        """Whether codes are so small that the scales between the factors keep 16 bits."""
         sizes = [float(np.abs(part.values).max()) for part in (self.u, self.v)]
-        scales = (self._rows().max(), half_octaves(self.v.columns).max())
-        return sizes[0] * sizes[1] * self.rank < 2.0**36 and max(scales) < float(np.finfo(np.float32).max)
+        return sizes[0] * sizes[1] * self.rank < 2.0**36
 
     def weight(self) -> Float[Tensor, "out in"]:
-        """The weight in float32. The sums are whole numbers below 2^53, so every machine computes the same bits.
+        """The weight in float32. The sums are whole numbers below 2^53, so every machine computes the same bits."""
+        whole, bits = self.between()
+        sums = (self.u.values * whole.astype(np.float64)) @ self.v.values.astype(np.float64)
+        scaled = np.ldexp(sums, -bits) * self.rows()[:, None] * half_octaves(self.v.columns)
+        return torch.from_numpy(scaled.astype(np.float32))
 
-        The scales between the factors, relative to the largest one, are rounded to as many bits as that leaves.
+    def between(self) -> tuple[Int[np.ndarray, " rank"], int]:
+        """The scales between the factors as whole numbers, int64, and the power of two that each is too large by.
+
+        Relative to the largest one they have as many bits as the sums leave.
         """
-        between = self._between()
-        largest = float(between.max())
+        between = self._between() / self._between().max()
         sizes = np.abs(self.u.values).max(0).astype(np.float64) * np.abs(self.v.values).max(1)
-        most = float(np.ldexp(1.0, 52)) / max(1.0, float((sizes * between / largest).sum()) + float(sizes.sum()) / 2)
+        most = float(np.ldexp(1.0, 52)) / max(1.0, float((sizes * between).sum()) + float(sizes.sum()) / 2)
         bits = min(40, math.frexp(most)[1] - 1)
-        whole = np.rint(np.ldexp(between / largest, bits))
-        sums = (self.u.values * whole) @ self.v.values.astype(np.float64)
-        rows, columns = self._rows().astype(np.float32), half_octaves(self.v.columns).astype(np.float32)
-        numbers = torch.from_numpy(np.ldexp(sums, -bits).astype(np.float32))
-        return numbers.mul_(torch.from_numpy(rows)[:, None]).mul_(torch.from_numpy(columns))
+        return np.rint(np.ldexp(between, bits)).astype(np.int64), bits
+
+    def rows(self) -> Float[np.ndarray, " out"]:
+        """The scales of the rows of ``weight``, float64, with all that is common to the product."""
+        return self.u.scale * self.v.scale * self._between().max() * half_octaves(self.u.rows)
 
     def _between(self) -> Float[np.ndarray, " rank"]:
         return half_octaves(self.u.columns + self.v.rows)
-
-    def _rows(self) -> Float[np.ndarray, " out"]:
-        """The scales of rows, with all that is common to the product."""
-        return self.u.scale * self.v.scale * self._between().max() * half_octaves(self.u.rows)
 
 
 def part_names(name: str, codes: Codes | Product) -> list[str]:

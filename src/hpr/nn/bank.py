@@ -161,5 +161,7 @@ def parameters(model: nn.Module) -> int:
     """
     bank = bank_of(model)
     orders = [] if bank is None else [buffer.numel() for name, buffer in bank.named_buffers() if name.endswith(".order")]
-    integers = [buffer.numel() for name, buffer in model.named_buffers() if name.endswith(".integers.codes")]
+    buffers = dict(model.named_buffers())
+    kept = [name.removesuffix("rows") for name in buffers if name.endswith(".integers.rows")]
+    integers = [buffers[f"{name}rows"].numel() * buffers[f"{name}columns"].numel() for name in kept]
     return sum(parameter.numel() for parameter in model.parameters()) + sum(orders) + sum(integers)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hpr.anatomy.lookup import module_at
-from hpr.coding.codes import Codes, Product, half_octaves
+from hpr.coding.codes import Codes, Product, half_octaves, parts_of
 from hpr.errors import HprError
 from hpr.nn.coded import codes_of
 
@@ -26,23 +26,59 @@ Kind = type[nn.Module]
 _CLASSES: dict[Kind, Kind] = {}
 
 
-class Integers(nn.Module):
+class Unpacked(nn.Module):
+    """A weight that is unpacked from integers when it is read. ``like``: empty, of the dtype that the weight has."""
+
+    rows: Tensor
+    columns: Tensor
+    like: Tensor
+
+    def __init__(self, buffers: dict[str, Tensor], like: Tensor):
+        super().__init__()
+        for name, buffer in (buffers | {"like": torch.empty(0, dtype=like.dtype)}).items():
+            self.register_buffer(name, buffer.to(like.device), persistent=False)
+        self._alive: weakref.ref[Tensor] | None = None
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The whole weight in the dtype of ``like``; the same tensor as long as somebody holds it."""
+        alive = self._alive() if self._alive is not None else None
+        if alive is not None and (alive.dtype, alive.device) == (self.like.dtype, self.rows.device):
+            return alive
+        with torch.no_grad():
+            numbers = self._scaled(self.whole(), self.rows).to(self.like.dtype)
+        self._alive = weakref.ref(numbers)
+        return numbers
+
+    def look_up(self, ids: Int[Tensor, " *batch"]) -> Float[Tensor, "*batch in"]:
+        """Rows of the weight by number, without the others."""
+        with torch.no_grad():
+            wanted, back = ids.unique(return_inverse=True)
+            return F.embedding(back, self._scaled(self.whole(wanted), self.rows[wanted]).to(self.like.dtype))
+
+    def whole(self, wanted: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "rows in"]:
+        """The numbers before they are scaled, of all rows or of some, whose numbers are in order."""
+        raise NotImplementedError
+
+    def _scaled(self, numbers: Tensor, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_alive": None}  # a weak reference is neither copied nor pickled
+
+
+class Integers(Unpacked):
     """weight[i, j] = codes[i, j] · rows[i] · columns[j], with a few codes outside the range of their type kept beside.
 
     ``codes``: (out, in), int8 unless many of them need more. ``rows`` (out,) and ``columns`` (in,): the bits of float32
     numbers, int32, so that ``half()`` does not round them. ``places`` and ``far``: flat places, in order, of the codes outside
-    the range and these codes, int32; ``codes`` has 0 there. ``like``: empty, of the dtype that the weight has.
+    the range and these codes, int32; ``codes`` has 0 there.
     """
 
     codes: Tensor
-    rows: Tensor
-    columns: Tensor
     places: Tensor
     far: Tensor
-    like: Tensor
 
     def __init__(self, found: Codes, like: Tensor):
-        super().__init__()
         values = torch.from_numpy(found.values).flatten()
         dtype = _smallest(found)
         limits = torch.iinfo(dtype)
@@ -53,49 +89,59 @@ class Integers(nn.Module):
             "columns": _bits(half_octaves(found.columns)),
             "places": outside.nonzero().flatten().int(),
             "far": values[outside],
-            "like": torch.empty(0, dtype=like.dtype),
         }
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer.to(like.device), persistent=False)
-        self._alive: weakref.ref[Tensor] | None = None
+        super().__init__(buffers, like)
 
-    def weight(self) -> Float[Tensor, "out in"]:
-        """The whole weight in the dtype of ``like``; the same tensor as long as somebody holds it."""
-        alive = self._alive() if self._alive is not None else None
-        if alive is not None and (alive.dtype, alive.device) == (self.like.dtype, self.codes.device):
-            return alive
-        with torch.no_grad():
+    def whole(self, wanted: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "rows in"]:
+        """The codes as float32, of all rows or of some, whose numbers are in order."""
+        if wanted is None:
             numbers = self.codes.to(torch.float32)
             numbers.view(-1)[self.places.long()] = self.far.to(torch.float32)
-            numbers = self._scaled(numbers, self.rows).to(self.like.dtype)
-        self._alive = weakref.ref(numbers)
+            return numbers
+        numbers = self.codes.index_select(0, wanted).to(torch.float32)
+        if len(self.places) and len(wanted):
+            width = self.codes.shape[1]
+            owners, columns = self.places.long() // width, self.places.long() % width
+            found = torch.searchsorted(wanted.long(), owners).clamp(max=len(wanted) - 1)
+            here = wanted[found] == owners
+            numbers[found[here], columns[here]] = self.far[here].to(torch.float32)
         return numbers
-
-    def look_up(self, ids: Int[Tensor, " *batch"]) -> Float[Tensor, "*batch in"]:
-        """Rows of the weight by number, without the others."""
-        with torch.no_grad():
-            wanted, back = ids.unique(return_inverse=True)
-            numbers = self.codes.index_select(0, wanted).to(torch.float32)
-            if len(self.places) and len(wanted):
-                width = self.codes.shape[1]
-                owners, columns = self.places.long() // width, self.places.long() % width
-                found = torch.searchsorted(wanted.long(), owners).clamp(max=len(wanted) - 1)
-                here = wanted[found] == owners
-                numbers[found[here], columns[here]] = self.far[here].to(torch.float32)
-            return F.embedding(back, self._scaled(numbers, self.rows[wanted]).to(self.like.dtype))
 
     def _scaled(self, numbers: Tensor, rows: Tensor) -> Tensor:
         return numbers.mul_(rows.view(torch.float32)[:, None]).mul_(self.columns.view(torch.float32))
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_alive": None}  # a weak reference is neither copied nor pickled
+
+class ProductIntegers(Unpacked):
+    """A weight (out, in) of low rank as the integers of its factors ``u`` (out, rank) and ``v`` (rank, in).
+
+    ``between``: the whole scales between them, int64. ``rows`` (out,) and ``columns`` (in,): the bits of float64 numbers,
+    int64.
+    """
+
+    between: Tensor
+
+    def __init__(self, found: Product, like: Tensor):
+        whole, bits = found.between()
+        scales = {"rows": found.rows(), "columns": half_octaves(found.v.columns)}
+        buffers = {name: torch.from_numpy(one).view(torch.int64) for name, one in scales.items()}
+        super().__init__(buffers | {"between": torch.from_numpy(whole)}, like)
+        self.bits = bits
+        self.u, self.v = Integers(found.u, like), Integers(found.v, like)
+
+    def whole(self, wanted: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "rows in"]:
+        """The sums of the product, float64: whole numbers below 2^53, so they are exact in any order."""
+        return (self.u.whole(wanted).double() * self.between) @ self.v.whole().double()
+
+    def _scaled(self, numbers: Tensor, rows: Tensor) -> Tensor:
+        scaled = numbers.mul_(2.0**-self.bits).mul_(rows.view(torch.float64)[:, None])
+        return scaled.mul_(self.columns.view(torch.float64)).float()
 
 
 class _ReadsIntegers(nn.Module):
     """A module whose ``weight`` is unpacked from ``integers`` when it is read; ``state_dict`` holds the unpacked weight."""
 
     kind: Kind  # what the module was
-    integers: Integers
+    integers: Unpacked
 
     @property
     def weight(self) -> Tensor:
@@ -118,7 +164,7 @@ def _bare(kind: Kind) -> nn.Module:
 class _LooksUp(nn.Embedding):
     """An embedding that unpacks the rows it is asked for. Subclasses that call ``super().forward`` arrive here."""
 
-    integers: Integers
+    integers: Unpacked
 
     def forward(self, input: Tensor) -> Tensor:
         return self.integers.look_up(input)
@@ -127,9 +173,8 @@ class _LooksUp(nn.Embedding):
 def keep_integers(model: nn.Module) -> nn.Module:
     """Keep a coded model's weights as integers in memory, in place, and return it.
 
-    Most weights then take one byte a number, instead of four or two; those of low rank stay floats. A layer unpacks its
-    weight each time it is called, and an embedding unpacks only the rows that it looks up, so outputs stay the same bit for
-    bit and passes get slower.
+    Most weights then take one byte a number, instead of four or two. A layer unpacks its weight each time it is called, and
+    an embedding unpacks only the rows that it looks up, so outputs stay the same bit for bit and passes get slower.
     ``hpr.save`` writes the same file as before, ``save_pretrained`` a stock checkpoint; ``hpr.unshare`` gives a model with
     float weights. Raises ``HprError`` for a model that is not coded.
 
@@ -154,15 +199,14 @@ def keep_integers(model: nn.Module) -> nn.Module:
         users = by_weight.get(id(weight), [])
         if weight is None or any(getattr(user, "max_norm", None) is not None for user in users):
             continue  # integers already, or a table that its look-ups change
-        if isinstance(codes := coded.codes(), Product):
-            continue  # no weight of integers: its factors are
-        integers = Integers(codes, weight)
+        codes = coded.codes()
+        integers = ProductIntegers(codes, weight) if isinstance(codes, Product) else Integers(codes, weight)
         for user in users:
             _swap(user, integers)
     return model
 
 
-def _swap(module: nn.Module, integers: Integers) -> None:
+def _swap(module: nn.Module, integers: Unpacked) -> None:
     """Let a module read its weight from integers. Tied modules read the same ones."""
     del module._parameters["weight"]
     module.__class__ = _reading(type(module))
@@ -181,7 +225,7 @@ def _reading(kind: Kind) -> Kind:
 
 def keep_floats(model: nn.Module) -> None:
     """Give every module its float weight again, in place; tied modules share one."""
-    weights: dict[Integers, nn.Parameter] = {}
+    weights: dict[Unpacked, nn.Parameter] = {}
     for module in list(model.modules()):
         if isinstance(module, _ReadsIntegers):
             integers = module.integers
@@ -204,9 +248,9 @@ def integer_bytes(model: nn.Module) -> int:
 
 
 def _saved_bytes(found: Codes | Product, weight: Tensor) -> int:
+    integers = sum(_bytes(part, _smallest(part)) + 4 * sum(part.values.shape) for part in parts_of(found))
     if isinstance(found, Product):
-        return 0
-    integers = _bytes(found, _smallest(found)) + 4 * sum(found.values.shape)
+        integers += 8 * (sum(weight.shape) + found.rank)
     return weight.numel() * weight.element_size() - integers
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from hpr.anatomy.model import Site
 from hpr.coding.codes import Codes, Product, parts_of
 from hpr.coding.stream import estimate
+from hpr.errors import PlanError
 from hpr.profiling.profile import SiteStatistics
 from hpr.rounding.matrices import Rule
 from hpr.rounding.sites import THRESHOLD, round_sites
@@ -88,13 +89,14 @@ class Factoring:
     def fitted(self, v: Codes, values: Float[Tensor, " rank"], step: float) -> Product:
         """The product of U, fitted, and a rounded V with the singular ``values`` of its rows. Rows of zeros are left out."""
         kept = (v.values != 0).any(1)
-        kept[0] |= not kept.any()
+        is_zero = not kept.any()
+        kept[0] |= is_zero
         v = Codes(v.values[kept], v.rows[kept], v.columns, v.scale)
         found, values = v.weight().to(self.weight), self._positive(values)[torch.from_numpy(kept).to(values.device)]
         reads = _times(self.right, found.T)
         inner = found @ reads
         ridge = _RIDGE * (step / values).clamp(max=1)  # coarse rows may nearly depend on one another, fine ones do not
-        inner = inner + torch.diag(ridge * inner.diagonal() + torch.finfo(torch.float64).tiny)
+        inner = inner + torch.diag(ridge * inner.diagonal() + (1.0 if is_zero else torch.finfo(torch.float64).tiny))
         u = self._round(torch.linalg.solve(inner, reads.T @ self.weight.T).T, self.left, inner, self.rows, step)
         return Product(u, v)
 
@@ -144,7 +146,10 @@ def worthwhile(sites: Iterable[Factoring], codes: Mapping[str, Codes | Product],
             continue
         costs = {}
         for rank in sorted({max(1, min(round(factor * rank), most)) for factor in _AROUND}):
-            product = rows.codes(rank, step)
+            try:
+                product = rows.codes(rank, step)
+            except PlanError:  # the step is so fine that codes of factors leave their range
+                continue
             if product.is_exact:  # the bits of V count once
                 costs[rank] = every * (_cost(rows, product, step) - _bits(product.v, step)) + _bits(product.v, step)
         best = min(costs, key=lambda rank: costs[rank], default=0)
