@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpr.profiling.profile import SiteStatistics
-from hpr.rounding.whitening import damped_moments
+from hpr.rounding.whitening import damage, damped_moments
 
 _SAMPLE = 1 << 13  # products of eigenvalues that stand for all of a weight
 _HALVINGS = 60
@@ -45,7 +45,7 @@ class Limit:
         if not statistics.has_gradient:
             return
         left, right = (moment.to(weight) for moment in damped_moments(kind, statistics, self.dampings))
-        self.damage += 0.5 * statistics.rows * float((_times(left, change) * _times(right, change.T).T).sum())
+        self.damage += damage(left, right, statistics.rows, change)
 
         squares = weight.square()
         rows, columns = _spectrum(left, squares.mean(1)), _spectrum(right, squares.mean(0) / squares.mean().clamp(min=_TINY))
@@ -72,10 +72,6 @@ class Limit:
         """How far the damage lies above the least one at so many bits; None if either is 0."""
         least = self.least(bits)
         return 10 * math.log10(self.damage / least) if self.damage > 0 and least > 0 else None
-
-
-def _times(moment: Tensor, matrix: Tensor) -> Tensor:
-    return moment[:, None] * matrix if moment.dim() == 1 else moment @ matrix
 
 
 def _spectrum(moment: Tensor, variances: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

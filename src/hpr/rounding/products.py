@@ -25,8 +25,9 @@ from hpr.coding.stream import estimate
 from hpr.errors import PlanError
 from hpr.profiling.profile import SiteStatistics
 from hpr.rounding.matrices import Rule
+from hpr.rounding.rates import SPREAD
 from hpr.rounding.sites import THRESHOLD, round_sites
-from hpr.rounding.whitening import Roots, Whitened, damped_moments
+from hpr.rounding.whitening import Roots, Whitened, damage, damped_moments, times
 
 _log = logging.getLogger(__name__)
 _RIDGE = 1e-4  # of the diagonal, at most
@@ -34,7 +35,6 @@ _GAIN = 0.02  # of J: a product that saves less is not worth its code
 _HOPE = 1.2  # a predicted J up to so many times that of the whole weight is tried
 _AROUND = (0.6, 1.0, 1.5, 2.2)  # ranks that are tried, relative to the one of least predicted J
 _ROWS = 4096  # of a table that are rounded for a trial, about
-_SPREAD = 17.08  # 2πe: the entropy of a Gaussian of variance v at step 1 is about ½·log2(1 + 2πe·v)
 
 
 def price(step: float) -> float:
@@ -65,7 +65,7 @@ class Factoring:
         left, right = (moment.to(weight) for moment in damped_moments(whitened.site.kind, statistics, dampings))
         roots = Roots(0.0, 0.0)
         outer, inner = roots.root(left, 0.0), roots.root(right, 0.0)
-        seen = _times(outer, weight, transposed=True) if outer.dim() > 1 else outer[:, None] * weight
+        seen = times(outer.T if outer.dim() > 1 else outer, weight)
         seen = (seen @ inner if inner.dim() > 1 else seen * inner) * math.sqrt(statistics.rows / 2)
         squares, vectors = torch.linalg.eigh(seen.T @ seen if weight.shape[1] <= weight.shape[0] else seen @ seen.T)
         values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
@@ -93,7 +93,7 @@ class Factoring:
         kept[0] |= is_zero
         v = Codes(v.values[kept], v.rows[kept], v.columns, v.scale)
         found, values = v.weight().to(self.weight), self._positive(values)[torch.from_numpy(kept).to(values.device)]
-        reads = _times(self.right, found.T)
+        reads = times(self.right, found.T)
         inner = found @ reads
         ridge = _RIDGE * (step / values).clamp(max=1)  # coarse rows may nearly depend on one another, fine ones do not
         inner = inner + torch.diag(ridge * inner.diagonal() + (1.0 if is_zero else torch.finfo(torch.float64).tiny))
@@ -106,7 +106,7 @@ class Factoring:
     def damage(self, codes: Codes | Product) -> float:
         """Nats per example, in the damped metric."""
         change = codes.weight().to(self.weight) - self.weight
-        return 0.5 * self.rows * float((_times(self.left, change) * _times(self.right, change.T).T).sum())
+        return damage(self.left, self.right, self.rows, change)
 
     def sample(self) -> tuple[int, Factoring]:
         """Evenly spaced rows that stand for all of a tall weight, and for how many each of them stands.
@@ -124,7 +124,7 @@ class Factoring:
         costs = torch.zeros_like(squares)
         for height in self.weight.shape:
             spread = squares / height
-            costs += height * (spread * noise / (spread + noise) + price(step) * 0.5 * (1 + _SPREAD * spread / step**2).log2())
+            costs += height * (spread * noise / (spread + noise) + price(step) * 0.5 * (1 + SPREAD * spread / step**2).log2())
         left_out = squares.sum() - squares.cumsum(0)
         total = costs.cumsum(0) + left_out.clamp(min=0)
         return int(total.argmin()) + 1, float(total.min())
@@ -171,9 +171,3 @@ def _bits(part: Codes, step: float) -> float:
 def _thinned(codes: Codes | Product, every: int) -> Codes:
     assert isinstance(codes, Codes)
     return Codes(codes.values[::every], codes.rows[::every], codes.columns, codes.scale)
-
-
-def _times(moment: Tensor, matrix: Tensor, transposed: bool = False) -> Tensor:
-    if moment.dim() == 1:
-        return moment[:, None] * matrix
-    return (moment.T if transposed else moment) @ matrix

@@ -13,7 +13,7 @@ from hpr.rounding.whitening import Whitened
 
 _SAMPLE = 1 << 13  # numbers of a weight that stand for all of it in a prediction
 _COUNTED = 1 << 20  # numbers of a weight whose codes are counted
-_SPREAD = 17.08  # 2πe: the entropy of a Gaussian of variance v at step 1 is about ½·log2(1 + 2πe·v)
+SPREAD = 17.08  # 2πe: the entropy of a Gaussian of variance v at step 1 is about ½·log2(1 + 2πe·v)
 
 
 class Rates:
@@ -32,11 +32,11 @@ class Rates:
             if whitened.read:
                 self._parts.append((each, ratios))
             else:
-                self._constant += each * float((1 + _SPREAD * ratios).log2().sum()) / 2
+                self._constant += each * float((1 + SPREAD * ratios).log2().sum()) / 2
 
     def bits(self, step: float) -> float:
         """The bits of all codes at a step size."""
-        active = (each * float((1 + _SPREAD / step**2 * ratios).log2().sum()) / 2 for each, ratios in self._parts)
+        active = (each * float((1 + SPREAD / step**2 * ratios).log2().sum()) / 2 for each, ratios in self._parts)
         return self._constant + sum(active)
 
     def slope(self, step: float) -> float:

@@ -91,6 +91,16 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
 
 
+def times(moment: Tensor, matrix: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """A moment (n, n), or a diagonal one (n,), times a matrix."""
+    return moment[:, None] * matrix if moment.dim() == 1 else moment @ matrix
+
+
+def damage(left: Tensor, right: Tensor, rows: float, change: Float[Tensor, "out in"]) -> float:
+    """½ · rows · tr(left E right Eᵀ), the nats per example that a change E of a weight costs."""
+    return 0.5 * rows * float((times(left, change) * times(right, change.T).T).sum())
+
+
 def _root(moment: Tensor, damping: float) -> Tensor:
     diagonal = moment if moment.dim() == 1 else moment.diagonal()
     extra = damping * float(diagonal.mean()) + torch.finfo(torch.float64).tiny
