@@ -28,7 +28,6 @@ from hpr.coding.stream import estimate
 from hpr.rounding.model import Rounder
 from hpr.rounding.products import Factoring, price
 from hpr.rounding.rates import Rates
-from hpr.rounding.whitening import Roots
 
 GROUNDS = {"minilm": partial(minilm, task=False), "kwt1": speech}
 SHARES = (0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)  # ranks that are tried, of the full rank
@@ -48,10 +47,10 @@ def shared(group: Sequence[Factoring], step: float) -> float:
     """The least cost of weights that share a right factor."""
     right = torch.stack([_full(one.right) for one in group]).mean(0)
     root = torch.linalg.cholesky(right)
-    seen = [math.sqrt(one.rows / 2) * _root(one.left).T @ one.weight @ root for one in group]
+    seen = [math.sqrt(one.rows / 2) * _full(one.roots[0]).T @ one.weight @ root for one in group]
     _, values, vectors = torch.linalg.svd(torch.cat(seen), full_matrices=False)
     basis = torch.linalg.solve_triangular(root.T, vectors.T, upper=True).T
-    together = replace(group[0], right=right, values=values, basis=basis)
+    together = replace(group[0], right=right, roots=(group[0].roots[0], root), values=values, basis=basis)
     costs = []
     for rank in {max(1, int(share * len(values))) for share in SHARES}:
         v = together.right_factor(rank, step)
@@ -99,11 +98,6 @@ def _gain(groups: Mapping[object, list[str]], alone: Mapping[str, float], made: 
 
 def _full(moment: Tensor) -> Tensor:
     return torch.diag(moment) if moment.dim() == 1 else moment
-
-
-def _root(moment: Tensor) -> Tensor:
-    root = Roots(0.0, 0.0).root(moment, 0.0)
-    return torch.diag(root) if root.dim() == 1 else root
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import hpr
 from hpr.anatomy.model import Site
 from hpr.coding.codes import Codes, Product
+from hpr.coding.stream import estimate
 from hpr.nn.coded import codes_of
 from hpr.profiling.profile import SiteStatistics
 from hpr.rounding.matrices import Rule
@@ -65,11 +66,14 @@ def test_the_damage_of_a_product_is_about_that_of_its_numbers() -> None:
 
 def test_a_weight_of_low_rank_becomes_a_product_and_a_random_one_stays_whole() -> None:
     one, codes, step = prepared(low_rank(48, 64, 5, noise=1e-3))
-    ranks = worthwhile([one], {"layer": codes}, step)
-    assert 3 <= ranks["layer"] <= 8
-    made = one.codes(ranks["layer"], step)
+    savings = worthwhile([one], {"layer": codes}, step)
+    assert 3 <= savings["layer"].rank <= 8
+    made = one.codes(savings["layer"].rank, step)
     assert made.is_exact
     assert one.damage(made) < one.damage(codes)
+    smaller = estimate(codes) - estimate(made.u) - estimate(made.v)
+    assert savings["layer"].bytes == pytest.approx(smaller, rel=1e-6)
+    assert smaller > 0
     one, codes, step = prepared(low_rank(48, 64, 48))
     assert worthwhile([one], {"layer": codes}, step) == {}
 

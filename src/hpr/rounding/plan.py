@@ -61,14 +61,20 @@ def plan_bytes(
     and ``PlanError`` for a model with experts that are slices of one parameter.
     """
     known = Known()
-
-    def search(dampings: tuple[float, float]) -> Search:
-        return Search(Rounder(model, profile, *dampings, bits), limit, known)
-
     tried: dict[tuple[float, float], float] = {}
-    chosen = search(UPWARDS[0]) if measure is None else _chosen(search, measure, tried)
+    whole = Search(Rounder(model, profile, *UPWARDS[0], bits), limit, known)
+    factored = _factored(whole)
     if measure is None:
-        chosen = _factored(chosen, chosen.near()) or chosen
+        chosen = factored or whole
+    else:
+        losses = {id(each): _loss(each, measure) for each in (whole, factored) if each is not None}
+        first = factored if factored is not None and losses[id(factored)] < losses[id(whole)] else whole
+
+        def search(dampings: tuple[float, float]) -> Search:
+            return Search(Rounder(model, profile, *dampings, bits).factored(first.rounder.ranks), limit, known)
+
+        tried[UPWARDS[0]] = losses[id(first)]
+        chosen = _chosen(first, search, measure, tried)
     rounder, rounded = chosen.rounder, chosen.best()
     if unread := [whitened.site.label for whitened in rounder.sites if not whitened.read]:
         _log.info("the objective does not read %s: about 3 bits a number, whatever the budget", ", ".join(unread))
@@ -77,54 +83,58 @@ def plan_bytes(
 
 
 def _chosen(
+    first: Search,
     search: Callable[[tuple[float, float]], Search],
     measure: Callable[[nn.Module], float],
     tried: dict[tuple[float, float], float],
 ) -> Search:
-    """The search with the dampings that measure best; ``tried`` receives the divergence that was measured with each."""
+    """The search with the dampings that measure best; ``tried`` receives the divergence that was measured with each.
 
-    def attempt(dampings: tuple[float, float]) -> Search:
-        whole = search(dampings)
-        rounded = whole.near()
-        best, score = whole, loss(whole, rounded, dampings)
-        if (factored := _factored(whole, rounded)) is not None:
-            other = loss(factored, factored.near(), dampings)
-            best, score = (factored, other) if other < score else (best, score)
-        tried[dampings] = score
-        return best
-
-    def loss(made: Search, rounded: Rounded, dampings: tuple[float, float]) -> float:
-        measured = measure(made.rounder.student(rounded.codes, rounded.others))
-        products = len(made.rounder.ranks)
-        _log.info(
-            "dampings %g, %g, %d products, at %.3f MB: divergence %.4g nats", *dampings, products, rounded.bytes / 1e6, measured
-        )
-        return measured * made.step_over(rounded) ** 2  # as if it had the size of the others
-
-    chosen = UPWARDS[0]
-    best = attempt(chosen)
+    ``first``: that with the first dampings, which ``tried`` knows.
+    """
+    best, chosen = first, UPWARDS[0]
     for dampings in UPWARDS[1:]:
-        made = attempt(dampings)
+        made = search(dampings)
+        tried[dampings] = _loss(made, measure)
         if tried[dampings] > (1 + MARGIN) * min(tried.values()):
             break
         best, chosen = made, dampings
     no_worse = tried[UPWARDS[0]] <= (1 + MARGIN) * min(tried.values())
     for dampings in DOWNWARDS if no_worse else ():
-        made = attempt(dampings)
+        made = search(dampings)
+        tried[dampings] = _loss(made, measure)
         if tried[chosen] <= (1 + MARGIN) * tried[dampings]:
             break
         best, chosen = made, dampings
     return best
 
 
-def _factored(whole: Search, found: Rounded) -> Search | None:
+def _loss(made: Search, measure: Callable[[nn.Module], float]) -> float:
+    """The divergence of a search's model in nats, as if it had exactly the bytes of the budget."""
+    rounder, rounded = made.rounder, made.near()
+    measured = measure(rounder.student(rounded.codes, rounded.others))
+    _log.info(
+        "dampings %g, %g, %d products, at %.3f MB: divergence %.4g nats",
+        *rounder.dampings,
+        len(rounder.ranks),
+        rounded.bytes / 1e6,
+        measured,
+    )
+    return measured * made.step_over(rounded) ** 2
+
+
+def _factored(whole: Search) -> Search | None:
     """The search with some weights as products of two factors; None if that pays for none of them, or codes have a range."""
-    rounder = whole.rounder
+    rounder, found = whole.rounder, whole.near()
     if rounder.bits is not None:
         return None
     sites = (one for one in rounder.sites if one.read and min(one.weight.shape) > 1)
-    ranks = worthwhile((rounder.factoring(one) for one in sites), found.codes, found.rounding.step)
-    return Search(rounder.factored(ranks), whole.limit, whole.known) if ranks else None
+    savings = worthwhile((rounder.factoring(one) for one in sites), found.codes, found.rounding.step)
+    if not savings:
+        return None
+    smaller = found.bytes - sum(saving.bytes for saving in savings.values())
+    ranks = {name: saving.rank for name, saving in savings.items()}
+    return Search(rounder.factored(ranks), whole.limit, whole.known, start=(found.rounding.step, smaller))
 
 
 def round_model(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Module:

@@ -20,14 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpr.anatomy.model import Site
-from hpr.coding.codes import Codes, Product, parts_of
+from hpr.coding.codes import Codes, Product
 from hpr.coding.stream import estimate
 from hpr.errors import PlanError
 from hpr.profiling.profile import SiteStatistics
 from hpr.rounding.matrices import Rule
 from hpr.rounding.rates import SPREAD
 from hpr.rounding.sites import THRESHOLD, round_sites
-from hpr.rounding.whitening import Roots, Whitened, damage, damped_moments, times
+from hpr.rounding.whitening import Whitened, damage, damped_moments, prepared, root_of, times
 
 _log = logging.getLogger(__name__)
 _RIDGE = 1e-4  # of the diagonal, at most
@@ -46,14 +46,16 @@ def price(step: float) -> float:
 class Factoring:
     """A site (out, in) that may become a product, in float64. At full rank the product is another basis for its rows.
 
-    ``left`` (out, out) and ``right`` (in, in): its damped moments, 1-dimensional if diagonal. ``values`` (n,): the singular
-    values of the whitened weight, in √nats. ``basis`` (n, in): its right singular vectors, unwhitened.
+    ``left`` (out, out) and ``right`` (in, in): its damped moments, 1-dimensional if diagonal, and ``roots``, those of both.
+    ``values`` (n,): the singular values of the whitened weight, in √nats. ``basis`` (n, in): its right singular vectors,
+    unwhitened.
     """
 
     site: Site
     weight: Float[Tensor, "out in"]
     left: Tensor
     right: Tensor
+    roots: tuple[Tensor, Tensor]
     rows: float
     values: Float[Tensor, " n"]
     basis: Float[Tensor, "n in"]
@@ -63,8 +65,7 @@ class Factoring:
         """The factoring of a site that has a gradient."""
         weight = whitened.weight
         left, right = (moment.to(weight) for moment in damped_moments(whitened.site.kind, statistics, dampings))
-        roots = Roots(0.0, 0.0)
-        outer, inner = roots.root(left, 0.0), roots.root(right, 0.0)
+        outer, inner = root_of(left), root_of(right)
         seen = times(outer.T if outer.dim() > 1 else outer, weight)
         seen = (seen @ inner if inner.dim() > 1 else seen * inner) * math.sqrt(statistics.rows / 2)
         squares, vectors = torch.linalg.eigh(seen.T @ seen if weight.shape[1] <= weight.shape[0] else seen @ seen.T)
@@ -75,7 +76,7 @@ class Factoring:
             basis = torch.linalg.solve_triangular(inner.T, vectors, upper=True).T
         else:
             basis = (vectors / inner[:, None]).T
-        return cls(whitened.site, weight, left, right, statistics.rows, values, basis)
+        return cls(whitened.site, weight, left, right, (outer, inner), statistics.rows, values, basis)
 
     def codes(self, rank: int, step: float) -> Product:
         """Both factors, rounded at a step size."""
@@ -84,7 +85,7 @@ class Factoring:
     def right_factor(self, rank: int, step: float) -> Codes:
         """V (rank, in). It has the sizes with which U and V are alike: its error is read through diag(values)."""
         scale = self._positive(self.values[:rank])
-        return self._round(scale.sqrt()[:, None] * self.basis[:rank], scale, self.right, 2.0, step)
+        return self._round(scale.sqrt()[:, None] * self.basis[:rank], (scale.sqrt(), self.roots[1]), 2.0, step)
 
     def fitted(self, v: Codes, values: Float[Tensor, " rank"], step: float) -> Product:
         """The product of U, fitted, and a rounded V with the singular ``values`` of its rows. Rows of zeros are left out."""
@@ -97,7 +98,8 @@ class Factoring:
         inner = found @ reads
         ridge = _RIDGE * (step / values).clamp(max=1)  # coarse rows may nearly depend on one another, fine ones do not
         inner = inner + torch.diag(ridge * inner.diagonal() + (1.0 if is_zero else torch.finfo(torch.float64).tiny))
-        u = self._round(torch.linalg.solve(inner, reads.T @ self.weight.T).T, self.left, inner, self.rows, step)
+        fitted = torch.linalg.solve(inner, reads.T @ self.weight.T).T
+        u = self._round(fitted, (self.roots[0], root_of(inner)), self.rows, step)
         return Product(u, v)
 
     def _positive(self, values: Tensor) -> Tensor:
@@ -116,7 +118,8 @@ class Factoring:
         every = len(self.weight) // _ROWS if self.left.dim() == 1 else 1
         if every < 2:
             return 1, self
-        return every, replace(self, weight=self.weight[::every], left=self.left[::every])
+        roots = (self.roots[0][::every], self.roots[1])
+        return every, replace(self, weight=self.weight[::every], left=self.left[::every], roots=roots)
 
     def likely(self, step: float) -> tuple[int, float]:
         """The rank of least predicted J, and that J, as if the entries of both factors were Gaussian."""
@@ -129,43 +132,45 @@ class Factoring:
         total = costs.cumsum(0) + left_out.clamp(min=0)
         return int(total.argmin()) + 1, float(total.min())
 
-    def _round(self, matrix: Tensor, left: Tensor, right: Tensor, rows: float, step: float) -> Codes:
+    def _round(self, matrix: Tensor, roots: tuple[Tensor, Tensor], rows: float, step: float) -> Codes:
         site = replace(self.site, kind="linear", out_features=matrix.shape[0], in_features=matrix.shape[1])
-        return round_sites([Roots(0.0, 0.0).whiten(site, matrix, SiteStatistics(left, right, rows))], step, Rule(THRESHOLD))[0]
+        return round_sites([prepared(site, matrix, rows, roots)], step, Rule(THRESHOLD))[0]
 
 
-def worthwhile(sites: Iterable[Factoring], codes: Mapping[str, Codes | Product], step: float) -> dict[str, int]:
-    """The sites that are cheaper as products at a step size, each with its rank. ``codes``: those of the whole weights."""
+@dataclass(frozen=True)
+class Saving:
+    """The rank of a product, and by how many bytes it is smaller than the whole weight at the same step."""
+
+    rank: int
+    bytes: float
+
+
+def worthwhile(sites: Iterable[Factoring], codes: Mapping[str, Codes | Product], step: float) -> dict[str, Saving]:
+    """The sites that are cheaper as products at a step size. ``codes``: those of the whole weights."""
     found = {}
     for one in sites:
         every, rows = one.sample()
         name, most = one.site.name, min(one.weight.shape)
-        whole = every * _cost(rows, _thinned(codes[name], every), step)
+        kept = _thinned(codes[name], every)
+        whole = every * estimate(kept)
+        costs = {0: every * rows.damage(kept) + 8 * price(step) * whole}
         rank, predicted = one.likely(step)
-        if predicted > _HOPE * whole:
+        if predicted > _HOPE * costs[0]:
             continue
-        costs = {}
+        sizes = {0: whole}
         for rank in sorted({max(1, min(round(factor * rank), most)) for factor in _AROUND}):
             try:
                 product = rows.codes(rank, step)
             except PlanError:  # the step is so fine that codes of factors leave their range
                 continue
-            if product.is_exact:  # the bits of V count once
-                costs[rank] = every * (_cost(rows, product, step) - _bits(product.v, step)) + _bits(product.v, step)
-        best = min(costs, key=lambda rank: costs[rank], default=0)
-        if costs and costs[best] < (1 - _GAIN) * whole:
-            _log.debug("%s: rank %d saves %.1f %% of its cost", one.site.label, best, 100 * (1 - costs[best] / whole))
-            found[name] = best
+            if product.is_exact:
+                sizes[rank] = every * estimate(product.u) + estimate(product.v)
+                costs[rank] = every * rows.damage(product) + 8 * price(step) * sizes[rank]
+        best = min(costs, key=lambda rank: costs[rank])
+        if costs[best] < (1 - _GAIN) * costs[0]:
+            _log.debug("%s: rank %d saves %.1f %% of its cost", one.site.label, best, 100 * (1 - costs[best] / costs[0]))
+            found[name] = Saving(best, whole - sizes[best])
     return found
-
-
-def _cost(one: Factoring, codes: Codes | Product, step: float) -> float:
-    return one.damage(codes) + sum(_bits(part, step) for part in parts_of(codes))
-
-
-def _bits(part: Codes, step: float) -> float:
-    """The price of the bits of some codes, in nats."""
-    return price(step) * 8 * estimate(part)
 
 
 def _thinned(codes: Codes | Product, every: int) -> Codes:

@@ -21,7 +21,7 @@ from hpr.rounding.rates import Rates, estimated_bytes
 
 _log = logging.getLogger(__name__)
 _CLOSE = 0.997  # of the limit: a step that uses more is searched no further
-_LOOSE = 0.02  # how far from the limit a model may be that is only compared with others
+_LOOSE = 0.05  # how far from the limit a model may be that is only compared with others
 _PASSES = 8
 _RANGE = 2.0**40  # the coarsest step over the finest: every number is 0 long before
 _LARGE = 1 << 22  # numbers from which on sizes are estimated; the codes of smaller models are coded in no time
@@ -70,10 +70,11 @@ def coded(rounder: Rounder, found: Rounded) -> Rounded:
 class Search:
     """Rounds one model, at steps whose files come ever closer to ``limit`` bytes.
 
-    ``known``: shared by the searches of one model with several dampings.
+    ``known``: shared by the searches of one model with several dampings. ``start``: a step and about the bytes that its file
+    takes, if something is known about that.
     """
 
-    def __init__(self, rounder: Rounder, limit: int, known: Known):
+    def __init__(self, rounder: Rounder, limit: int, known: Known, start: tuple[float, float] | None = None):
         self.rounder, self.limit, self.known = rounder, limit, known
         self._rates = Rates(rounder.sites)
         self._finest = rounder.finest
@@ -82,24 +83,30 @@ class Search:
                 self._finest, self._rates.step(rounder.bits * self._rates.numbers, self._finest, self._finest * _RANGE)
             )
         self._tried: list[tuple[float, float]] = []  # log step, log bytes
+        self._start = start
         self._last: Rounded | None = None
         self._best: Rounded | None = None
 
     def near(self) -> Rounded:
-        """A rounding near the limit, to be compared with others: within 2 % if the model is large, else the best one."""
+        """A rounding near the limit, to be compared with others: within 5 % if the model is large, else the best one."""
         if self._rates.numbers < _LARGE:
             return self.best()
+        if self._last is not None and self._is_near(self._last):
+            return self._last
         for _ in range(_PASSES):
             found = self._round()
-            if abs(math.log(found.bytes / self.limit)) < _LOOSE or found.rounding.step == self._finest:
+            if self._is_near(found):
                 return found
         return self.best()
+
+    def _is_near(self, found: Rounded) -> bool:
+        return abs(math.log(found.bytes / self.limit)) < _LOOSE or found.rounding.step == self._finest
 
     def step_over(self, found: Rounded) -> float:
         """The step that meets the limit, over the one that was used. The damage grows by its square."""
         if found is self._best:
             return 1.0
-        return math.exp(self._towards(found) - math.log(found.rounding.step))
+        return math.exp(self._towards(found.rounding.step, found.bytes) - math.log(found.rounding.step))
 
     def best(self) -> Rounded:
         """The finest rounding that is found within the limit, coded. Raises ``BudgetError`` if no step meets it."""
@@ -132,11 +139,12 @@ class Search:
 
     def _round(self) -> Rounded:
         """A rounding at the next step."""
-        if self._last is None:
+        known = self._start if self._last is None else (self._last.rounding.step, self._last.bytes)
+        if known is None:
             bits = 8 * self.limit * (1 + _CLOSE) / 2 / self.known.lift
             step = self._rates.step(bits, self._finest, self._finest * _RANGE)
         else:
-            step = min(max(math.exp(self._towards(self._last)), self._finest), self._finest * _RANGE)
+            step = min(max(math.exp(self._towards(*known)), self._finest), self._finest * _RANGE)
         found = round_to(self.rounder, step)
         if self.known.level is None or self._rates.numbers < _LARGE:
             return self._code(found)
@@ -158,12 +166,12 @@ class Search:
         self._last = found
         return found
 
-    def _towards(self, found: Rounded) -> float:
+    def _towards(self, step: float, size: float) -> float:
         """The log of the step at which the file meets the limit: by the secant through two sizes, or by the predicted slope."""
-        step, size = math.log(found.rounding.step), math.log(found.bytes)
-        slope = self._rates.slope(found.rounding.step)
-        before, other = next((one for one in reversed(self._tried) if abs(one[1] - size) > _FAR), (step, size))
-        if abs(before - step) > 1e-9:
-            slope = (size - other) / (step - before)
+        at, log_size = math.log(step), math.log(size)
+        slope = self._rates.slope(step)
+        before, other = next((one for one in reversed(self._tried) if abs(one[1] - log_size) > _FAR), (at, log_size))
+        if abs(before - at) > 1e-9:
+            slope = (log_size - other) / (at - before)
         wanted = math.log(self.limit * (1 + _CLOSE) / 2)
-        return step + max(-2.0, min(2.0, (wanted - size) / min(-0.05, slope)))
+        return at + max(-2.0, min(2.0, (wanted - log_size) / min(-0.05, slope)))

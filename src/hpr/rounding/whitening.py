@@ -53,10 +53,10 @@ class Roots:
         self._known: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}  # moment, so that its id stays taken, and root
 
     def root(self, moment: Tensor, damping: float) -> Tensor:
-        """The lower Cholesky factor of a moment (n, n), or the square roots of a diagonal one (n,), damped."""
+        """``root_of`` a moment, computed once."""
         key = (id(moment), damping)
         if key not in self._known:
-            self._known[key] = (moment, _root(moment, damping))
+            self._known[key] = (moment, root_of(moment, damping))
         return self._known[key][1]
 
     def whiten(self, site: Site, weight: Tensor, statistics: SiteStatistics) -> Whitened:
@@ -69,13 +69,17 @@ class Roots:
             return Whitened(site, weight, None, None, *flat, read=False)
         if site.kind == "embedding":
             left, dampings["left"] = smooth_frequencies(left), 0.0  # no token's frequency is 0 any more
-        roots = [self.root(left, dampings["left"]), self.root(right, dampings["right"])]
-        diagonals = [root if root.dim() == 1 else root.diagonal() for root in roots]
-        row_exponents, column_exponents = _exponents(math.sqrt(2 / rows) / diagonals[0], 1 / diagonals[1])
-        left_unit, right_unit = (
-            None if root.dim() == 1 else root / diagonal for root, diagonal in zip(roots, diagonals, strict=True)
-        )
-        return Whitened(site, weight, left_unit, right_unit, row_exponents, column_exponents)
+        return prepared(site, weight, rows, (self.root(left, dampings["left"]), self.root(right, dampings["right"])))
+
+
+def prepared(site: Site, weight: Tensor, rows: float, roots: tuple[Tensor, Tensor]) -> Whitened:
+    """A weight (out, in) whose damage is ½ · ``rows`` · ‖left rootᵀ · E · right root‖² (see ``root_of``)."""
+    diagonals = [root if root.dim() == 1 else root.diagonal() for root in roots]
+    row_exponents, column_exponents = _exponents(math.sqrt(2 / rows) / diagonals[0], 1 / diagonals[1])
+    left_unit, right_unit = (
+        None if root.dim() == 1 else root / diagonal for root, diagonal in zip(roots, diagonals, strict=True)
+    )
+    return Whitened(site, weight, left_unit, right_unit, row_exponents, column_exponents)
 
 
 def damped_moments(kind: str, statistics: SiteStatistics, dampings: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -101,7 +105,8 @@ def damage(left: Tensor, right: Tensor, rows: float, change: Float[Tensor, "out 
     return 0.5 * rows * float((times(left, change) * times(right, change.T).T).sum())
 
 
-def _root(moment: Tensor, damping: float) -> Tensor:
+def root_of(moment: Tensor, damping: float = 0.0) -> Tensor:
+    """The lower Cholesky factor of a moment (n, n), or the square roots of a diagonal one (n,), damped."""
     diagonal = moment if moment.dim() == 1 else moment.diagonal()
     extra = damping * float(diagonal.mean()) + torch.finfo(torch.float64).tiny
     if moment.dim() == 1:
