@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import hpr.rounding.choice
 import hpr.rounding.model
 import hpr.rounding.plan
 import hpr.rounding.sites
@@ -57,7 +58,7 @@ def second_side(on: Ground, limit: int) -> Student:
 
 def damped(on: Ground, limit: int, damping: float) -> Student:
     """The same damping for both sides at every size."""
-    with patched(hpr.rounding.plan, "UPWARDS", ((damping, damping),)):
+    with patched(hpr.rounding.choice, "UPWARDS", ((damping, damping),)):
         return whole(on, limit)
 
 
@@ -79,7 +80,7 @@ def alone(on: Ground, limit: int) -> Student:
 
 def no_products(on: Ground, limit: int) -> Student:
     """No weight as a product of two factors."""
-    with patched(hpr.rounding.plan, "worthwhile", lambda *_: {}):
+    with patched(hpr.rounding.choice, "worthwhile", lambda *_: {}):
         return whole(on, limit)
 
 

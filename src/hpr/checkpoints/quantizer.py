@@ -174,7 +174,7 @@ class HprQuantizer(HfQuantizer):
             ans()  # raises if the decoder is not installed
             check_hashes(checkpoint_files or (), self.quantization_config.coded.get("hashes", {}))
         bank = rebuild(model, self.quantization_config)
-        if bank is not None and checkpoint_files:
+        if bank is not None and checkpoint_files and not self.quantization_config.coded:  # coded files have hashes
             check_checkpoint(bank, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

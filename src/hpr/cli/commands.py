@@ -12,6 +12,7 @@ from hpr.cli.options import (
     Align,
     Bits,
     Budget,
+    Bytes,
     Data,
     Device,
     Examples,
@@ -82,6 +83,7 @@ def plan(
     operators: Operators = None,
     align: Align = None,
     bits: Bits = None,
+    file_bytes: Bytes = None,
     output: Output = Path("plan.json"),
     device: Device = None,
     as_json: Json = False,
@@ -101,8 +103,9 @@ def plan(
 
     measured = Profile.load(profile)
     loaded = open_model(model, device)
-    options = PlanOptions(only=only, operators=operator_names(operators), align=align, bits=bits)
-    if byte_limit(budget, disk_bytes(loaded.model)) is not None:
+    options = PlanOptions(only=only, operators=operator_names(operators), align=align, bits=bits, bytes=file_bytes)
+    size = disk_bytes(loaded.model)
+    if byte_limit(budget, size) is not None or options.file_limit(budget, size) is not None:
         with bars():
             rounded = plan_module(loaded, measured, budget, options)
         rounded.save(output)
@@ -111,7 +114,6 @@ def plan(
         result = {"output": str(output)} | {key: as_dict[key] for key in keys}
         show(result, as_json, tables.plan_table(as_dict), lines(tables.rounding_line(as_dict), f"written: {output}"))
         return
-    options.refuse_bits(budget)
     bytes_each = bytes_per_parameter(loaded.model)
     limit = parse_budget(budget, describe(loaded.model), bytes_each, only)  # a wrong budget is refused before the curves
     with bars():
@@ -229,6 +231,7 @@ def compress(
         typer.Option(min=0, metavar="N", help="Experimental: weights follow the input, with N experts per router."),
     ] = 0,
     bits: Bits = None,
+    file_bytes: Bytes = None,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -251,6 +254,7 @@ def compress(
         examples=examples,
         seed=seed,
         bits=bits,
+        bytes=file_bytes,
     )
     loaded = open_model(model, device, objective=objective)
     with bars():

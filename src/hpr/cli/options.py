@@ -38,7 +38,13 @@ Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda or c
 Examples = Annotated[int, typer.Option(min=1, metavar="N", help="At most this many texts are read.")]
 Bits = Annotated[
     int | None,
-    typer.Option(metavar="8|4", help="Budgets in bytes: keep codes in −127..127 (8) or −7..7 (4), for runtimes."),
+    typer.Option(metavar="8|4", help="Where numbers are coded: keep codes in −127..127 (8) or −7..7 (4), for runtimes."),
+]
+Bytes = Annotated[
+    str | None,
+    typer.Option(
+        "--bytes", metavar="SIZE", help="Budgets in parameters: round what is stored until the file has this size: 6MB."
+    ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of all random numbers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]

@@ -122,6 +122,8 @@ def rounding_line(plan: Mapping[str, Any]) -> str:
     kept = f", codes of {bits} bits" if bits else ""
     above = plan["diagnostics"].get("decibels")
     limit = "" if above is None else f", {above:.1f} decibels above the limit of a code of so many bits"
+    if (rounding := plan["diagnostics"].get("rounding_damage")) is not None:
+        limit = f" by sharing, {figure(rounding, 'nats')} by rounding"
     return (
         f"{byte_count(size)} on disk, budget {plan['budget']['text']}; every number is rounded with the step "
         f"{plan['rounding']['step']:.3g}{kept}\npredicted damage {figure(plan['predicted_damage'], 'nats')} per example{limit}"

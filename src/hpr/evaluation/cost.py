@@ -59,7 +59,7 @@ def sizes(model: nn.Module, anatomy: Anatomy) -> dict[str, int]:
     A coded model also has ``integer_bytes``: its resident bytes if its weights are kept as integers.
     """
     resident = resident_bytes(model)
-    coded = {"integer_bytes": resident - integer_bytes(model)} if codes_of(model) else {}
+    coded = {"integer_bytes": resident - integer_bytes(model)} if codes_of(model) and not bank_of(model) else {}
     return {
         "parameters": parameters(model),
         "bytes": disk_bytes(model),

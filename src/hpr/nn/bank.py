@@ -63,13 +63,14 @@ class Factor(nn.Linear):
         unit = F.one_hot(row.clamp(max=rank - 1), rank).to(self.weight.dtype)
         return torch.where((row < rank).unsqueeze(-1), unit, F.embedding((row - rank).clamp(min=0), self.weight))
 
-    def dense(self) -> Float[Tensor, "rows columns"]:
-        """F itself, with its identity block."""
+    def dense(self, stored: Tensor | None = None) -> Float[Tensor, "rows columns"]:
+        """F itself, with its identity block. ``stored``: numbers in place of those that it stores."""
+        weight = self.weight if stored is None else stored
         if not self.shape.identity:
-            return self.weight
+            return weight
         side = 0 if self.shape.identity == "rows" else 1
-        identity = torch.eye(min(self.shape[:2]), dtype=self.weight.dtype, device=self.weight.device)
-        return torch.cat([identity, self.weight], dim=side).index_select(side, self.order)
+        identity = torch.eye(min(self.shape[:2]), dtype=weight.dtype, device=weight.device)
+        return torch.cat([identity, weight], dim=side).index_select(side, self.order)
 
 
 class FactorBank(nn.Module):

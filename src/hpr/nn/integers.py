@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hpr.anatomy.lookup import module_at
+from hpr.anatomy.lookup import base_of, module_at
 from hpr.coding.codes import Codes, Product, half_octaves, parts_of
 from hpr.errors import HprError
+from hpr.nn.bank import BANK
 from hpr.nn.coded import codes_of
 
 _TYPES = (torch.int8, torch.int16, torch.int32)
@@ -187,6 +188,11 @@ def keep_integers(model: nn.Module) -> nn.Module:
         raise HprError(
             f"this {type(model).__name__} is not coded, so it has no integers to keep: compress it to a budget in bytes, such "
             f"as 8MB, or load a checkpoint of one"
+        )
+    if hasattr(base_of(model)[0], BANK):
+        raise HprError(
+            f"layers of this {type(model).__name__} share factors, which are no integers while it runs: use it as it is, or "
+            f"compress the original to a budget in bytes, such as 8MB"
         )
     by_weight: dict[int, list[nn.Module]] = {}
     for module in model.modules():

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the Trainer is imported only if something is healed
     from hpr.healing.recipe import Recipe
     from hpr.healing.train import Healing
 
-_SHARING = ("only", "operators", "align", "refit", "reuse", "routers", "curve")  # options of plans that share
+_SHARING = ("only", "operators", "align", "refit", "reuse", "routers", "curve", "bytes")  # options of plans that share
 
 
 def check_options(options: PlanOptions, budget: str) -> None:
@@ -90,19 +90,26 @@ def compress_to_bytes(
         "timing": seconds,
         "plans": plan_rows([made.plan], [score], 0, describe(loaded.model)),
         "plan_quality": "agreement with the original" if score.cosine is None else "cosine to the original",
-        "rounding": {
-            "step": made.plan.rounding.step if made.plan.rounding else None,
-            "damage": made.plan.damage,
-            "decibels": made.plan.diagnostics.get("decibels"),
-        },
         "refit": False,
         "operator_gains": [],
-        "dampings": [{"output": left, "input": right, "measured": value} for (left, right), value in made.tried.items()],
+        **rounding_record(made),
     }
     if healing is not None:
         metrics["healing"] = healing.as_metrics()
     folder = None if output is None else write(made.student, output, made.plan, metrics, loaded)
     return Compression(made.student, made.plan, metrics, folder)
+
+
+def rounding_record(made: CodedPlan) -> dict[str, Any]:
+    """The part of metrics.json that says how the numbers were rounded."""
+    return {
+        "rounding": {
+            "step": made.plan.rounding.step if made.plan.rounding else None,
+            "damage": made.plan.diagnostics.get("rounding_damage", made.plan.damage),
+            "decibels": made.plan.diagnostics.get("decibels"),
+        },
+        "dampings": [{"output": left, "input": right, "measured": value} for (left, right), value in made.tried.items()],
+    }
 
 
 def _healed(

@@ -14,6 +14,7 @@ from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.checkpoints.open import open_model
 from hpr.checkpoints.save import check_folder
+from hpr.coding.tables import ans
 from hpr.data.batches import first_batches
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits, prepare
@@ -22,7 +23,7 @@ from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.divergence import Comparison, divergence
 from hpr.evaluation.evaluate import evaluate, measured_on
 from hpr.operators.fitting import Fits
-from hpr.pipeline.coded import compress_to_bytes
+from hpr.pipeline.coded import compress_to_bytes, rounding_record
 from hpr.pipeline.compression import Compression, seeded, timed
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import students
@@ -34,6 +35,8 @@ from hpr.plans.plan import Plan
 from hpr.profiling.objectives import Objective, objective_for
 from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile
+from hpr.rounding.plan import CodedPlan
+from hpr.rounding.shared import aligned_profile, round_shared
 from hpr.sharing.refit import refit
 from hpr.solver.boundaries import boundary_probabilities, fitted_temperature
 
@@ -55,6 +58,7 @@ class _Run:
     objective: Objective
     budget: Budget
     options: PlanOptions
+    file_limit: int | None  # bytes of the file, for factors that are rounded
     seconds: dict[str, float] = field(default_factory=dict)
 
     def step(self, name: str) -> AbstractContextManager[None]:
@@ -140,10 +144,15 @@ def compress(
         if recipe is not None:
             with run.step("heal"):
                 healing = _healed(run, choice.student, texts, recipe)
+        rounded = None
+        if run.file_limit is not None:
+            with run.step("round"):
+                rounded = _rounded(run, fits, choice, texts)
+        student, plan = (choice.student, choice.plan) if rounded is None else (rounded.student, rounded.plan)
         with run.step("evaluate"):
-            figures = evaluate(choice.student, run.loaded.model, texts.heldout, run.objective)
+            figures = evaluate(student, run.loaded.model, texts.heldout, run.objective)
             figures = measured_on(figures, f"{texts.source}, held out")
-        metrics = record(run.loaded, choice.plan, measured, texts, figures) | {
+        metrics = record(run.loaded, plan, measured, texts, figures) | {
             "seed": options.seed,
             "timing": run.seconds,
             "plans": plan_rows(choice.plans, choice.comparisons, choice.best, candidates.anatomy),
@@ -154,10 +163,12 @@ def compress(
         }
         if healing is not None:
             metrics["healing"] = healing.as_metrics()
+        if rounded is not None:
+            metrics |= rounding_record(rounded)
         if options.routers:
-            metrics |= _routes(run, choice.student, texts)
-        folder = None if output is None else write(choice.student, output, choice.plan, metrics, run.loaded)
-    return Compression(choice.student, choice.plan, metrics, folder)
+            metrics |= _routes(run, student, texts)
+        folder = None if output is None else write(student, output, plan, metrics, run.loaded)
+    return Compression(student, plan, metrics, folder)
 
 
 def _checked(
@@ -165,12 +176,14 @@ def _checked(
 ) -> tuple[_Run, Recipe | None]:
     """Read every option. Whatever is wrong is said here, before minutes are spent."""
     recipe = _recipe(heal, options)
-    options.refuse_bits(budget)
+    file_limit = options.file_limit(budget, disk_bytes(loaded.model))
+    if file_limit is not None:
+        ans()  # raises if the coder is not installed
     known_operators(options.operators)
     if output is not None:
         check_folder(output)
     limit = parse_budget(budget, describe(loaded.model), bytes_per_parameter(loaded.model), options.only)
-    return _Run(loaded, objective_for(loaded.model, loaded.objective), limit, options), recipe
+    return _Run(loaded, objective_for(loaded.model, loaded.objective), limit, options, file_limit), recipe
 
 
 def _recipe(heal: Recipe | str | None, options: PlanOptions) -> Recipe | None:
@@ -266,6 +279,17 @@ def _healed(run: _Run, student: nn.Module, texts: Splits, recipe: Recipe) -> Hea
     from hpr.healing.heal import heal
 
     return heal(student, run.loaded, texts, recipe)
+
+
+def _rounded(run: _Run, fits: Fits, choice: _Choice, texts: Splits) -> CodedPlan:
+    """The chosen student with what it stores rounded and coded; dampings are chosen on the data that chose the plan."""
+    assert run.file_limit is not None
+
+    def measure(student: nn.Module) -> float:
+        return divergence(student, run.loaded.model, texts.rescoring, run.objective).mean
+
+    profile = aligned_profile(fits, choice.plan)
+    return round_shared(choice.student, choice.plan, profile, run.file_limit, measure, run.options.bits)
 
 
 def _routes(run: _Run, student: nn.Module, texts: Splits) -> dict[str, Any]:

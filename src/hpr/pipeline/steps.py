@@ -8,6 +8,7 @@ tokenizer, which a bare module does not have.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ from hpr.anatomy.model import Anatomy
 from hpr.checkpoints.open import open_model
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import EVALUATED, PROFILED, open_data
+from hpr.errors import PlanError
 from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.evaluate import evaluate as evaluate_batches
 from hpr.evaluation.evaluate import measured_on
 from hpr.nn.bank import recorded_objective
+from hpr.operators.fitting import Fits
 from hpr.pipeline.coded import check_options
 from hpr.planning.options import DEFAULTS, PlanOptions
 from hpr.planning.planner import plan as plan_module
@@ -30,6 +33,7 @@ from hpr.plans.plan import Plan
 from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile as profile_batches
 from hpr.rounding.plan import plan_bytes, round_model
+from hpr.rounding.shared import aligned_profile, round_factors, round_shared
 from hpr.sharing.refit import refit as refit_batches
 from hpr.sharing.share import Rule
 from hpr.sharing.share import share as share_module
@@ -71,8 +75,13 @@ def plan(model: AnyModel, profile: Profile, budget: str = "50%", options: PlanOp
     if (limit := byte_limit(budget, disk_bytes(module))) is not None:
         check_options(options, budget)
         return plan_bytes(module, profile, budget.strip(), limit, bits=options.bits).plan
-    options.refuse_bits(budget)
-    return plan_module(module, profile, budget, options)
+    limit = options.file_limit(budget, disk_bytes(module))
+    plan = plan_module(module, profile, budget, options)
+    if limit is None:
+        return plan
+    fits = Fits(module, profile)
+    student = share_module(module, plan, profile, fits=fits)
+    return round_shared(student, plan, aligned_profile(fits, plan), limit, bits=options.bits).plan
 
 
 def share(model: AnyModel, plan: Plan | Rule, profile: Profile | None = None) -> nn.Module:
@@ -88,8 +97,19 @@ def share(model: AnyModel, plan: Plan | Rule, profile: Profile | None = None) ->
     True
     """
     if isinstance(plan, Plan) and plan.rounding is not None:
-        return round_model(module_of(model), plan, profile)
+        return _rounded(module_of(model), plan, profile)
     return share_module(module_of(model), plan, profile)
+
+
+def _rounded(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Module:
+    assert plan.rounding is not None
+    if profile is None:
+        raise PlanError("a plan with a rounding rounds in the metric of the profile: give the profile that it was made with")
+    if not plan.rounding.factors:
+        return round_model(model, plan, profile)
+    fits = Fits(model, profile)
+    student = share_module(model, replace(plan, rounding=None), profile, fits=fits)
+    return round_factors(student, plan, aligned_profile(fits, plan))
 
 
 def module_of(model: AnyModel) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpr.errors import BudgetError, PlanError
+from hpr.plans.budget import byte_limit
 from hpr.plans.rounding import check_bits
 
 LONGEST_GROUP = 3  # the most neighbouring layers in one group; whole stacks are candidates too
@@ -19,7 +20,8 @@ class PlanOptions:
     always among them, None means all.
     ``align``: also plan with aligned layers; None means only if measurements at a few layers promise a gain.
     ``longest_group``: the largest number of neighbouring layers in one group.
-    ``bits``: for budgets in bytes: 8 or 4 keep every code in the range of such integers (−127 to 127, −7 to 7), for runtimes
+    ``bytes``: for budgets in parameters: the size of the file, such as ``6MB``. The factors are then rounded and coded.
+    ``bits``: if codes are stored: 8 or 4 keep every code in the range of such integers (−127 to 127, −7 to 7), for runtimes
     that compute with them; None lets codes be as large as they come.
 
     The rest is for ``hpr.compress``: ``plans``: how many plans to run end to end before one is chosen; ``refit``: fit private
@@ -43,6 +45,7 @@ class PlanOptions:
     examples: int = 4096
     seed: int = 0
     bits: int | None = None
+    bytes: str | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -54,18 +57,33 @@ class PlanOptions:
                 raise PlanError(f"{name} is {value!r}: give a whole number from {least} up")
         if self.routers == 1:
             raise PlanError("routers is 1, but a router chooses between experts: give 2 or more, or 0 for none")
+        if self.routers and self.bytes is not None:
+            raise PlanError(
+                f"routers is {self.routers} and bytes is {self.bytes}: weights that follow the input are not rounded. Set "
+                f"one of them"
+            )
         if self.routers and self.reuse:
             raise PlanError(
                 f"routers is {self.routers} and reuse is on: plans that reuse layers cannot be routed. Set one of them"
             )
 
-    def refuse_bits(self, budget: str) -> None:
-        """Raise ``BudgetError`` if ``bits`` is set, for a budget in parameters."""
+    def file_limit(self, budget: str, model_bytes: int) -> int | None:
+        """The bytes that ``bytes`` allows beside a budget in parameters, None if nothing is rounded.
+
+        ``model_bytes``: the size of the original checkpoint. Raises ``BudgetError`` for ``bytes`` that are no size, and for
+        ``bits`` without them.
+        """
+        if self.bytes is not None:
+            limit = byte_limit(self.bytes, model_bytes)
+            if limit is None:
+                raise BudgetError(f"bytes is {self.bytes!r}, which is no size: give one such as 6MB or 10%bytes")
+            return limit
         if self.bits is not None:
             raise BudgetError(
-                f"bits is {self.bits}, but a budget in parameters ({budget}) rounds nothing: leave bits out, or give a "
-                f"budget in bytes, such as 8MB"
+                f"bits is {self.bits}, but a budget in parameters ({budget}) rounds nothing: leave bits out, give a budget in "
+                f"bytes, such as 8MB, or the bytes of the file as well"
             )
+        return None
 
 
 DEFAULTS = PlanOptions()

@@ -18,13 +18,15 @@ class Rounding:
     nats per example, whatever its site, row and column. ``output_damping`` and ``input_damping``: the shares of their mean
     diagonal that are added to the moments of output gradients and of inputs; more protects directions that calibration
     text rarely shows. ``bits``: the codes are −127 to 127 with 8 and −7 to 7 with 4, for runtimes; None leaves them as large as
-    they come.
+    they come. ``factors``: layers share as the plan says, and what is rounded are their factors; else the terms of a plan say
+    which weights are rounded as products.
     """
 
     step: float
     output_damping: float = 0.15
     input_damping: float = 0.15
     bits: int | None = None
+    factors: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)

@@ -58,16 +58,19 @@ def _prediction(plan: Mapping[str, Any]) -> str:
     parts = [f"budget {dig(plan, 'budget', 'text')}"]
     step, bits = (number(dig(plan, "rounding", key)) for key in ("step", "bits"))
     size = number(dig(plan, "diagnostics", "bytes"))
+    shares = dig(plan, "rounding", "factors")
+    if allowed is not None and dense is not None and (step is None or shares):
+        parts[0] += f": at most {allowed:,.0f} of {dense:,.0f} parameters"
     if step is not None:
         parts[0] += (
-            f": every number rounded with the step {step:.3g}"
+            f"{',' if shares else ':'} every number rounded with the step {step:.3g}"
             + (f", codes of {bits:.0f} bits" if bits else "")
             + (f", {size / 1e6:.3f} MB" if size else "")
         )
-    elif allowed is not None and dense is not None:
-        parts[0] += f": at most {allowed:,.0f} of {dense:,.0f} parameters"
     if damage is not None:
         parts.append(f"predicted damage {damage:.3g} nats per example")
+    if (rounded := number(dig(plan, "diagnostics", "rounding_damage"))) is not None:
+        parts[-1] += f" by sharing, {rounded:.3g} by rounding"
     if (above := number(dig(plan, "diagnostics", "decibels"))) is not None:
         parts[-1] += f", {above:.1f} decibels above the limit of a code of so many bits"
     if gap is not None:

@@ -260,6 +260,9 @@ def solver(metrics: Mapping[str, Any]) -> Section | None:
         ),
         ("Multiplier λ", figure(account.get("multiplier"), "nats per parameter"), "damage that one more parameter would save"),
     ]
+    if rounding := table(metrics, "rounding"):
+        cost = "predicted; the damage of the plan is that of sharing alone"
+        rows += [_step(rounding), ("Damage of rounding", figure(rounding.get("damage"), "nats"), cost)]
     reading = "The gap to the best plan was not recorded."
     if gap is not None:
         reading = f"The predicted damage is within {100 * gap:.2f}\u00a0% of the least that these candidates allow."
@@ -272,7 +275,7 @@ def _rounding(account: Mapping[str, Any]) -> Section | None:
         return None
     above = number(account.get("decibels"))
     rows = [
-        ("Step size δ", figure(account.get("step"), ""), "in √nats, one for all weights: a number costs about δ² / 12 nats"),
+        _step(account),
         ("Damage of the plan", figure(account.get("damage"), "nats"), "predicted, summed over all sites, per example"),
         (
             "Above the limit",
@@ -287,6 +290,10 @@ def _rounding(account: Mapping[str, Any]) -> Section | None:
             f"number by number stays 1.5\u00a0decibels above it at many bits; 6\u00a0decibels are a bit a number."
         )
     return {"rows": rows, "reading": reading}
+
+
+def _step(account: Mapping[str, Any]) -> tuple[str, str, str]:
+    return "Step size δ", figure(account.get("step"), ""), "in √nats, one for all weights: a number costs about δ² / 12 nats"
 
 
 def timing(metrics: Mapping[str, Any]) -> Section | None:

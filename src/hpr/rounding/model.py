@@ -15,7 +15,7 @@ from hpr.coding.record import Coded
 from hpr.errors import PlanError
 from hpr.nn.coded import attach_codes, refuse_coded, stored
 from hpr.operators.metric import weight64
-from hpr.plans.rounding import largest_code
+from hpr.plans.rounding import Rounding, largest_code
 from hpr.profiling.other_parameters import other_parameters
 from hpr.profiling.profile import Profile
 from hpr.rounding.matrices import Rule
@@ -83,6 +83,10 @@ class Rounder:
     def factoring(self, whitened: Whitened) -> Factoring:
         """A site that has a gradient, prepared to become a product."""
         return Factoring.of(whitened, self.profile.sites[whitened.site.name], self.dampings)
+
+    def rounding(self, step: float) -> Rounding:
+        """What a plan says of the codes at a step size."""
+        return Rounding(step, *self.dampings, self.bits)
 
     @property
     def finest(self) -> float:

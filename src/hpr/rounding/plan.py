@@ -20,16 +20,13 @@ from hpr.plans.budget import Budget
 from hpr.plans.plan import Plan, keep_all
 from hpr.plans.terms import KEEP, Entry, Term
 from hpr.profiling.profile import Profile
+from hpr.rounding.choice import choose
 from hpr.rounding.limit import Limit
 from hpr.rounding.model import Rounder
-from hpr.rounding.products import worthwhile
-from hpr.rounding.search import Known, Rounded, Search, coded, round_to
+from hpr.rounding.search import Rounded, coded, round_to
 from hpr.runtime.progress import progress
 
 _log = logging.getLogger(__name__)
-UPWARDS = ((0.15, 0.15), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))  # dampings of outputs and inputs; tried while they serve
-DOWNWARDS = ((0.05, 0.05),)  # tried while they serve, unless more damping clearly serves better
-MARGIN = 0.05  # more damping holds better on other text, so it is preferred at up to so much more divergence
 
 
 @dataclass(frozen=True)
@@ -60,89 +57,18 @@ def plan_bytes(
     codes in the range of such integers; no weight is a product then. Raises ``BudgetError`` for a budget that cannot be met,
     and ``PlanError`` for a model with experts that are slices of one parameter.
     """
-    known = Known()
-    tried: dict[tuple[float, float], float] = {}
-    whole = Search(Rounder(model, profile, *UPWARDS[0], bits), limit, known)
-    factored = _factored(whole)
-    if measure is None:
-        chosen = factored or whole
-    else:
-        losses = {id(each): _loss(each, measure) for each in (whole, factored) if each is not None}
-        first = factored if factored is not None and losses[id(factored)] < losses[id(whole)] else whole
-
-        def search(dampings: tuple[float, float]) -> Search:
-            return Search(Rounder(model, profile, *dampings, bits).factored(first.rounder.ranks), limit, known)
-
-        tried[UPWARDS[0]] = losses[id(first)]
-        chosen = _chosen(first, search, measure, tried)
-    rounder, rounded = chosen.rounder, chosen.best()
+    chosen = choose(lambda dampings: Rounder(model, profile, *dampings, bits), limit, measure, products=bits is None)
+    rounder, rounded = chosen.rounder, chosen.rounded
     if unread := [whitened.site.label for whitened in rounder.sites if not whitened.read]:
         _log.info("the objective does not read %s: about 3 bits a number, whatever the budget", ", ".join(unread))
     student = rounder.student(rounded.codes, rounded.others, rounded.coded)
-    return CodedPlan(_plan(rounder, rounded, budget), student, int(rounded.bytes), tried)
+    return CodedPlan(_plan(rounder, rounded, budget), student, int(rounded.bytes), chosen.tried)
 
 
-def _chosen(
-    first: Search,
-    search: Callable[[tuple[float, float]], Search],
-    measure: Callable[[nn.Module], float],
-    tried: dict[tuple[float, float], float],
-) -> Search:
-    """The search with the dampings that measure best; ``tried`` receives the divergence that was measured with each.
-
-    ``first``: that with the first dampings, which ``tried`` knows.
-    """
-    best, chosen = first, UPWARDS[0]
-    for dampings in UPWARDS[1:]:
-        made = search(dampings)
-        tried[dampings] = _loss(made, measure)
-        if tried[dampings] > (1 + MARGIN) * min(tried.values()):
-            break
-        best, chosen = made, dampings
-    no_worse = tried[UPWARDS[0]] <= (1 + MARGIN) * min(tried.values())
-    for dampings in DOWNWARDS if no_worse else ():
-        made = search(dampings)
-        tried[dampings] = _loss(made, measure)
-        if tried[chosen] <= (1 + MARGIN) * tried[dampings]:
-            break
-        best, chosen = made, dampings
-    return best
-
-
-def _loss(made: Search, measure: Callable[[nn.Module], float]) -> float:
-    """The divergence of a search's model in nats, as if it had exactly the bytes of the budget."""
-    rounder, rounded = made.rounder, made.near()
-    measured = measure(rounder.student(rounded.codes, rounded.others))
-    _log.info(
-        "dampings %g, %g, %d products, at %.3f MB: divergence %.4g nats",
-        *rounder.dampings,
-        len(rounder.ranks),
-        rounded.bytes / 1e6,
-        measured,
-    )
-    return measured * made.step_over(rounded) ** 2
-
-
-def _factored(whole: Search) -> Search | None:
-    """The search with some weights as products of two factors; None if that pays for none of them, or codes have a range."""
-    rounder, found = whole.rounder, whole.near()
-    if rounder.bits is not None:
-        return None
-    sites = (one for one in rounder.sites if one.read and min(one.weight.shape) > 1)
-    savings = worthwhile((rounder.factoring(one) for one in sites), found.codes, found.rounding.step)
-    if not savings:
-        return None
-    smaller = found.bytes - sum(saving.bytes for saving in savings.values())
-    ranks = {name: saving.rank for name, saving in savings.items()}
-    return Search(rounder.factored(ranks), whole.limit, whole.known, start=(found.rounding.step, smaller))
-
-
-def round_model(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Module:
-    """The model that a plan with a rounding describes. Raises ``PlanError`` without a profile, or for another model's plan."""
+def round_model(model: nn.Module, plan: Plan, profile: Profile) -> nn.Module:
+    """The model that a plan with a rounding describes. Raises ``PlanError`` for another model's plan."""
     if plan.rounding is None:
         raise PlanError("the plan has no rounding: make one with a budget in bytes, such as 8MB")
-    if profile is None:
-        raise PlanError("a plan for a budget in bytes rounds in the metric of the profile: give the profile it was made with")
     plan.validate(describe(model))
     how = plan.rounding
     rounder = Rounder(model, profile, how.output_damping, how.input_damping, how.bits)

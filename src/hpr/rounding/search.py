@@ -58,7 +58,7 @@ class Known:
 def round_to(rounder: Rounder, step: float) -> Rounded:
     """The rounding with a given step; it is not coded yet, and its bytes are not known."""
     codes = rounder.codes(step)
-    return Rounded(codes, rounder.others(codes, step), Rounding(step, *rounder.dampings, rounder.bits), 0)
+    return Rounded(codes, rounder.others(codes, step), rounder.rounding(step), 0)
 
 
 def coded(rounder: Rounder, found: Rounded) -> Rounded:

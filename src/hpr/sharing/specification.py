@@ -49,17 +49,11 @@ def specification(model: nn.Module) -> dict[str, Any]:
 
 
 def coded_specification(model: nn.Module, state: CodedState, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """The same for a model whose weights are coded, saved as ``state``: its sites are those of the class.
-
-    ``hashes``: file → SHA-256.
-    """
+    """The same for a model whose weights or factors are coded, saved as ``state``. ``hashes``: file → SHA-256."""
     objective = coded_objective(model)
+    plain = {"quant_method": METHOD, "format": FORMAT, "hpr_version": version("hpr"), "sites": {}, "factors": {}}
     return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "hpr_version": version("hpr"),
-        "sites": {},
-        "factors": {},
+        **(plain if bank_of(model) is None else specification(model)),
         "coded": {"format": VERSION, "hashes": dict(hashes), "sites": list(state.streams), "pack": state.pack},
         **({"objective": objective} if objective else {}),
     }
