@@ -70,3 +70,25 @@ def test_what_is_wrong_is_said_before_anything_is_measured(loaded: LoadedModel, 
         with pytest.raises(hpr.HprError, match=message), reporting_to(never):
             hpr.compress(loaded, "8%bytes", TEXTS, tmp_path / "none", heal=heal)
     assert not (tmp_path / "none").exists()
+
+
+def test_shared_factors_are_rounded_and_healed_within_their_bytes(loaded: LoadedModel, tmp_path: Path) -> None:
+    options = hpr.PlanOptions(bytes="15%bytes", plans=2)
+    plain = hpr.compress(loaded, "60%", TEXTS, options=options)
+    recipe = hpr.Recipe("160steps", checks=2, learning_rate=3e-4)
+    made = hpr.compress(loaded, "60%", TEXTS, tmp_path / "out", options, recipe)
+    assert made.metrics["healing"]["after"] < made.metrics["healing"]["before"]
+    assert list(made.metrics["timing"]) == ["data", "profile", "plan", "rescore", "refit", "round", "heal", "evaluate"]
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size <= 0.15 * disk_bytes(loaded.model)
+    assert size == disk_bytes(made.student) == made.plan.diagnostics["bytes"] == made.metrics["sizes"]["after"]["bytes"]
+    assert made.plan.rounding == plain.plan.rounding
+    assert made.plan.rounding is not None
+    assert made.plan.rounding.factors
+    assert made.plan.parameters(hpr.describe(loaded)) <= made.plan.budget.parameters
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "stored by its entropy" in card
+    again = tf.AutoModel.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(one, made.student.state_dict()[name]) for name, one in again.state_dict().items())
+    with pytest.raises(hpr.HprError, match="blocks is"):
+        hpr.compress(loaded, "60%", TEXTS, options=options, heal=hpr.Recipe("160steps", blocks=0.5))

@@ -25,6 +25,7 @@ from hpr.profiling.objectives import objective_for
 from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile
 from hpr.rounding.plan import CodedPlan, plan_bytes
+from hpr.rounding.shared import stored_bits
 
 if TYPE_CHECKING:  # the Trainer is imported only if something is healed
     from hpr.healing.recipe import Recipe
@@ -82,7 +83,7 @@ def compress_to_bytes(
     healing = None
     if recipe is not None:
         with timed(seconds, "heal"):
-            made, healing = _healed(made, budget[1], loaded, measured, texts, recipe)
+            made, healing = healed(made, budget[1], loaded, measured, texts, recipe)
     with timed(seconds, "evaluate"):
         figures = measured_on(evaluate(made.student, loaded.model, texts.heldout, goal), f"{texts.source}, held out")
     metrics = record(loaded, made.plan, measured, texts, figures) | {
@@ -112,7 +113,7 @@ def rounding_record(made: CodedPlan) -> dict[str, Any]:
     }
 
 
-def _healed(
+def healed(
     made: CodedPlan, limit: int, loaded: LoadedModel, measured: Profile, texts: Splits, recipe: Recipe
 ) -> tuple[CodedPlan, Healing]:
     """The same with trained codes. The plan says how the codes began, and how many bytes they have now."""
@@ -121,7 +122,11 @@ def _healed(
 
     assert made.plan.rounding is not None
     healing = heal_codes(made.student, loaded, texts, recipe, ByteBudget(limit, made.plan.rounding, measured.others))
-    size = disk_bytes(made.student)
-    bits = {site: round(8 * len(one.stream) / one.codes().numbers, 3) for site, one in codes_of(made.student).items()}
+    size, coded = disk_bytes(made.student), codes_of(made.student)
+    bits = (
+        stored_bits(made.plan, coded)
+        if made.plan.rounding.factors
+        else {site: round(8 * len(one.stream) / one.codes().numbers, 3) for site, one in coded.items()}
+    )
     diagnostics = {**made.plan.diagnostics, "bytes": size, "bits": bits}
     return replace(made, plan=replace(made.plan, diagnostics=diagnostics), bytes=size), healing

@@ -23,7 +23,7 @@ from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.divergence import Comparison, divergence
 from hpr.evaluation.evaluate import evaluate, measured_on
 from hpr.operators.fitting import Fits
-from hpr.pipeline.coded import compress_to_bytes, rounding_record
+from hpr.pipeline.coded import compress_to_bytes, healed, rounding_record
 from hpr.pipeline.compression import Compression, seeded, timed
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import students
@@ -140,14 +140,16 @@ def compress(
             choice = _chosen(run, fits, proposals, curve, texts)
         with run.step("refit"):
             refitted = _refitted(run, fits, measured, choice, texts)
-        healing = None
-        if recipe is not None:
-            with run.step("heal"):
-                healing = _healed(run, choice.student, texts, recipe)
-        rounded = None
+        healing, rounded = None, None
         if run.file_limit is not None:
             with run.step("round"):
                 rounded = _rounded(run, fits, choice, texts)
+        if recipe is not None:
+            with run.step("heal"):
+                if rounded is None or run.file_limit is None:
+                    healing = _healed(run, choice.student, texts, recipe)
+                else:
+                    rounded, healing = healed(rounded, run.file_limit, run.loaded, measured, texts, recipe)
         student, plan = (choice.student, choice.plan) if rounded is None else (rounded.student, rounded.plan)
         with run.step("evaluate"):
             figures = evaluate(student, run.loaded.model, texts.heldout, run.objective)
@@ -179,6 +181,10 @@ def _checked(
     file_limit = options.file_limit(budget, disk_bytes(loaded.model))
     if file_limit is not None:
         ans()  # raises if the coder is not installed
+        if recipe is not None:
+            from hpr.healing.coded.heal import check_recipe
+
+            check_recipe(loaded.model, recipe)
     known_operators(options.operators)
     if output is not None:
         check_folder(output)

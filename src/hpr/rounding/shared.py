@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from hpr.coding.codes import Codes, Product
+from hpr.coding.codes import Codes, Product, parts_of
+from hpr.coding.record import Coded
 from hpr.nn.bank import bank_of, terms_of
 from hpr.nn.site import SharedSite
 from hpr.operators.fitting import Fits
@@ -90,7 +91,7 @@ def round_shared(
     made = rounder.student(rounded.codes, rounded.others, rounded.coded)
     coded_diagnostics = {
         "bytes": int(rounded.bytes),
-        "bits": _bits(plan, rounded),
+        "bits": stored_bits(plan, rounded.coded or {}),
         "rounding_damage": _damage(rounder, rounded),
     }
     diagnostics = {**plan.diagnostics, **coded_diagnostics}
@@ -118,12 +119,14 @@ def _damage(rounder: Rounder, rounded: Rounded) -> float:
     return total
 
 
-def _bits(plan: Plan, rounded: Rounded) -> dict[str, float]:
+def stored_bits(plan: Plan, coded: Mapping[str, Coded]) -> dict[str, float]:
     """Site → mean bits of the numbers that are stored for it. Sites that store none are left out."""
-    assert rounded.coded is not None
+    sizes = {
+        name: (8 * len(one.stream), sum(part.values.size for part in parts_of(one.codes()))) for name, one in coded.items()
+    }
     found = {}
     for name, entry in plan.entries.items():
-        parts = [site_of(factor) for factor in factors_of(entry.terms)] or ([name] if name in rounded.codes else [])
-        if numbers := sum(rounded.codes[part].numbers for part in parts):
-            found[name] = round(8 * sum(len(rounded.coded[part].stream) for part in parts) / numbers, 3)
+        parts = [sizes[site_of(factor)] for factor in factors_of(entry.terms)] or ([sizes[name]] if name in sizes else [])
+        if numbers := sum(count for _, count in parts):
+            found[name] = round(sum(bits for bits, _ in parts) / numbers, 3)
     return found
