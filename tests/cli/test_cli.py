@@ -296,6 +296,24 @@ def test_compress_to_bytes_and_heal(home, tmp_path):
     assert not left_behind(tmp_path)
 
 
+def test_a_budget_in_parameters_with_the_size_of_the_file(home, tmp_path):
+    out = tmp_path / "out"
+    common = ["compress", home / "model", "--budget", "60%", "--data", home / "texts.txt", "-o", out, "--plans", 1]
+    found = json.loads(run(*common, "--bytes", "25%bytes", "--json").stdout)
+    sizes = found["sizes"]
+    assert (out / "model.safetensors").stat().st_size == sizes["after"]["bytes"] <= 0.25 * sizes["before"]["bytes"]
+    assert sizes["after"]["parameters"] <= 0.6 * sizes["before"]["parameters"]
+    assert "integer_bytes" not in sizes["after"]
+    assert "Damage of rounding" in (out / "report.html").read_text(encoding="utf-8")
+    assert "is no size" in said(run(*common, "--bytes", "60%", code=2))
+    run("profile", home / "model", "--data", home / "texts.txt", "-o", tmp_path / "p")
+    arguments = ["plan", home / "model", "--profile", tmp_path / "p", "--budget", "60%", "--bytes", "25%bytes"]
+    planned = run(*arguments, "-o", tmp_path / "plan.json").stdout
+    assert "by rounding" in planned
+    run("share", home / "model", "--plan", tmp_path / "plan.json", "--profile", tmp_path / "p", "-o", tmp_path / "shared")
+    assert (tmp_path / "shared" / "model.safetensors").stat().st_size <= 0.25 * sizes["before"]["bytes"]
+
+
 def test_several_files_with_shares(home, tmp_path):
     first, second = home / "texts.txt", tmp_path / "more=2.tsv"
     texts = first.read_text(encoding="utf-8").splitlines()

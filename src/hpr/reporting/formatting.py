@@ -143,6 +143,8 @@ def size_rows(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[dict[
             before = number(dig(plan, "model", "dense_parameters"))
         times = f"{before / after:.2f}×" if before and after else ABSENT
         words = {"before": write(before), "after": write(after), "kept": percent(after, before), "times": times}
+        if key == "integer_bytes" and after is None:  # the weights of most models are no integers
+            continue
         known, smaller = before is not None or after is not None, bool(before and after and before > after)
         rows.append({"key": key, "label": label, "known": known, "smaller": smaller, **words})
     return rows
