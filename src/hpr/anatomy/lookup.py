@@ -57,12 +57,15 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 def weight_at(model: nn.Module, site: Site) -> torch.Tensor:
     """The weight of a site as (out, in), a view of the parameter. Raises ``HprError`` if the model has no such site."""
-    if site.expert is None:
-        return weight_of(module_at(model, site.name))
-    found = slice_at(model, site.name)
-    if found is None:
+    if site.expert is not None and slice_at(model, site.name) is None:
         raise HprError(f"{type(model).__name__} has no experts at {site.name!r}: the plan or checkpoint is of another model")
-    return found.weight
+    return weight_named(model, site.name)
+
+
+def weight_named(model: nn.Module, path: str) -> torch.Tensor:
+    """The weight at the path of a site, that of a module or of an expert. Raises ``HprError`` if there is none."""
+    found = slice_at(model, path)
+    return weight_of(module_at(model, path)) if found is None else found.weight
 
 
 def slice_at(model: nn.Module, path: str) -> Slice | None:

@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from hpr.anatomy.lookup import base_of, module_at, weight_of
+from hpr.anatomy.lookup import base_of, weight_named
 from hpr.checkpoints.quantizer import HprConfig, rebuild
 from hpr.checkpoints.save import check_checkpoint, check_hashes
 from hpr.coding.pack import Pack
 from hpr.coding.record import Coded
 from hpr.errors import CheckpointError
-from hpr.nn.coded import attach_codes
+from hpr.nn.coded import attach_codes, unchained
 from hpr.runtime.files import CONFIG, WEIGHTS, read_config
 from hpr.runtime.torch_errors import does_not_fit
 from hpr.sharing.specification import is_specification
@@ -63,7 +63,12 @@ def _load_coded(model: nn.Module, file: Path, described: HprConfig) -> nn.Module
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}): copy or download it again") from error
     prefix = base_of(model)[1]
-    coded, pack = {}, Pack()
+    coded: dict[str, Coded] = {}
+    pack = Pack()
+    for parameter in described.coded.get("experts", ()):
+        key = next((key for key in (f"{prefix}{parameter}", parameter) if key in state), parameter)
+        chain = unchained(_take(state, key, file))
+        coded |= {f"{parameter}.{number}": Coded(stream) for number, stream in enumerate(chain)}
     for path in described.coded["sites"]:
         key = next((key for key in (f"{prefix}{path}.weight", f"{path}.weight") if key in state), path)
         coded[path] = Coded(_take(state, key, file))
@@ -73,14 +78,14 @@ def _load_coded(model: nn.Module, file: Path, described: HprConfig) -> nn.Module
     tensors = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for path, record in coded.items():
-            _fill(weight_of(module_at(model, path)), record.weight(), path, file)
+            _fill(weight_named(model, path), record.weight(), path, file)
         for key, value in (state | dict(pack.plain)).items():
             _fill(_tensor(model, tensors, key, file), value, key, file)
         for key, codes in pack.others.items():
             target = _tensor(model, tensors, key, file)
             _fill(target, codes.weight().reshape(target.shape if target.numel() == codes.values.size else (-1,)), key, file)
     filled = {tensors[key].data_ptr() for key in (*state, *pack.plain, *pack.others)}
-    filled |= {weight_of(module_at(model, path)).data_ptr() for path in coded}
+    filled |= {weight_named(model, path).data_ptr() for path in coded}
     if missing := [key for key, tensor in tensors.items() if tensor.data_ptr() not in filled]:
         raise CheckpointError(f"{file} lacks {missing[0]}: build the {type(model).__name__} as it was when it was saved")
     attach_codes(model, coded, described.objective, pack.others)

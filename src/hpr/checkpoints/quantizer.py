@@ -30,7 +30,7 @@ from hpr.coding.record import Coded
 from hpr.coding.tables import ans
 from hpr.errors import CheckpointError
 from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
-from hpr.nn.coded import attach_codes
+from hpr.nn.coded import attach_codes, unchained
 from hpr.nn.site import BankReader
 from hpr.plans.terms import FactorShape, factors_of, terms_from_list
 from hpr.runtime.files import CONFIG
@@ -109,6 +109,17 @@ class DecodeWeight(_Decode):
         return {key: _placed(model, key, coded.weight(), self.decoded.coded, coded)}
 
 
+class DecodeExperts(_Decode):
+    """Decodes the streams of one parameter whose slices are experts."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **given: Any
+    ) -> dict[str, Any]:
+        model, key = given["model"], given["full_layer_name"]
+        experts = [Coded(stream) for stream in unchained(_bytes(input_dict))]
+        return {key: _stacked(model, key, dict(enumerate(experts)), self.decoded.coded)}
+
+
 class DecodePack(_Decode):
     """Decodes all the tensors that lie in one pack, as far as the class has them."""
 
@@ -119,9 +130,14 @@ class DecodePack(_Decode):
         pack, decoded = Pack.from_bytes(_bytes(input_dict)), self.decoded
         tensors = model.state_dict()
         found: dict[str, Any] = {own: None}  # first, since transformers looks for the first name that is part of its own
+        experts: dict[str, dict[int, Coded]] = {}
         for name, codes in pack.weights.items():
+            parameter, _, number = name.rpartition(".")
             if key := _key(model, tensors, name):
                 found[key] = _placed(model, key, codes.weight(), decoded.coded, Coded.of(codes))
+            elif number.isdigit() and (key := _key(model, tensors, parameter)):
+                experts.setdefault(key, {})[int(number)] = Coded.of(codes)
+        found |= {key: _stacked(model, key, several, decoded.coded) for key, several in experts.items()}
         for name, codes in pack.others.items():
             if key := _key(model, tensors, name):
                 found[key] = codes.weight().view(tensors[key].shape).to(tensors[key].dtype)
@@ -152,6 +168,14 @@ def _placed(model: nn.Module, key: str, weight: Tensor, noted: dict[str, Coded],
     noted[name.removeprefix(base_of(model)[1])] = coded
     parameter: Tensor = module.weight  # type: ignore[assignment]
     return (weight.T if isinstance(module, Conv1D) else weight).to(parameter.dtype)
+
+
+def _stacked(model: nn.Module, key: str, experts: Mapping[int, Coded], noted: dict[str, Coded]) -> Tensor:
+    """All the experts of a parameter; their streams are noted."""
+    name = key.removeprefix(base_of(model)[1])
+    noted |= {f"{name}.{number}": coded for number, coded in experts.items()}
+    dtype = model.get_parameter(key).dtype
+    return torch.stack([experts[number].weight().to(dtype) for number in range(len(experts))])
 
 
 def _decodes(conversion: Any) -> bool:
@@ -207,6 +231,7 @@ class HprQuantizer(HfQuantizer):
         if not described:
             return []
         keys: dict[str, _Decode] = {f"{path}.weight": DecodeWeight(self.decoded) for path in described["sites"]}
+        keys |= {parameter: DecodeExperts(self.decoded) for parameter in described.get("experts", ())}
         if described["pack"] is not None:
             keys[described["pack"]] = DecodePack(self.decoded)
         return [WeightConverter(rf"(?<![^.]){re.escape(key)}$", key, [decode]) for key, decode in keys.items()]

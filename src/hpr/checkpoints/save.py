@@ -136,7 +136,7 @@ def _write_coded(student: nn.Module, folder: Path) -> None:
     """Streams in place of the weights, and a configuration that says how to read them, with the hash of every file."""
     state = coded_state(student)
     if isinstance(student, PreTrainedModel):
-        student.save_pretrained(folder, state_dict=state.tensors)
+        student.save_pretrained(folder, state_dict=state.tensors, save_original_format=not state.experts)  # one name for all
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     else:
         save_file(state.tensors, folder / WEIGHTS)

@@ -1,18 +1,21 @@
 """The coded weights of a model: its modules stay those of the original, and the streams of bytes are kept beside them.
 
-In a file every large weight has a stream under its own name. Everything else is packed together, under the name of the first
-tensor in the pack: a loader that knows nothing of hpr finds a tensor of another shape there, which is an error.
+In a file every large weight has a stream under its own name; a parameter whose slices are experts has one for each of them.
+Everything else is packed together, under the name of the first tensor in the pack: a loader that knows nothing of hpr finds a
+tensor of another shape there, which is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hpr.anatomy.lookup import base_of, module_at, weight_of
+from hpr.anatomy.lookup import base_of, slice_at, weight_named
 from hpr.coding.codes import Codes, Product
 from hpr.coding.pack import Pack
 from hpr.coding.record import Coded
@@ -77,12 +80,13 @@ def stored(tensor: Tensor) -> Tensor:
 class CodedState:
     """What a checkpoint of a coded model holds.
 
-    ``tensors``: key → tensor; streams and the pack are uint8. ``streams``: the keys of large weights by site. ``pack``: the
-    key of the pack, if there is one.
+    ``tensors``: key → tensor; streams and the pack are uint8. ``sites``: paths of the weights that have a tensor of their own;
+    ``experts``: paths of parameters that have one for all their slices. ``pack``: the key of the pack, if there is one.
     """
 
     tensors: dict[str, Tensor]
-    streams: dict[str, str]
+    sites: list[str]
+    experts: list[str]
     pack: str | None
 
 
@@ -93,7 +97,7 @@ def coded_state(model: nn.Module) -> CodedState:
     """
     coded, others = codes_of(model), other_codes_of(model)
     for path, record in coded.items():
-        weight = weight_of(module_at(model, path))
+        weight = weight_named(model, path)
         _check(path, record.weight().to(weight), weight)
     parameters = dict(model.named_parameters())
     for name, codes in others.items():
@@ -105,12 +109,18 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
     """The same for codes that are not yet in the model: tensors without codes are those of ``model``."""
     base, prefix = base_of(model)
     inside = {name for name, _ in base.named_modules(remove_duplicate=False)}
-    sites = {f"{prefix if path in inside else ''}{path}.weight": path for path in coded}
+    sites: dict[str, list[str]] = {}  # names of parameters, and the sites in them: one, or all experts of a layer
+    experts: set[str] = set()
+    for path in coded:
+        is_expert = slice_at(model, path) is not None
+        name = path.rpartition(".")[0] if is_expert else f"{path}.weight"
+        key = f"{prefix if name.rpartition('.')[0] in inside else ''}{name}"
+        sites.setdefault(key, []).append(path)
+        experts |= {key} if is_expert else set()
     weights: dict[str, Codes | Product] = {}
     rest: dict[str, Codes] = {}
     plain: dict[str, Tensor] = {}
     large: dict[str, Tensor] = {}
-    streams: dict[str, str] = {}
     seen: set[tuple[int, torch.Size]] = set()
     tensors = model.state_dict(keep_vars=True)
     for key in sorted(tensors, key=lambda name: name not in sites and name not in others):  # coded names before their aliases
@@ -119,11 +129,13 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
-        if key in sites and not in_pack(tensor.numel()):
-            large[key] = torch.frombuffer(bytearray(coded[sites[key]].stream), dtype=torch.uint8)
-            streams[sites[key]] = key
+        if key in sites and not in_pack(tensor.numel() // len(sites[key])):
+            streams = [coded[path].stream for path in sites[key]]
+            large[key] = torch.frombuffer(bytearray(chained(streams) if key in experts else streams[0]), dtype=torch.uint8)
+        elif key in experts:
+            weights |= {f"{key}.{path.rpartition('.')[2]}": coded[path].codes() for path in sites[key]}
         elif key in sites:
-            weights[key] = coded[sites[key]].codes()
+            weights[key] = coded[sites[key][0]].codes()
         elif key in others:
             rest[key] = others[key]
         elif in_pack(tensor.numel()):
@@ -132,12 +144,35 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
             large[key] = stored(tensor).contiguous()
     together = {*weights, *rest, *plain}
     names = [key for key in tensors if key in together]
-    if not names:
-        return CodedState(large, streams, None)
+    alone = [path for key in large if key in sites and key not in experts for path in sites[key]]
+    shelves = [sites[key][0].rpartition(".")[0] for key in large if key in experts]
+    if not together:
+        return CodedState(large, alone, shelves, None)
     first = next((key for key in names if key.startswith(prefix)), names[0])  # every class of this model has it
     packed = torch.frombuffer(bytearray(Pack(weights, rest, plain).to_bytes()), dtype=torch.uint8)
     packed = packed[None] if tensors[first].dim() == 1 else packed  # never of the tensor's own shape
-    return CodedState(large | {first: packed}, streams, first)
+    return CodedState(large | {first: packed}, alone, shelves, first)
+
+
+def chained(streams: Sequence[bytes]) -> bytes:
+    """Streams one after the other, behind their number and their lengths."""
+    return struct.pack(f"<{1 + len(streams)}I", len(streams), *map(len, streams)) + b"".join(streams)
+
+
+def unchained(chain: bytes) -> list[bytes]:
+    """The streams that ``chained`` put together. Raises ``CheckpointError`` for bytes that are no such chain."""
+    try:
+        [count] = struct.unpack_from("<I", chain)
+        lengths = struct.unpack_from(f"<{count}I", chain, 4)
+    except struct.error as error:
+        raise CheckpointError("the streams of experts are damaged: copy or download the checkpoint again") from error
+    start = 4 + 4 * count
+    if start + sum(lengths) != len(chain):
+        raise CheckpointError(
+            "the streams of experts are damaged (their lengths differ): copy or download the checkpoint again"
+        )
+    places = [start, *(start + end for end in itertools.accumulate(lengths))]
+    return [chain[first:last] for first, last in itertools.pairwise(places)]
 
 
 def _check(name: str, expected: Tensor, found: Tensor) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hpr.anatomy.lookup import base_of, module_at
+from hpr.anatomy.lookup import base_of, has_module, module_at
 from hpr.coding.codes import Codes, Product, half_octaves, parts_of
 from hpr.errors import HprError
 from hpr.nn.bank import BANK
@@ -200,6 +200,8 @@ def keep_integers(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and weight is not None:
             by_weight.setdefault(id(weight), []).append(module)
     for path, coded in codes_of(model).items():
+        if not has_module(model, path):  # an expert, which is a slice of a parameter
+            continue
         site = module_at(model, path)
         weight = site._parameters.get("weight")
         users = by_weight.get(id(weight), [])
@@ -248,7 +250,7 @@ def integer_bytes(model: nn.Module) -> int:
     weights = {
         id(weight): (weight, coded)
         for path, coded in codes_of(model).items()
-        if (weight := module_at(model, path)._parameters.get("weight")) is not None
+        if has_module(model, path) and (weight := module_at(model, path)._parameters.get("weight")) is not None
     }
     return sum(_saved_bytes(coded.codes(), weight) for weight, coded in weights.values())
 

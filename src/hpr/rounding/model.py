@@ -40,11 +40,6 @@ class Rounder:
         refuse_coded(model, "rounded again")
         anatomy = describe(model)
         profile.check(anatomy)
-        if experts := [site.name for site in anatomy.sites if site.expert is not None]:
-            raise PlanError(
-                f"a budget in bytes does not cover experts that are slices of one parameter ({experts[0]}): give a budget in "
-                f"parameters, such as 50%"
-            )
         roots = Roots(output_damping, input_damping)
         self.model = model
         self.profile = profile

@@ -54,8 +54,7 @@ def plan_bytes(
 
     ``measure`` gives the divergence of a student in nats, on data that the profile has not seen: with it the dampings are
     chosen, and whether some weights become products. Small models at few bits want more damping. ``bits``: 8 or 4 keep the
-    codes in the range of such integers; no weight is a product then. Raises ``BudgetError`` for a budget that cannot be met,
-    and ``PlanError`` for a model with experts that are slices of one parameter.
+    codes in the range of such integers; no weight is a product then. Raises ``BudgetError`` for a budget that cannot be met.
     """
     chosen = choose(lambda dampings: Rounder(model, profile, *dampings, bits), limit, measure, products=bits is None)
     rounder, rounded = chosen.rounder, chosen.rounded

@@ -54,7 +54,13 @@ def coded_specification(model: nn.Module, state: CodedState, hashes: Mapping[str
     plain = {"quant_method": METHOD, "format": FORMAT, "hpr_version": version("hpr"), "sites": {}, "factors": {}}
     return {
         **(plain if bank_of(model) is None else specification(model)),
-        "coded": {"format": VERSION, "hashes": dict(hashes), "sites": list(state.streams), "pack": state.pack},
+        "coded": {
+            "format": VERSION,
+            "hashes": dict(hashes),
+            "sites": state.sites,
+            "experts": state.experts,
+            "pack": state.pack,
+        },
         **({"objective": objective} if objective else {}),
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from hpr.anatomy.describe import describe
 from hpr.data.loaded_model import LoadedModel
 from hpr.errors import HprError
 from hpr.healing.coded.budget import ByteBudget
@@ -28,7 +29,7 @@ _FLOATS_ONLY = {
 
 
 def check_recipe(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ``HprError`` for settings that healing in codes does not have, and for a model of low precision."""
+    """Raise ``HprError`` for settings that healing in codes does not have, for fused experts, and for low precision."""
     usual = Recipe()
     for name, reason in _FLOATS_ONLY.items():
         if (value := getattr(recipe, name)) != getattr(usual, name):
@@ -36,6 +37,11 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
                 f"{name} is {value!r}, but a budget in bytes trains codes, and {reason}: leave {name} out, or give a budget in "
                 f"parameters, such as 50%"
             )
+    if expert := next((site.name for site in describe(model).sites if site.expert is not None), None):
+        raise HprError(
+            f"{expert} is an expert in a fused parameter, and codes of such experts are not trained: leave heal out, or "
+            f"give a budget in parameters, such as 50%"
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.element_size() < 4:
             raise HprError(
