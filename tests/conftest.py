@@ -54,6 +54,20 @@ HEADS = {
 }
 
 
+MIXTURE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}
+MIXTURES: dict[str, Callable[[], tf.PretrainedConfig]] = {
+    "mixtral": lambda: tf.MixtralConfig(**MIXTURE, intermediate_size=24, num_local_experts=4),
+    "qwen": lambda: tf.Qwen2MoeConfig(
+        **MIXTURE,
+        intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=12,
+    ),
+}
+
+
 @pytest.fixture
 def build() -> Callable[..., nn.Module]:
     """``build("bert", transformers.AutoModelForMaskedLM)``: a tiny model in evaluation mode, the same every time."""
@@ -70,6 +84,11 @@ def build() -> Callable[..., nn.Module]:
 @pytest.fixture
 def ids() -> Tensor:
     return torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def inputs_of(family: str, ids: Tensor) -> dict[str, Tensor]:
+    """The inputs of a model with a head; encoder–decoders read the ids twice."""
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if family in ("bart", "t5") else {})
 
 
 def low_rank_terms(name: str, rank: int = 3, **more: object) -> tuple[Term, ...]:

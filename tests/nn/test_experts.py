@@ -1,7 +1,6 @@
 """Experts that are slices of one parameter: found, measured, planned, shared, saved and given back."""
 
 import copy
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hpr
-from conftest import low_rank_terms, plan_everything, plan_of
+from conftest import MIXTURE, MIXTURES, low_rank_terms, plan_everything, plan_of
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import slice_at, weight_at
 from hpr.anatomy.swappable import not_swappable
@@ -29,31 +28,19 @@ from hpr.sharing.attach import attach
 from hpr.sharing.share import share
 from hpr.sharing.unshare import unshare
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}
-CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
-    "mixtral": lambda: tf.MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=4),
-    "qwen": lambda: tf.Qwen2MoeConfig(
-        **SIZES,
-        intermediate_size=24,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=12,
-        shared_expert_intermediate_size=12,
-    ),
-}
 EXPERTS = "layers.1.mlp.experts"
 
 
 def build(family: str) -> tf.PreTrainedModel:
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    model = tf.AutoModelForCausalLM.from_config(MIXTURES[family]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     return model
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=MIXTURES)
 def model(request: pytest.FixtureRequest) -> tf.PreTrainedModel:
     return build(request.param)
 
@@ -123,7 +110,7 @@ def test_only_slices_that_a_linear_reads_are_sites() -> None:
     names = [site.name for site in describe(Net()).sites]
     assert names == ["first"] + [f"experts.{name}.{number}" for name in ("up", "down") for number in range(3)]
     stored_transposed = tf.GptOssConfig(
-        **SIZES | {"head_dim": 8}, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2
+        **MIXTURE | {"head_dim": 8}, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2
     )
     with torch.device("meta"):
         other = tf.AutoModelForCausalLM.from_config(stored_transposed)
@@ -181,7 +168,7 @@ def test_the_way_experts_are_run_changes_nothing_and_stays(ids: Tensor, implemen
 def test_routers_made_from_a_linear_are_kept(ids: Tensor) -> None:
     """Phi's router is one, with a choice for its output."""
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(tf.PhimoeConfig(**SIZES, intermediate_size=24, num_local_experts=4)).eval()
+    model = tf.AutoModelForCausalLM.from_config(tf.PhimoeConfig(**MIXTURE, intermediate_size=24, num_local_experts=4)).eval()
     anatomy = describe(model)
     profile = hpr.profile(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
     routers = {site.name for site in anatomy.sites if site.slot == "mlp.router"}

@@ -1,7 +1,6 @@
 """Budgets in bytes of models whose experts are slices of one parameter."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,28 +9,16 @@ import transformers as tf
 
 import hpr
 import hpr.nn.coded
+from conftest import MIXTURES
 from hpr.evaluation.cost import disk_bytes
 from hpr.healing.coded.heal import check_recipe
 from hpr.nn.coded import chained, codes_of, unchained
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}
-CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
-    "mixtral": lambda: tf.MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=4),
-    "qwen": lambda: tf.Qwen2MoeConfig(
-        **SIZES,
-        intermediate_size=24,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=12,
-        shared_expert_intermediate_size=12,
-    ),
-}
 
-
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=MIXTURES)
 def model(request: pytest.FixtureRequest) -> tf.PreTrainedModel:
     torch.manual_seed(0)
-    found = tf.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
+    found = tf.AutoModelForCausalLM.from_config(MIXTURES[request.param]()).eval()
     with torch.no_grad():
         for parameter in found.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
@@ -72,7 +59,7 @@ def test_experts_are_coded_and_load_with_bit_equal_outputs(
 
 
 def test_healing_of_such_experts_is_refused_by_name() -> None:
-    model = tf.AutoModelForCausalLM.from_config(CONFIGS["mixtral"]())
+    model = tf.AutoModelForCausalLM.from_config(MIXTURES["mixtral"]())
     with pytest.raises(hpr.HprError, match=r"experts.*is an expert"):
         check_recipe(model, hpr.Recipe(3))
 

@@ -12,7 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hpr
-from conftest import HEADS
+from conftest import HEADS, inputs_of
 from hpr.evaluation.cost import coded_bytes, disk_bytes
 from hpr.nn.bank import recorded_objective
 from hpr.nn.coded import codes_of
@@ -21,15 +21,11 @@ from hpr.rounding import search
 from hpr.rounding.plan import plan_bytes
 
 
-def batch(family: str, ids: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if family in ("bart", "t5") else {})
-
-
 @pytest.mark.parametrize("family", HEADS)
 def test_a_saved_model_loads_with_bit_equal_outputs(
     family: str, build: Callable[..., nn.Module], ids: Tensor, tmp_path: Path
 ) -> None:
-    model, inputs = build(family, HEADS[family]), batch(family, ids)
+    model, inputs = build(family, HEADS[family]), inputs_of(family, ids)
     profile = hpr.profile(model, [inputs])
     student = hpr.share(model, hpr.plan(model, profile, "40%bytes"), profile)
     folder = hpr.save(student, tmp_path / "coded")

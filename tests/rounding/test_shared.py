@@ -11,7 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hpr
-from conftest import HEADS
+from conftest import HEADS, inputs_of
 from hpr.evaluation.cost import disk_bytes
 from hpr.nn.bank import Factor, bank_of, parameters, terms_of
 from hpr.operators.fitting import Fits
@@ -21,15 +21,11 @@ from hpr.rounding.factors import factor_profile, site_of
 DAMPINGS = (0.15, 0.15)
 
 
-def batch(family: str, ids: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if family in ("bart", "t5") else {})
-
-
 @pytest.mark.parametrize("family", HEADS)
 def test_a_saved_model_loads_with_bit_equal_outputs(
     family: str, build: Callable[..., nn.Module], ids: Tensor, tmp_path: Path
 ) -> None:
-    model, inputs = build(family, HEADS[family]), batch(family, ids)
+    model, inputs = build(family, HEADS[family]), inputs_of(family, ids)
     profile = hpr.profile(model, [inputs])
     plan = hpr.plan(model, profile, "60%", hpr.PlanOptions(bytes="30%bytes"))
     student = hpr.share(model, plan, profile)
@@ -130,6 +126,14 @@ def test_a_plan_survives_its_file_and_names_its_rounding(bert: nn.Module, profil
     assert "by sharing" in str(plan)
     with pytest.raises(hpr.errors.PlanError, match="profile"):
         hpr.share(bert, plan)
+
+
+def test_a_plan_that_keeps_everything_is_rounded_too(bert: nn.Module, profile: hpr.Profile, tmp_path: Path) -> None:
+    plan = hpr.plan(bert, profile, "100%", hpr.PlanOptions(bytes="20%bytes"))
+    student = hpr.share(bert, plan, profile)
+    assert bank_of(student) is None
+    size = (hpr.save(student, tmp_path / "coded") / "model.safetensors").stat().st_size
+    assert size == plan.diagnostics["bytes"] <= 0.2 * disk_bytes(bert)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_measured(bert: nn.Module, profile: hpr.Profile) -> None:

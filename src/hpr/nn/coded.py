@@ -143,7 +143,7 @@ def state_of(model: nn.Module, coded: Mapping[str, Coded], others: Mapping[str, 
         else:
             large[key] = stored(tensor).contiguous()
     together = {*weights, *rest, *plain}
-    names = [key for key in tensors if key in together]
+    names = [key for key in tensors if key in together or (key in experts and key not in large)]
     alone = [path for key in large if key in sites and key not in experts for path in sites[key]]
     shelves = [sites[key][0].rpartition(".")[0] for key in large if key in experts]
     if not together:
