@@ -304,7 +304,9 @@ def test_a_budget_in_parameters_with_the_size_of_the_file(home, tmp_path):
     assert (out / "model.safetensors").stat().st_size == sizes["after"]["bytes"] <= 0.25 * sizes["before"]["bytes"]
     assert sizes["after"]["parameters"] <= 0.6 * sizes["before"]["parameters"]
     assert "integer_bytes" not in sizes["after"]
-    assert "Damage of rounding" in (out / "report.html").read_text(encoding="utf-8")
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert "Damage of rounding" in report
+    assert "parameters; the file has" in report
     assert "is no size" in said(run(*common, "--bytes", "60%", code=2))
     run("profile", home / "model", "--data", home / "texts.txt", "-o", tmp_path / "p")
     arguments = ["plan", home / "model", "--profile", tmp_path / "p", "--budget", "60%", "--bytes", "25%bytes"]

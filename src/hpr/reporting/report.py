@@ -77,7 +77,7 @@ def _environment() -> Environment:
     environment.globals.update(
         {
             name: getattr(formatting, name)
-            for name in ("count", "exact", "figure", "moment", "number", "present", "dig", "table", "percent")
+            for name in ("byte_count", "count", "exact", "figure", "moment", "number", "present", "dig", "table", "percent")
         },
         plan_reading=captions.plan_reading,
         hover=captions.hover,
