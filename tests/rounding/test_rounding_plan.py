@@ -17,7 +17,7 @@ from hpr.evaluation.cost import coded_bytes, disk_bytes
 from hpr.nn.bank import recorded_objective
 from hpr.nn.coded import codes_of
 from hpr.plans.rounding import Rounding
-from hpr.rounding import search
+from hpr.rounding import choice, search
 from hpr.rounding.plan import plan_bytes
 
 
@@ -109,6 +109,23 @@ def test_a_budget_above_what_exact_weights_take_is_not_filled(bert: nn.Module, p
     assert plan.damage < 1e-9
     for name in codes_of(student).keys() - {"pooler.dense"}:  # the objective reads all others
         assert torch.allclose(student.get_submodule(name).weight, bert.get_submodule(name).weight, rtol=1e-5, atol=1e-4)
+
+
+def test_dampings_that_cannot_meet_the_limit_lose_nothing(
+    bert: nn.Module, profile: hpr.Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails(search.Search):
+        def near(self) -> search.Rounded:
+            if self.rounder.dampings != choice.UPWARDS[0] or self.rounder.ranks:
+                raise hpr.errors.BudgetError("cannot be met")
+            return super().near()
+
+    limit = int(0.3 * disk_bytes(bert))
+    monkeypatch.setattr(choice, "Search", Fails)
+    for measure in (None, lambda _: 1.0):
+        made = plan_bytes(bert, profile, "30%bytes", limit, measure)
+        assert made.bytes <= limit
+        assert made.tried == ({} if measure is None else {choice.UPWARDS[0]: 1.0})
 
 
 def test_more_bytes_do_less_damage(bert: nn.Module, profile: hpr.Profile) -> None:

@@ -10,13 +10,20 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+import families
 import hpr
 from conftest import HEADS, inputs_of
 from hpr.evaluation.cost import disk_bytes
+from hpr.layer_reuse.dead_weights import dead_weights
+from hpr.layer_reuse.reuse import with_layers
 from hpr.nn.bank import Factor, bank_of, parameters, terms_of
 from hpr.operators.fitting import Fits
+from hpr.plans.layer_states import DROPPED, KEYS, WEIGHTS
+from hpr.plans.plan import keep_all
+from hpr.plans.product import product
 from hpr.plans.terms import factors_of
 from hpr.rounding.factors import factor_profile, site_of
+from hpr.rounding.shared import FactorRounder, round_shared
 
 DAMPINGS = (0.15, 0.15)
 
@@ -166,3 +173,48 @@ def test_a_changed_byte_is_an_error(bert: nn.Module, profile: hpr.Profile, tmp_p
     weights.write_bytes(damaged)
     with pytest.raises(hpr.HprError, match="damaged"):
         tf.AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("state", [DROPPED, WEIGHTS, KEYS])
+@pytest.mark.parametrize("name", ["BERT", "Qwen3"])
+def test_layers_that_are_dropped_or_reuse_attention_are_rounded_too(state: str, name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    family = families.FAMILIES[name]
+    model = getattr(tf, family.model)(family.config()).eval()
+    batch = family.batch(torch.Generator().manual_seed(1))
+    anatomy, profile = hpr.describe(model), hpr.profile(model, [batch])
+    states = {f"{anatomy.stacks[0].name}.1": state}
+    plan = with_layers(keep_all(anatomy), anatomy, states, dead_weights(model, states, None if state == DROPPED else batch))
+    floats = hpr.share(model, plan, profile)
+    made = round_shared(floats, plan, profile, int(0.4 * disk_bytes(model)))
+    folder = hpr.save(made.student, tmp_path / "coded")
+    assert (folder / "model.safetensors").stat().st_size == made.bytes <= 0.4 * disk_bytes(model)
+    loaded = type(model).from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch)[0], made.student(**batch)[0])
+    again = hpr.share(model, made.plan, profile)
+    assert all(torch.equal(one, again.state_dict()[key]) for key, one in made.student.state_dict().items())
+
+
+def test_biases_of_shared_sites_are_corrected_in_half_precision_too(build: Callable[..., nn.Module], ids: Tensor) -> None:
+    model = build("bert").to(torch.bfloat16)
+    profile = hpr.profile(model, [{"input_ids": ids}])
+    plan = hpr.plan(model, profile, "60%")
+    student = hpr.share(model, plan, profile)
+    fits = Fits(model, profile).aligned(plan.alignment)
+    rounder = FactorRounder(student, fits.profile, *DAMPINGS)
+    codes = rounder.codes(1e-5)
+    values, bank, checked = rounder._corrected(codes), bank_of(student), 0
+    assert bank is not None
+    for path, terms in terms_of(student).items():
+        module, mean = student.get_submodule(path), fits.profile.sites[path].mean
+        if mean is None or getattr(module, "bias", None) is None:
+            continue
+        floats = {name: bank[name].dense().detach().double() for name in factors_of(terms)}
+        rounded = {name: bank[name].dense(codes[site_of(name)].weight().bfloat16()).double() for name in factors_of(terms)}
+        shape = module.out_features, module.in_features
+        change = (product(terms, floats, *shape) - product(terms, rounded, *shape)) @ mean
+        expected = (module.bias.detach() + change.bfloat16()).double()
+        assert torch.allclose(values[f"{path}.bias"].double(), expected, rtol=2**-8, atol=1e-6)
+        checked += 1
+    assert checked > 3

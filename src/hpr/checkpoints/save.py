@@ -15,6 +15,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from hpr.anatomy.lookup import slice_at
 from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
@@ -136,7 +137,8 @@ def _write_coded(student: nn.Module, folder: Path) -> None:
     """Streams in place of the weights, and a configuration that says how to read them, with the hash of every file."""
     state = coded_state(student)
     if isinstance(student, PreTrainedModel):
-        student.save_pretrained(folder, state_dict=state.tensors, save_original_format=not state.experts)  # one name for all
+        fused = any(slice_at(student, path) is not None for path in codes_of(student))
+        student.save_pretrained(folder, state_dict=state.tensors, save_original_format=not fused)  # experts keep one tensor
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     else:
         save_file(state.tensors, folder / WEIGHTS)

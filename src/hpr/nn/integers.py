@@ -177,7 +177,8 @@ def keep_integers(model: nn.Module) -> nn.Module:
     Most weights then take one byte a number, instead of four or two. A layer unpacks its weight each time it is called, and
     an embedding unpacks only the rows that it looks up, so outputs stay the same bit for bit and passes get slower.
     ``hpr.save`` writes the same file as before, ``save_pretrained`` a stock checkpoint; ``hpr.unshare`` gives a model with
-    float weights. Raises ``HprError`` for a model that is not coded.
+    float weights. Experts that are slices of one parameter stay floats. Raises ``HprError`` for a model that is
+    not coded, or whose layers share factors.
 
     >>> coded = hpr.share(model, hpr.plan(model, profile, "50%bytes"), profile)
     >>> small = hpr.extras.keep_integers(coded)

@@ -244,7 +244,7 @@ def solver(metrics: Mapping[str, Any]) -> Section | None:
     """Predicted damage of the plan, and how far it may be from the least possible."""
     account = table(metrics, "solver")
     if not account:
-        return _rounding(table(metrics, "rounding"))
+        return _rounding(table(metrics, "rounding"), _before(metrics))
     gap = number(account.get("gap"))
     rows = [
         ("Damage of the plan", figure(account.get("damage"), "nats"), "predicted, summed over all sites, per example"),
@@ -261,7 +261,7 @@ def solver(metrics: Mapping[str, Any]) -> Section | None:
         ("Multiplier λ", figure(account.get("multiplier"), "nats per parameter"), "damage that one more parameter would save"),
     ]
     if rounding := table(metrics, "rounding"):
-        cost = "predicted; the damage of the plan is that of sharing alone"
+        cost = f"predicted{_before(metrics)}; the damage of the plan is that of sharing alone"
         rows += [_step(rounding), ("Damage of rounding", figure(rounding.get("damage"), "nats"), cost)]
     reading = "The gap to the best plan was not recorded."
     if gap is not None:
@@ -269,14 +269,19 @@ def solver(metrics: Mapping[str, Any]) -> Section | None:
     return {"rows": rows, "reading": reading}
 
 
-def _rounding(account: Mapping[str, Any]) -> Section | None:
+def _before(metrics: Mapping[str, Any]) -> str:
+    """What figures of a rounding are called if its codes were trained afterwards."""
+    return ", before healing" if table(metrics, "healing") else ""
+
+
+def _rounding(account: Mapping[str, Any], before: str) -> Section | None:
     """The step of a coded model, and how far its damage is from the least that so many bits allow."""
     if not account:
         return None
     above = number(account.get("decibels"))
     rows = [
         _step(account),
-        ("Damage of the plan", figure(account.get("damage"), "nats"), "predicted, summed over all sites, per example"),
+        ("Damage of the plan", figure(account.get("damage"), "nats"), f"predicted{before}, summed over all sites, per example"),
         (
             "Above the limit",
             ABSENT if above is None else f"{above:.1f}\u00a0dB",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from hpr.errors import BudgetError
 from hpr.rounding.model import Rounder
 from hpr.rounding.products import worthwhile
 from hpr.rounding.search import Known, Rounded, Search
@@ -23,7 +25,10 @@ Measure = Callable[[nn.Module], float]  # the divergence of a student in nats, o
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen. ``tried``: dampings → measured divergence in nats per example, as if at exactly the limit."""
+    """What was chosen. ``tried``: dampings → measured divergence in nats per example, as if at exactly the limit.
+
+    Dampings with which the limit cannot be met are not among them.
+    """
 
     rounder: Rounder
     rounded: Rounded
@@ -41,20 +46,20 @@ def choose(prepare: Callable[[Dampings], Rounder], limit: int, measure: Measure 
     whole = Search(prepare(UPWARDS[0]), limit, known)
     factored = _factored(whole) if products else None
     if measure is None:
-        first = factored or whole
+        first = whole if factored is None or not _meets(factored) else factored
         return Choice(first.rounder, first.best())
     first, loss = whole, _loss(whole, measure)
-    if factored is not None and (other := _loss(factored, measure)) < loss:
+    if factored is not None and _meets(factored) and (other := _loss(factored, measure)) < loss:
         first, loss = factored, other
     tried = {UPWARDS[0]: loss}
 
     def attempt(dampings: Dampings) -> Search:
         made = Search(prepare(dampings).factored(first.rounder.ranks), limit, known)
-        tried[dampings] = _loss(made, measure)
+        tried[dampings] = _loss(made, measure) if _meets(made) else math.inf
         return made
 
     best = _best(first, attempt, tried)
-    return Choice(best.rounder, best.best(), tried)
+    return Choice(best.rounder, best.best(), {dampings: loss for dampings, loss in tried.items() if loss < math.inf})
 
 
 def _best(first: Search, attempt: Callable[[Dampings], Search], tried: dict[Dampings, float]) -> Search:
@@ -72,6 +77,15 @@ def _best(first: Search, attempt: Callable[[Dampings], Search], tried: dict[Damp
             break
         best, chosen = made, dampings
     return best
+
+
+def _meets(made: Search) -> bool:
+    """Whether a search comes near its limit; another one did, so it is no error if this one does not."""
+    try:
+        made.near()
+    except BudgetError:
+        return False
+    return True
 
 
 def _loss(made: Search, measure: Measure) -> float:

@@ -40,13 +40,14 @@ def factor_profile(student: nn.Module, profile: Profile, dampings: tuple[float, 
         site.name: _unread() if site.name.startswith(f"{BANK}.") else _kept(site.kind, profile.sites[site.name], dampings)
         for site in anatomy.sites
     }
-    if bank is None:
-        return replace(profile, fingerprint=anatomy.fingerprint, sites=sites)
-    for factor, uses in _uses(student, bank, profile, dampings).items():
-        traces = [use.fisher_trace for use in uses]
-        together = SiteStatistics(*pooled(uses, traces), sum(traces)) if len(uses) > 1 else uses[0]
-        sites[site_of(factor)] = _stored(bank[factor], together)
-    return replace(profile, fingerprint=anatomy.fingerprint, sites=sites)
+    if bank is not None:
+        for factor, uses in _uses(student, bank, profile, dampings).items():
+            traces = [use.fisher_trace for use in uses]
+            together = SiteStatistics(*pooled(uses, traces), sum(traces)) if len(uses) > 1 else uses[0]
+            sites[site_of(factor)] = _stored(bank[factor], together)
+    names = {name for name, _ in student.named_parameters()}  # a dropped layer has none of its own any more
+    others = {name: sensitivity for name, sensitivity in profile.others.items() if name in names}
+    return replace(profile, fingerprint=anatomy.fingerprint, sites=sites, others=others)
 
 
 def _unread() -> SiteStatistics:
@@ -70,8 +71,10 @@ def _uses(
     seen: set[str] = set()
     for module in student.modules():
         for path, terms in terms_in(module).items():
+            if not terms or path in seen:  # a removed module, or one that is tied to a site that was seen
+                continue
             statistics = profile.sites[path]
-            if path in seen or not statistics.has_gradient:  # a tied module reads the factors of the same site
+            if not statistics.has_gradient:
                 continue
             seen.add(path)
             if routers := routers_of(terms):

@@ -91,6 +91,8 @@ class Search:
         """A rounding near the limit, to be compared with others: within 5 % if the model is large, else the best one."""
         if self._rates.numbers < _LARGE:
             return self.best()
+        if self._best is not None:
+            return self._best
         if self._last is not None and self._is_near(self._last):
             return self._last
         for _ in range(_PASSES):
@@ -128,9 +130,10 @@ class Search:
                 return best
         if best is None:
             least = min(math.exp(size) for _, size in self._tried) / 1e6
+            mend = "give more bytes, or fewer parameters" if self.rounder.rounding(1.0).factors else "give a larger budget"
             raise BudgetError(
                 f"a budget of {self.limit / 1e6:.3f} MB cannot be met by rounding, the coarsest model that was tried takes "
-                f"{least:.3f} MB: give a larger budget"
+                f"{least:.3f} MB: {mend}"
             )
         return best
 

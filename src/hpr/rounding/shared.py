@@ -44,11 +44,12 @@ class FactorRounder(Rounder):
             for path, terms in terms_of(student).items()
             if terms and (statistics := profile.sites[path]).mean is not None
         }
-        self._readers = {
-            module.path: (name, module)
-            for name, module in student.named_modules()
-            if isinstance(module, SharedSite) and getattr(module, "bias", None) is not None
-        }
+        names = {id(parameter): name for name, parameter in student.named_parameters()}
+        self._biases: dict[str, tuple[set[str], tuple[int, int]]] = {}  # path → names of biases, and the shape of the weight
+        for module in student.modules():
+            if isinstance(module, SharedSite) and (bias := getattr(module, "bias", None)) is not None:
+                shape = module.out_features, module.in_features
+                self._biases.setdefault(module.path, (set(), shape))[0].add(names[id(bias)])
 
     def rounding(self, step: float) -> Rounding:
         """What a plan says of the codes at a step size."""
@@ -60,15 +61,18 @@ class FactorRounder(Rounder):
         if bank is None:  # the plan keeps everything
             return values
         for path, (terms, mean) in self._means.items():
-            if path not in self._readers or mean is None:
+            if path not in self._biases or mean is None:
                 continue
-            name, module = self._readers[path]
+            names, shape = self._biases[path]
             factors = {factor: bank[factor] for factor in factors_of(terms)}
-            shape = module.out_features, module.in_features
-            before = product(terms, {factor: one.dense().detach() for factor, one in factors.items()}, *shape)
             rounded = {factor: one.dense(codes[site_of(factor)].weight().to(one.weight)) for factor, one in factors.items()}
-            change = (before - product(terms, rounded, *shape)).detach().to(mean) @ mean
-            values[f"{name}.bias"] = values[f"{name}.bias"] + change.to(values[f"{name}.bias"])
+            before, after = (
+                product(terms, {factor: value.detach().to(mean) for factor, value in each.items()}, *shape)  # in float64
+                for each in ({factor: one.dense() for factor, one in factors.items()}, rounded)
+            )
+            change = (before - after) @ mean
+            for name in names:
+                values[name] = values[name] + change.to(values[name])
         return values
 
 
@@ -116,7 +120,8 @@ def _damage(rounder: Rounder, rounded: Rounded) -> float:
         statistics = rounder.profile.sites[whitened.site.name]
         if whitened.read:
             change = rounded.codes[whitened.site.name].weight().to(whitened.weight) - whitened.weight
-            total += damage(*damped_moments(whitened.site.kind, statistics, (0.0, 0.0)), statistics.rows, change)
+            left, right = (moment.to(change) for moment in damped_moments(whitened.site.kind, statistics, (0.0, 0.0)))
+            total += damage(left, right, statistics.rows, change)
     return total
 
 

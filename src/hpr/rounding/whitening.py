@@ -74,6 +74,7 @@ class Roots:
 
 def prepared(site: Site, weight: Tensor, rows: float, roots: tuple[Tensor, Tensor]) -> Whitened:
     """A weight (out, in) whose damage is ½ · ``rows`` · ‖left rootᵀ · E · right root‖² (see ``root_of``)."""
+    roots = roots[0].to(weight), roots[1].to(weight)  # a profile lies in main memory, a model may be on a GPU
     diagonals = [root if root.dim() == 1 else root.diagonal() for root in roots]
     row_exponents, column_exponents = _exponents(math.sqrt(2 / rows) / diagonals[0], 1 / diagonals[1])
     left_unit, right_unit = (

@@ -19,12 +19,12 @@ from hpr.nn.coded import attach_codes, coded_objective
 _FLOATS_ONLY = {
     "checkpoints": "such a run cannot be continued",
     "sharded": "every process needs all of them",
-    "shared_rate": "no layers share factors",
+    "shared_rate": "all codes move at one rate",
     "router_rate": "there are no routers",
     "delta_decay": "there are no private deltas",
     "blocks": "it has no stages",
     "ramp": "it has no stages",
-    "original": "no layers are aligned",
+    "original": "they start from what was rounded",
 }
 
 
@@ -34,13 +34,13 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
     for name, reason in _FLOATS_ONLY.items():
         if (value := getattr(recipe, name)) != getattr(usual, name):
             raise HprError(
-                f"{name} is {value!r}, but a budget in bytes trains codes, and {reason}: leave {name} out, or give a budget in "
-                f"parameters, such as 50%"
+                f"{name} is {value!r}, but codes are trained where numbers are rounded, and {reason}: leave {name} out, or "
+                f"give a budget in parameters alone, such as 50%"
             )
     if expert := next((site.name for site in describe(model).sites if site.expert is not None), None):
         raise HprError(
             f"{expert} is an expert in a fused parameter, and codes of such experts are not trained: leave heal out, or "
-            f"give a budget in parameters, such as 50%"
+            f"give a budget in parameters alone, such as 50%"
         )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.element_size() < 4:
@@ -51,7 +51,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
 
 
 def heal_codes(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any, recipe: Recipe, budget: ByteBudget) -> Healing:
-    """Train a coded student in place to imitate its teacher, within a budget in bytes; the record is that of ``heal``.
+    """Train a coded student, shared or not, in place to imitate its teacher, within its bytes; the record is that of ``heal``.
 
     A latent stands behind every code (``latents``), and a price on bits holds the file at its bytes (``optimizer.Pressure``).
     Every check of the validation loss is made on the student as its file would hold it. The student ends with the codes of
