@@ -466,3 +466,18 @@ def test_lack_of_memory_is_no_checkpoint_that_does_not_fit(tmp_path: Path, monke
     monkeypatch.setattr(load, "load_model", lambda *_, **__: torch.empty(1 << 50))
     with pytest.raises(RuntimeError, match="memory"):
         load.load(nn.Linear(2, 2), out)
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: device-side assert triggered"])
+def test_a_device_that_fails_inside_load_state_dict_is_no_checkpoint_that_does_not_fit(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = save.save(nn.Linear(2, 2), tmp_path / "out")
+    fresh = nn.Linear(2, 2)
+
+    def fails(self: Tensor, *_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", fails)
+    with pytest.raises(RuntimeError, match=said[:10]):  # torch wraps the error, and only its text is left
+        load.load(fresh, out)

@@ -139,6 +139,7 @@ def test_folders_that_hold_no_model(tmp_path, folder):
     [
         ("config.json", "{", r"config\.json cannot be read"),
         ("config.json", "{}", "cannot be loaded"),
+        ("config.json", '{"architectures": 5}', "architectures in .*config.json is 5, not a list"),
         ("model.safetensors", "junk", "cannot be loaded"),
         ("model.safetensors", None, "cannot be loaded"),
         ("tokenizer.json", "{", "the tokenizer in .* cannot be loaded"),

@@ -37,10 +37,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if not is_specification(config) and config is not None:
         raise CheckpointError(f"{path / CONFIG} describes another quantisation: load it with the tool that wrote it")
     described = HprConfig(**config) if config is not None else None
-    if described is not None and described.coded:
-        rebuild(model, described)
-        return _load_coded(model, path / WEIGHTS, described)
     bank = rebuild(model, described) if described is not None else None
+    if described is not None and described.coded:
+        return _load_coded(model, path / WEIGHTS, described)
     check_checkpoint(bank, [str(path / WEIGHTS)])
     try:
         load_model(model, path / WEIGHTS, strict=True)

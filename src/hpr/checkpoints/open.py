@@ -67,7 +67,7 @@ def _read(name: str | os.PathLike[str] | None, device: str | None) -> LoadedMode
     folder, label = _locate(name)
     config = read_config(folder)
     pooling, weights = _sentence_encoder(folder)
-    kind = AutoModel if pooling is not None else _class_named(config)
+    kind = AutoModel if pooling is not None else _class_named(config, folder)
     with transformers_quiet():
         model = _load_weights(kind, weights, folder)
         tokenizer = _load_tokenizer(weights, folder)
@@ -142,9 +142,12 @@ def _pooling_mode(config: dict[str, Any]) -> str:
     return "+".join(marks.get(key, key) for key, value in config.items() if key.startswith("pooling_mode_") and value is True)
 
 
-def _class_named(config: dict[str, Any]) -> type:
+def _class_named(config: dict[str, Any], folder: Path) -> type:
     """The class a checkpoint was saved from, as far as transformers has it."""
-    for name in config.get("architectures") or ():
+    names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise CheckpointError(f"architectures in {folder / CONFIG} is {names!r}, not a list of class names: correct it")
+    for name in names:
         kind = getattr(transformers, str(name), None)
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             return kind
@@ -158,7 +161,7 @@ def _load_weights(kind: Any, folder: Path, shown: Path) -> nn.Module:
         raise
     except ImportError as error:
         raise CheckpointError(_needs_package(str(shown), error)) from error
-    except Exception as error:  # transformers, safetensors and torch raise many kinds for damaged files
+    except Exception as error:  # damaged files raise a dozen kinds, ZeroDivisionError and classes of others among them
         if lacks_memory(error):  # no fault of the folder
             raise
         raise CheckpointError(
