@@ -23,6 +23,7 @@ from hpr.planning.options import PlanOptions
 from hpr.plans.plan import keep_all
 from hpr.plans.terms import FactorShape, Term
 from hpr.profiling.curvature import measure_curvature
+from hpr.profiling.distributions import GAUSSIAN
 from hpr.profiling.objectives import Objective
 from hpr.sharing.attach import attach
 from hpr.sharing.share import share
@@ -123,7 +124,7 @@ def test_statistics_are_those_of_autograd_row_by_row() -> None:
     batches = [torch.randn(2, 6, 5, generator=draw) for _ in range(3)]
     batches[1][0, 3:] = 0
     net = Net()
-    found, examples = measure_curvature(net, describe(net), batches, Fixed("fixed", lambda *_: None, categorical=False))  # type: ignore[arg-type, return-value]
+    found, examples = measure_curvature(net, describe(net), batches, Fixed("fixed", lambda *_: None, distribution=GAUSSIAN))  # type: ignore[arg-type, return-value]
     net = Net().double()
     for name in ("up", "down"):
         for number in range(3):

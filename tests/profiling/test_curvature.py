@@ -12,6 +12,7 @@ from hpr.anatomy.lookup import module_at
 from hpr.errors import HprError
 from hpr.profiling import curvature
 from hpr.profiling.curvature import measure_curvature, memory_needed
+from hpr.profiling.distributions import GAUSSIAN
 from hpr.profiling.objectives import OBJECTIVES, Objective
 from hpr.profiling.profile import SiteStatistics
 from hpr.runtime.batch import POSITIONAL, Batch
@@ -44,7 +45,7 @@ def fixed(name: str = "fixed") -> Objective:
         def loss(self, outputs: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
             return (outputs * direction_for(outputs, batch[POSITIONAL])).sum()
 
-    return Fixed(name, lambda outputs, batch: (outputs, torch.ones(outputs.shape[:-1])), categorical=False)
+    return Fixed(name, lambda outputs, batch: (outputs, torch.ones(outputs.shape[:-1])), distribution=GAUSSIAN)
 
 
 def direction_for(outputs: Tensor, batch: Tensor) -> Tensor:
@@ -399,7 +400,7 @@ def test_predicted_damage_has_the_unit_of_the_true_divergence(build: Build, obje
         total = 0.0
         for old, batch in zip(expected, batches, strict=True):
             read, weight = goal.read(model(**batch), batch)
-            if goal.categorical:
+            if goal.distribution.logits:
                 old, read = old.log_softmax(-1), read.log_softmax(-1)
                 total += float(((old.exp() * (old - read)).sum(-1) * weight).sum())
             else:

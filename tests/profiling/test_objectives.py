@@ -13,11 +13,15 @@ from transformers.models.auto import modeling_auto
 
 import hpr
 from hpr.errors import HprError
+from hpr.profiling import distributions
+from hpr.profiling.distributions import GAUSSIAN
 from hpr.profiling.objectives import OBJECTIVES, TEMPERATURES, UNCERTAIN, Objective, objective_for, softened
+from hpr.profiling.outputs import read_scores
 from hpr.runtime.batch import as_batch, examples_in, mask_of
 from hpr.runtime.hooks import run
 
-CATEGORICAL = [name for name, one in OBJECTIVES.items() if one.categorical]
+CATEGORICAL = [name for name, one in OBJECTIVES.items() if one.distribution is distributions.CATEGORICAL]
+BY_EXAMPLE = [name for name, one in OBJECTIVES.items() if one.read is read_scores]  # they have no positions
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -25,8 +29,15 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def outputs_of(name: str, seed: int = 0) -> SimpleNamespace:
-    values = drawn(3, 4, seed=seed) if name == "classification" else drawn(3, 5, 4, seed=seed)
-    return SimpleNamespace(logits=values, last_hidden_state=values)
+    values = drawn(3, 4, seed=seed) if name in BY_EXAMPLE else drawn(3, 5, 4, seed=seed)
+    return as_outputs(values)
+
+
+def as_outputs(values: Tensor) -> SimpleNamespace:
+    """Outputs of any kind that hold these values: start and end of a span, both towers of a pair."""
+    halves = {"start_logits": values[..., 0], "end_logits": values[..., 1]} if values.dim() == 3 else {}
+    pair = {"image_embeds": values[:, 0], "text_embeds": values[:, -1]} if values.dim() == 3 else {}
+    return SimpleNamespace(logits=values, last_hidden_state=values, **halves, **pair)
 
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
@@ -47,7 +58,16 @@ def test_categorical_divergence_is_torchs(name: str) -> None:
     teacher, student = outputs_of(name), outputs_of(name, 1)
     log_p, log_q = teacher.logits.log_softmax(-1), student.logits.log_softmax(-1)
     expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    expected = expected if name == "classification" else (expected * MASK).sum(1)
+    if name == "spans":
+        log_p, log_q = (
+            torch.stack(
+                [(one.masked_fill(MASK == 0, -torch.inf)).log_softmax(-1) for one in (kind.start_logits, kind.end_logits)]
+            )
+            for kind in (teacher, student)
+        )
+        expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").nansum((0, 2))
+    elif name not in BY_EXAMPLE:
+        expected = (expected * MASK).sum(1)
     torch.testing.assert_close(OBJECTIVES[name].divergence(teacher, student, batch), expected)
 
 
@@ -63,16 +83,18 @@ def test_gaussian_divergence_is_half_the_squared_distance() -> None:
     torch.testing.assert_close(found, 1 - F.cosine_similarity(one[:, 0], two[:, 0]))
 
 
-@pytest.mark.parametrize("name", ["hidden", "embedding", "causal-lm", "masked-lm"])
+@pytest.mark.parametrize(
+    "name", ["hidden", "embedding", "causal-lm", "masked-lm", "spans", "ctc", "frames", "token-classification"]
+)
 def test_masked_positions_count_for_nothing(name: str) -> None:
     teacher, student, other = outputs_of(name), outputs_of(name, 1), outputs_of(name, 1)
     values = other.logits.clone()
     values[MASK == 0] = 100
-    other = SimpleNamespace(logits=values, last_hidden_state=values)
+    other = as_outputs(values)
     objective = OBJECTIVES[name]
     assert torch.equal(objective.divergence(teacher, student, BATCH), objective.divergence(teacher, other, BATCH))
     values = values.clone().requires_grad_()
-    outputs = SimpleNamespace(logits=values, last_hidden_state=values)
+    outputs = as_outputs(values)
     objective.loss(outputs, BATCH, torch.Generator().manual_seed(0)).backward()
     assert (values.grad[MASK == 0] == 0).all()
     assert (values.grad[MASK == 1] != 0).any(-1).all()
@@ -98,20 +120,18 @@ def test_mask_of() -> None:
 def test_the_loss_has_the_fisher_matrix_of_the_divergence(name: str) -> None:
     """E[∇ℓ ∇ℓᵀ] over draws against the second derivative of the divergence, for one example's predictions."""
     objective = OBJECTIVES[name]
-    raw = drawn(1, 3) if name == "classification" else drawn(1, 1, 3)
+    raw = drawn(1, 3) if name in BY_EXAMPLE else drawn(1, 2, 3) if name == "spans" else drawn(1, 1, 3)
     batch = {"input_ids": torch.zeros(1, 1)}
-
-    def outputs(values: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=values, last_hidden_state=values)
+    size = raw.numel()
 
     def divergence(values: Tensor) -> Tensor:
-        return objective.divergence(outputs(raw), outputs(values), batch).sum()
+        return objective.divergence(as_outputs(raw), as_outputs(values), batch).sum()
 
-    hessian = torch.autograd.functional.hessian(divergence, raw.clone()).reshape(3, 3)
-    generator, total = torch.Generator().manual_seed(0), torch.zeros(3, 3)
+    hessian = torch.autograd.functional.hessian(divergence, raw.clone()).reshape(size, size)
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(size, size)
     for _ in range(400):
         values = raw.clone().requires_grad_()
-        objective.loss(outputs(values), batch, generator).backward()
+        objective.loss(as_outputs(values), batch, generator).backward()
         total += torch.outer(values.grad.flatten(), values.grad.flatten()) / 400
     assert (total - hessian).norm() < 0.25 * hessian.norm()
 
@@ -167,6 +187,16 @@ def test_the_loss_is_a_sum_over_examples_and_reproducible() -> None:
         (tf.WhisperForConditionalGeneration, "seq2seq"),
         (tf.ViTForImageClassification, "classification"),
         (tf.ASTForAudioClassification, "classification"),
+        (tf.BertForTokenClassification, "token-classification"),
+        (tf.BertForQuestionAnswering, "spans"),
+        (tf.BertForMultipleChoice, "classification"),
+        (tf.BertForNextSentencePrediction, "classification"),
+        (tf.VideoMAEForVideoClassification, "classification"),
+        (tf.ViltForQuestionAnswering, "multi-label"),
+        (tf.Wav2Vec2ForCTC, "ctc"),
+        (tf.Wav2Vec2ForAudioFrameClassification, "frames"),
+        (tf.CLIPModel, "contrastive"),
+        (tf.SiglipModel, "contrastive"),
         (nn.Linear, "hidden"),
     ],
 )
@@ -174,6 +204,53 @@ def test_objective_by_class(cls: type, expected: str) -> None:
     model = cls.__new__(cls)  # only the class counts
     assert objective_for(model).name == expected
     assert objective_for(model, "embedding").name == "embedding"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_labels": 1}, "score"),
+        ({"num_labels": 3, "problem_type": "regression"}, "score"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "multi-label"),
+        ({"num_labels": 1, "problem_type": "multi_label_classification"}, "multi-label"),
+        ({"num_labels": 3, "problem_type": "single_label_classification"}, "classification"),
+        ({"num_labels": 3}, "classification"),
+    ],
+)
+def test_a_classifier_is_read_as_its_configuration_says(settings: dict, expected: str) -> None:
+    for kind, config in ((tf.BertForSequenceClassification, tf.BertConfig), (tf.ViTForImageClassification, tf.ViTConfig)):
+        model = kind.__new__(kind)
+        nn.Module.__init__(model)
+        model.config = config(**settings)
+        assert objective_for(model).name == expected
+    choice = tf.BertForMultipleChoice.__new__(tf.BertForMultipleChoice)
+    nn.Module.__init__(choice)
+    choice.config = tf.BertConfig(num_labels=1)
+    assert objective_for(choice).name == "classification"
+
+
+def test_frames_take_the_part_of_the_mask_that_they_stand_for() -> None:
+    samples = torch.zeros(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 20:] = 0
+    _, weight = OBJECTIVES["ctc"].read(
+        SimpleNamespace(logits=drawn(2, 4, 3)), {"input_values": samples, "attention_mask": mask}
+    )
+    assert weight.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_the_ends_of_an_answer_are_never_in_the_padding() -> None:
+    start = torch.tensor([[0.0, 1.0, 9.0]])
+    outputs = SimpleNamespace(start_logits=start, end_logits=start.flip(1))
+    read, weight = OBJECTIVES["spans"].read(outputs, {"input_ids": start, "attention_mask": torch.tensor([[1, 1, 0]])})
+    assert read.softmax(-1)[0, :, 2].tolist() == [0.0, 0.0]
+    assert weight.tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["spans", "contrastive", "classification", "hidden"])
+def test_outputs_that_an_objective_cannot_read(name: str) -> None:
+    with pytest.raises(HprError, match="another objective"):
+        OBJECTIVES[name].read(SimpleNamespace(loss=None) if name != "hidden" else (torch.tensor(1.0),), BATCH)
 
 
 def test_unknown_objective() -> None:
@@ -194,7 +271,7 @@ def test_a_new_objective_is_one_entry(monkeypatch) -> None:
     def read(outputs, batch):
         return outputs.logits, torch.ones(len(outputs.logits))
 
-    toy = Objective("regression", read, categorical=False, classes=("MODEL_FOR_TOY_MAPPING_NAMES",))
+    toy = Objective("regression", read, distribution=GAUSSIAN, classes=("MODEL_FOR_TOY_MAPPING_NAMES",))
     monkeypatch.setattr(modeling_auto, "MODEL_FOR_TOY_MAPPING_NAMES", {"toy": "Regressor"}, raising=False)
     monkeypatch.setitem(OBJECTIVES, "regression", toy)
     torch.manual_seed(0)
@@ -216,15 +293,26 @@ def test_a_new_objective_is_one_entry(monkeypatch) -> None:
         hpr.evaluate(student, model, batches, labels=[0] * 8, repeats=0)
 
 
-def test_a_classifier_with_one_label_needs_another_objective() -> None:
+def test_a_classifier_with_one_label_gives_a_number() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
     model = tf.BertForSequenceClassification(tf.BertConfig(**sizes, num_labels=1)).eval()
     batches = [{"input_ids": torch.randint(3, 40, (4, 6))}]
-    with pytest.raises(HprError, match=r"has one label, .* 'classification' .* use --objective hidden"):
-        hpr.profile(model, batches)
-    profile = hpr.profile(model, batches, "hidden")
+    with pytest.raises(HprError, match=r"has one label, .* 'classification' .* use --objective score"):
+        hpr.profile(model, batches, "classification")
+    profile = hpr.profile(model, batches)
+    assert profile.about["objective"] == "score"
     assert sum(site.has_gradient for site in profile.sites.values()) > 6
+    student = copy.deepcopy(model)
+    student.classifier.weight.data *= -2
+    student.classifier.bias.data += 1
+    rows = {row["name"]: row["after"] for row in hpr.evaluate(student, model, batches, repeats=0)["quality"]}
+    assert abs(rows["Correlation with the original"] + 1) < 1e-6
+    assert "Cosine to the original" not in rows
+    student.classifier.weight.data.zero_()  # one score for every input has no correlation
+    assert "Correlation with the original" not in {
+        row["name"] for row in hpr.evaluate(student, model, batches, repeats=0)["quality"]
+    }
 
 
 def test_labels_are_read_as_the_objective_says(monkeypatch) -> None:

@@ -30,8 +30,9 @@ class Estimate:
 class Comparison:
     """The comparison of a student with its teacher on the same batches. A value that does not apply is None.
 
-    ``divergence``: nats per example. ``agreement``: share of positions with the same top class, for categorical outputs.
-    ``cosine``: mean cosine of embeddings or hidden states, for other outputs. ``teacher_loss`` and ``student_loss``: nats per
+    ``divergence``: nats per example. ``agreement``: share of positions with the same top class, or of yes/no answers that are
+    the same. ``cosine``: mean cosine of embeddings or hidden states. ``correlation``: of scores that are single numbers
+    (Pearson), None if one of the models gives the same score throughout. ``teacher_loss`` and ``student_loss``: nats per
     predicted token, if the batches have target tokens. ``teacher`` and ``student``: outputs (examples, d) in the order of the
     user's data, if there is one vector per example.
     """
@@ -40,10 +41,20 @@ class Comparison:
     divergence: Estimate
     agreement: float | None
     cosine: float | None
+    correlation: float | None
     teacher_loss: float | None
     student_loss: float | None
     teacher: Float[Tensor, "examples d"] | None
     student: Float[Tensor, "examples d"] | None
+
+    @property
+    def likeness(self) -> tuple[str, float | None]:
+        """What says in one number how alike the outputs are: its name, and its value of at most 1 (None if undefined)."""
+        if self.agreement is not None:
+            return "agreement with the original", self.agreement
+        if self.cosine is not None:
+            return "cosine to the original", self.cosine
+        return "correlation with the original", self.correlation
 
 
 def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[BatchLike], objective: Objective) -> Comparison:
@@ -79,11 +90,13 @@ def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[BatchLike]
     teacher_rows, student_rows = (
         [in_input_order(torch.cat(parts), batches) for parts in zip(*vectors, strict=True)] if vectors else (None, None)
     )
+    numbers = not objective.distribution.logits and teacher_rows is not None and teacher_rows.shape[1] == 1
     return Comparison(
         examples=len(divergence),
         divergence=_estimate(divergence),
-        agreement=matching.value if objective.categorical else None,
-        cosine=None if objective.categorical else matching.value,
+        agreement=matching.value if objective.distribution.logits else None,
+        cosine=None if objective.distribution.logits or numbers else matching.value,
+        correlation=_correlation(teacher_rows, student_rows) if numbers else None,
         teacher_loss=losses[0].value,
         student_loss=losses[1].value,
         teacher=teacher_rows,
@@ -181,10 +194,18 @@ def _numbered(batches: Sequence[BatchLike], model: nn.Module) -> Iterator[tuple[
 
 
 def _match(expected: Tensor, predicted: Tensor, objective: Objective) -> Tensor:
-    """For each position whether the top classes are equal, or the cosine of the two outputs."""
-    if objective.categorical:
-        return (expected.argmax(-1) == predicted.argmax(-1)).double()
-    return F.cosine_similarity(expected.double(), predicted.double(), dim=-1)
+    """For each position the share of equal answers, or the cosine of the two outputs where they are no answers."""
+    same = objective.distribution.same(expected, predicted)
+    return F.cosine_similarity(expected.double(), predicted.double(), dim=-1) if same is None else same
+
+
+def _correlation(first: Tensor | None, second: Tensor | None) -> float | None:
+    """Pearson's correlation between two columns of numbers (examples, 1); None if it is not defined."""
+    if first is None or second is None or len(first) < 2:
+        return None
+    one, two = (rows[:, 0].double() - rows[:, 0].double().mean() for rows in (first, second))
+    size = float(one.norm() * two.norm())
+    return float(one @ two) / size if size > 0 else None
 
 
 def _check_finite(predictions: Tensor, weight: Tensor, owner: str, index: int) -> None:

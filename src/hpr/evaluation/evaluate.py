@@ -79,6 +79,8 @@ def _quality(comparison: Comparison) -> list[dict[str, Any]]:
         if comparison.teacher is not None and comparison.student is not None and comparison.examples > 1:
             shared = neighbour_agreement(comparison.student, comparison.teacher)
             rows.append(_row("Nearest neighbours (10) in common", None, shared, "", higher=True))
+    if comparison.correlation is not None:
+        rows.append(_row("Correlation with the original", None, comparison.correlation, "", higher=True))
     if comparison.agreement is not None:
         rows.append(_row("Same first choice as the original", None, comparison.agreement, "", higher=True))
     return rows

@@ -165,11 +165,10 @@ class GlobalLoss:
         """Divergence of the outputs from the targets, mean over predictions."""
         expected, weight = targets.predictions, targets.weight
         predictions, _ = self.objective.read(given, batch)
-        if not self.objective.categorical:
+        if not self.objective.distribution.logits:
             return squared(expected, predictions, weight)
         temperature = self.weights.temperature
-        log_p, log_q = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (expected, predictions))
-        distance = (log_p.exp() * (log_p - log_q)).sum(-1)
+        distance = self.objective.distribution.distance(expected, predictions, temperature)
         return temperature**2 * (distance * weight).sum() / weight.sum().clamp(min=1)
 
     def _imitation(self, targets: TeacherTargets, outputs: Any, batch: Batch) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def compress_to_bytes(
         "seed": options.seed,
         "timing": seconds,
         "plans": plan_rows([made.plan], [score], 0, describe(loaded.model)),
-        "plan_quality": "agreement with the original" if score.cosine is None else "cosine to the original",
+        "plan_quality": score.likeness[0],
         "refit": False,
         "operator_gains": [],
         **rounding_record(made),

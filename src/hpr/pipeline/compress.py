@@ -159,7 +159,7 @@ def compress(
             "timing": run.seconds,
             "plans": plan_rows(choice.plans, choice.comparisons, choice.best, candidates.anatomy),
             "boundaries": _boundaries(candidates, choice),
-            "plan_quality": "agreement with the original" if choice.score.cosine is None else "cosine to the original",
+            "plan_quality": choice.score.likeness[0],
             "refit": refitted,
             "operator_gains": operator_gains(candidates, choice.plan),
         }

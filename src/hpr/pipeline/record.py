@@ -87,7 +87,7 @@ def plan_rows(plans: Sequence[Plan], scores: Sequence[Comparison], best: int, an
             "parameters": plan.parameters(anatomy),
             "predicted": plan.damage,
             "measured": score.divergence.mean,
-            "quality": score.agreement if score.cosine is None else score.cosine,
+            "quality": score.likeness[1],
             "chosen": number == best,
             "aligned": bool(plan.alignment),
         }
