@@ -66,6 +66,7 @@ MIXTURES: dict[str, Callable[[], tf.PretrainedConfig]] = {
         shared_expert_intermediate_size=12,
     ),
 }
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "layer", "reads", "writes", "its", "factor", "text"]
 
 
 @pytest.fixture
@@ -79,6 +80,17 @@ def build() -> Callable[..., nn.Module]:
         return head.from_config(config).eval()
 
     return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path, build: Callable[..., nn.Module]) -> Path:
+    """A saved tiny BERT with a tokenizer of a few words."""
+    target = tmp_path / "tiny"
+    build("bert").save_pretrained(target)
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(WORDS), encoding="utf-8")
+    tf.BertTokenizer(str(vocabulary)).save_pretrained(target)
+    return target
 
 
 @pytest.fixture

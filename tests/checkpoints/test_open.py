@@ -18,19 +18,6 @@ from hpr.data.splits import open_data
 from hpr.data.targets import own_answers
 from hpr.errors import CheckpointError, HprError
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "layer", "reads", "writes", "its", "factor", "text"]
-
-
-@pytest.fixture
-def folder(tmp_path, build):
-    """A saved tiny BERT with a tokenizer of a few words."""
-    target = tmp_path / "tiny"
-    build("bert").save_pretrained(target)
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(WORDS), encoding="utf-8")
-    tf.BertTokenizer(str(vocabulary)).save_pretrained(target)
-    return target
-
 
 def make_sentence_encoder(folder: Path, **pooling: object) -> None:
     modules = [
@@ -141,7 +128,7 @@ def test_folders_that_hold_no_model(tmp_path, folder):
         ("config.json", "{}", "cannot be loaded"),
         ("config.json", '{"architectures": 5}', "architectures in .*config.json is 5, not a list"),
         ("model.safetensors", "junk", "cannot be loaded"),
-        ("model.safetensors", None, "cannot be loaded"),
+        ("model.safetensors", None, r"has no model\.safetensors: copy or download the whole model"),
         ("tokenizer.json", "{", "the tokenizer in .* cannot be loaded"),
         ("modules.json", "[]", "no complete sentence encoder"),
     ],

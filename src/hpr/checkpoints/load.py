@@ -18,7 +18,7 @@ from hpr.coding.pack import Pack
 from hpr.coding.record import Coded
 from hpr.errors import CheckpointError
 from hpr.nn.coded import attach_codes, unchained
-from hpr.runtime.files import CONFIG, WEIGHTS, read_config
+from hpr.runtime.files import CONFIG, WEIGHTS, read_json
 from hpr.runtime.torch_errors import does_not_fit
 from hpr.sharing.specification import is_specification
 
@@ -33,7 +33,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     >>> loaded = hpr.load(copy.deepcopy(model), folder)
     """
     path = Path(folder)
-    config = read_config(path).get("quantization_config")
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(f"{path} has no {CONFIG}: give a folder that hpr wrote")
+    config = read_json(path / CONFIG).get("quantization_config")
     if not is_specification(config) and config is not None:
         raise CheckpointError(f"{path / CONFIG} describes another quantisation: load it with the tool that wrote it")
     described = HprConfig(**config) if config is not None else None

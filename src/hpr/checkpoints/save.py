@@ -19,7 +19,7 @@ from hpr.anatomy.lookup import slice_at
 from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
-from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, copy_model_files, read_config, replace
+from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, copy_model_files, read_json, replace
 from hpr.sharing.specification import coded_specification, is_specification, specification
 
 
@@ -77,7 +77,7 @@ def _may_replace(folder: Path) -> bool:
         return folder.is_dir()
     if not (folder / CONFIG).is_file():
         return False
-    if is_specification(read_config(folder).get("quantization_config")):
+    if is_specification(read_json(folder / CONFIG).get("quantization_config")):
         return True
     try:
         listed = json.loads((folder / MARKER).read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hpr.errors import HprError
+from hpr.errors import CheckpointError, HprError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -17,13 +17,15 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how sound
 _WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md", MARKER)  # out of date beside a new model
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's ``config.json``; empty if it is not a mapping. Raises ``HprError`` if it cannot be read."""
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises ``CheckpointError`` if it cannot be read or holds no mapping."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise HprError(f"{folder / CONFIG} cannot be read ({error}): give a folder that hpr wrote") from error
-    return config if isinstance(config, dict) else {}
+        raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not a mapping: copy or download it again")
+    return content
 
 
 def copy_model_files(source: Path, target: Path) -> None:
