@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from hpr.data.batches import text_batches
-from hpr.data.files import as_label, read_labels, read_texts
+from hpr.data.files import read_labels, read_texts
+from hpr.data.tables import as_label
 from hpr.evaluation.divergence import embeddings
 from hpr.profiling.objectives import OBJECTIVES
 
@@ -22,7 +23,7 @@ Pairs = tuple[Sequence[str], Sequence[str], Sequence[float]]
 
 def sts_pairs(path: Path) -> tuple[list[str], list[str], list[float]]:
     """First sentences, second sentences and scores of an STS benchmark ``.csv`` without a header."""
-    scores = [as_label(value, row, path) for row, value in enumerate(read_texts(path, 2), 1)]
+    scores = [as_label(value, f"{path}, row {row}") for row, value in enumerate(read_texts(path, 2), 1)]
     return read_texts(path, 0), read_texts(path, 1), scores
 
 

@@ -16,6 +16,7 @@ from hpr.data.datasets import read_columns
 from hpr.data.files import FORMATS, FileFormat, read_array, read_labels, read_texts
 from hpr.data.sources import Mixture, interleaved
 from hpr.data.splits import open_data, prepare, rows_of
+from hpr.data.tables import Table
 from hpr.errors import DataError, HprError
 
 TEXTS = ["the layer reads", "a factor", "its text", "a layer writes the text"] * 4
@@ -56,7 +57,7 @@ def test_labels_that_are_none(tmp_path, folder) -> None:  # noqa: F811
         prepare(TEXTS, opened, labels=True)
     path = tmp_path / "rows.tsv"
     path.write_text("text\tlabel\nthe layer\tgood\n", encoding="utf-8")
-    with pytest.raises(HprError, match="example 1: the label 'good' is no number"):
+    with pytest.raises(HprError, match="row 2, column 'label': the label 'good' is no number"):
         read_labels(path)
     path.write_text("text\tlabel\nthe layer\tnan\n", encoding="utf-8")
     with pytest.raises(HprError, match="not finite"):
@@ -81,8 +82,8 @@ def test_data_sets_with_inputs_instead_of_text(folder) -> None:  # noqa: F811
     assert (set(rows[0]), labels) == ({"input_ids"}, None)
     splits = prepare(data, open_model(folder), labels=True)
     assert set(splits.calibration[0]) == {"input_ids", "attention_mask", "labels"}
-    with pytest.raises(HprError, match="has columns name: give a column 'text' or columns of numbers"):
-        read_columns(datasets.Dataset.from_dict({"name": ["x"]}))
+    with pytest.raises(HprError, match="has no column 'text' or 'sentence', it has 'name', 'size'"):
+        read_columns(datasets.Dataset.from_dict({"name": ["x"], "size": [True]}))
     with pytest.raises(HprError, match="is empty"):
         read_columns(datasets.Dataset.from_dict({"text": []}))
 
@@ -148,10 +149,11 @@ def test_a_file_format_is_one_reader_and_one_entry(tmp_path, folder, monkeypatch
     with pytest.raises(DataError, match=r"has the suffix '\.toy'"):
         prepare(path, opened)
 
-    def cells(path, column) -> list[str]:
-        return [row.split(" = ")[column] for row in path.read_text(encoding="utf-8").split(" / ")]
+    def table(path, wanted) -> Table:
+        rows = [row.split(" = ") for row in path.read_text(encoding="utf-8").split(" / ")]
+        return Table(str(path), ["text", "label"], lambda index: [row[index] for row in rows], range(1, len(rows) + 1))
 
-    toy = FileFormat(texts=lambda path, column: cells(path, 0), labels=lambda path: cells(path, 1))
+    toy = FileFormat(table=table)
     monkeypatch.setitem(FORMATS, ".toy", toy)
     made = prepare(path, opened, labels=True)
     assert made.source == "rows.toy"

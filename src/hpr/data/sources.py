@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from hpr.data.batches import Batches
+from hpr.data.tables import Column
 from hpr.errors import DataError
 from hpr.runtime.batch import examples_in
 
@@ -33,6 +34,23 @@ class Mixture:
     def fractions(self) -> dict[str, float]:
         """The share of each source as a fraction of 1, by name."""
         return fractions(self.files, self.shares)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Data with columns, and which of them hold the texts and the labels. Every function that takes data takes it.
+
+    ``data`` is a file with a table, a ``datasets.Dataset``, an Arrow table, a data frame or a list of objects. ``column`` and
+    ``label`` are names of columns, or their numbers from 0; without them the usual names count, such as ``text`` and
+    ``label``. For an ``.npz`` file ``column`` names the array.
+
+    >>> Columns("reviews.csv", column="review", label="stars")
+    Columns(data='reviews.csv', column='review', label='stars')
+    """
+
+    data: Any
+    column: Column = None
+    label: Column = None
 
 
 def sources_of(data: Any) -> tuple[dict[str, Any], Mapping[str, float] | None]:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from hpr.data.batches import Batches, array_batches, first_batches, given_batches, input_batches, labelled, listed, text_batches
-from hpr.data.datasets import read_columns
+from hpr.data.datasets import are_objects, is_frame, read_columns
 from hpr.data.docstrings import Split, docstrings
-from hpr.data.files import format_of, read_array, read_labels, read_texts, suffixes
+from hpr.data.files import format_of, read_array, read_examples, suffixes
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.sources import Mixture, interleaved, with_shares
+from hpr.data.sources import Columns, Mixture, interleaved, with_shares
 from hpr.data.targets import longest_input, own_answers
 from hpr.errors import DataError, HprError
 from hpr.runtime.batch import Batch, examples_in
@@ -53,28 +53,46 @@ class Rows:
 
 
 def rows_of(data: Any, split: Split = "calibration", labels: bool = False) -> Rows:
-    """The examples of a file, a list of texts, an array or a ``datasets.Dataset``; docstrings for None.
+    """The examples of a file, a list of texts, an array or a data set with columns; docstrings for None.
 
-    ``hpr.data.files.FORMATS`` lists the formats of files. ``labels`` says whether the examples need labels. Raises
-    ``DataError`` for any other kind of data, for empty or damaged files, and if labels are needed and the data has none.
+    ``hpr.data.files.FORMATS`` lists the formats of files. ``Columns`` name the columns of texts and labels. ``labels`` says
+    whether the examples need labels. Raises ``DataError`` for any other kind of data, for empty or damaged files, and if
+    labels are needed and the data has none.
     """
+    column, label = None, None
+    if isinstance(data, Columns):
+        data, column, label = data.data, data.column, data.label
+    has_columns = hasattr(data, "column_names") or is_frame(data) or are_objects(data)
+    is_file = isinstance(data, str | os.PathLike)
+    if (column, label) != (None, None) and not (has_columns or is_file):
+        raise DataError(f"Columns holds a {type(data).__name__}, which has no columns of text: give a file or a data set")
     if isinstance(data, Mapping | Mixture):
         raise DataError("a source of data is a mapping or a Mixture: give all sources in one mapping or Mixture")
     if data is None:
         _log.info("no data is given: HPR reads docstrings of Python's standard library instead (%s part)", split)
         rows = Rows(docstrings(split), "docstrings of Python's standard library")
-    elif hasattr(data, "column_names"):
-        rows = Rows(*read_columns(data, labels))
+    elif has_columns:
+        rows = Rows(*read_columns(data, labels, column, label))
+    elif isinstance(data, np.ndarray) and data.ndim == 1 and all(isinstance(value, str) for value in data[:1]):
+        rows = Rows(data.tolist(), "the texts given")
     elif isinstance(data, np.ndarray):
         rows = Rows(read_array(data), "the array given")
-    elif isinstance(data, str | os.PathLike) and format_of(data).texts is None:
-        rows = Rows(read_array(data), Path(data).name)
-    elif isinstance(data, str | os.PathLike):
-        rows = Rows(read_texts(data), Path(data).name, read_labels(data) if labels else None)
-    else:
+    elif is_file and format_of(data).array is not None:
+        if label is not None:
+            raise DataError(f"{data} holds arrays, which have no column of labels {label!r}: leave it out, or give a table")
+        rows = Rows(read_array(data, None if column is None else str(column)), Path(data).name)
+    elif is_file:
+        values, numbers = read_examples(data, labels, column, label)
+        rows = Rows(values, Path(data).name, numbers)
+    elif hasattr(data, "__iter__") and not isinstance(data, bytes | bytearray):
         rows = Rows(list(data), "the texts given")
+    else:
+        raise DataError(f"data is a {type(data).__name__}, which HPR cannot read: give texts, a file, an array or a data set")
     if labels and rows.labels is None:
-        raise DataError(f"labels count in the loss, but {rows.name} has none: set their weight to 0, or give a column 'label'")
+        raise DataError(
+            f"labels count in the loss, but {rows.name} has none: set their weight to 0, or give a column 'label' "
+            f"or another name for it, as in hpr.extras.Columns(data, label=...)"
+        )
     if rows.labels is not None and len(rows.labels) != len(rows):
         raise DataError(f"{rows.name} has {len(rows)} examples and {len(rows.labels)} labels: give each text one label")
     return rows

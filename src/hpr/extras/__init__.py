@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hpr.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hpr.data.sources import Mixture
+    from hpr.data.sources import Columns, Mixture
     from hpr.healing.loss import Weights
     from hpr.healing.online.healer import OnlineHealer
     from hpr.healing.online.moments import Moments
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hpr.runtime.progress import reporting_to
 
 __all__ = [
+    "Columns",
     "HierarchicalBert",
     "ManyHeads",
     "Mixture",
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Columns": "hpr.data.sources",
     "HierarchicalBert": "hpr.pipeline.hierarchical",
     "ManyHeads": "hpr.nn.multitask",
     "Mixture": "hpr.data.sources",

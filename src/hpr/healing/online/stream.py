@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpr.data.batches import labelled, text_batches
-from hpr.data.files import as_label
 from hpr.data.loaded_model import LoadedModel
+from hpr.data.tables import as_label
 from hpr.data.targets import own_answers
 from hpr.errors import HprError
 from hpr.healing.online.healer import Update
@@ -30,11 +30,18 @@ class Chunk(NamedTuple):
     line: int
 
 
-def chunks(lines: Iterable[str], loaded: LoadedModel, size: int = 16, labels: bool = False, after: int = 0) -> Iterator[Chunk]:
+def chunks(
+    lines: Iterable[str],
+    loaded: LoadedModel,
+    size: int = 16,
+    labels: bool = False,
+    after: int = 0,
+    fields: tuple[str, str] = ("text", "label"),
+) -> Iterator[Chunk]:
     """Yield a batch for every ``size`` lines, and skip the first ``after`` lines.
 
-    A line is an object with a ``text``, and a ``label`` if labels count. If no line of a batch can be read, the batch is empty,
-    and a learner refuses it. Raises ``HprError`` for a model without a tokenizer.
+    A line is an object with a ``text``, and a ``label`` if labels count; ``fields`` gives other names for these two. If no line
+    of a batch can be read, the batch is empty, and a learner refuses it. Raises ``HprError`` for a model without a tokenizer.
 
     >>> for chunk in chunks(open("stream.jsonl"), open_model("path/to/model")):
     ...     healer.update(chunk.batch)
@@ -48,7 +55,7 @@ def chunks(lines: Iterable[str], loaded: LoadedModel, size: int = 16, labels: bo
         texts, marks, faults = [], [], []
         for number, line in enumerate(chunk, after + 1):
             try:
-                text, mark = _read(line, number, labels)
+                text, mark = _read(line, number, labels, *fields)
             except HprError as error:
                 faults.append(str(error))
             else:
@@ -80,15 +87,15 @@ class Log:
             file.write(json.dumps(row | {"line": line}) + "\n")
 
 
-def _read(line: str, number: int, labels: bool) -> tuple[str, float]:
+def _read(line: str, number: int, labels: bool, field: str, label: str) -> tuple[str, float]:
     try:
         row: Any = json.loads(line)
-        text = row["text"]
+        text = row[field]
     except (ValueError, KeyError, TypeError) as error:
-        raise HprError(f"line {number} is no JSON object with a field 'text'") from error
+        raise HprError(f"line {number} is no JSON object with a field {field!r}") from error
     if not isinstance(text, str) or not text.strip():
-        raise HprError(f"line {number}: 'text' is {text!r:.40}, not a text")
-    return text, as_label(row.get("label"), number, "the stream") if labels else 0
+        raise HprError(f"line {number}: {field!r} is {text!r:.40}, not a text")
+    return text, as_label(row.get(label), f"line {number}, field {label!r}") if labels else 0
 
 
 def _batch(texts: list[str], labels: list[float] | None, loaded: LoadedModel) -> Batch:
