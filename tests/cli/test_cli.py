@@ -335,6 +335,40 @@ def test_several_files_with_shares(home, tmp_path):
         assert message in said(run(*common, "--data", given, code=2))
 
 
+def test_columns_of_texts_and_labels(home, tmp_path):
+    """Every command with --data takes --column and --label, by name or number, one for all tables or one for each."""
+    texts = (home / "texts.txt").read_text(encoding="utf-8").splitlines()
+    csv, rows, bare = tmp_path / "reviews.csv", tmp_path / "posts.jsonl", tmp_path / "bare.tsv"
+    csv.write_text("\n".join(["Review;Stars", *(f"{text}, then;{i % 5}" for i, text in enumerate(texts))]), encoding="utf-8")
+    rows.write_text("\n".join(json.dumps({"body": text, "mark": 1}) for text in texts), encoding="utf-8")
+    bare.write_text("\n".join(f"{i % 2}\t{text}" for i, text in enumerate(texts)), encoding="utf-8")
+    profile = ["profile", home / "model", "--examples", 16, "-o", tmp_path / "p", "--json"]
+    for data in (
+        ["--data", csv, "--column", "review", "--label", "stars"],
+        ["--data", bare, "--column", 1, "--label", 0],
+        ["--data", csv, "--data", rows, "--column", "review", "--column", "body"],
+        ["--data", home / "texts.txt", "--data", rows, "--column", "body"],
+    ):
+        assert json.loads(run(*profile, *data).stdout)["about"]["examples"] == 16
+    data, out, teacher = ["--data", csv, "--column", "REVIEW"], tmp_path / "out", ["--teacher", home / "model"]
+    run("compress", home / "model", "--budget", "60%", *data, "-o", out, "--plans", 1)
+    assert json.loads(run("eval", out, *teacher, *data, "--json").stdout)["quality"][0]["data"] == "reviews.csv"
+    run("heal", out, *teacher, *data, "--for", "1steps")
+    stream = ["online", out, *teacher, "--state", tmp_path / "state", "-o", tmp_path / "later", "--data", rows, "--json"]
+    found = run(*stream, "--validation", csv, "--column", "review", "--column", "body")
+    assert (json.loads(found.stdout)["online"]["refused"], "left out" in said(found)) == (0, False)
+    wrong = (
+        (["--data", csv], "it has 'Review', 'Stars': name the column of texts, with --column NAME or --column NUMBER"),
+        (["--data", csv, "--column", "body"], "has no column 'body', it has 'Review', 'Stars': name one, with --column"),
+        (["--data", csv, "--column", 0, "--label", 7], "has no column number 7"),
+        (["--data", home / "texts.txt", "--column", 0], "--column 0 needs a file with columns, not"),
+        (["--column", 0], "--column 0 needs a file with columns, not no --data"),
+        (["--data", csv, "--data", rows, *["--column", "a"] * 3], "is given for 3 files (a, a, a), but 2 have columns"),
+    )
+    for data, message in wrong:
+        assert message in said(run(*profile, *data, code=2))
+
+
 # --- bad input
 
 

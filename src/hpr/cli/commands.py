@@ -13,12 +13,14 @@ from hpr.cli.options import (
     Bits,
     Budget,
     Bytes,
+    Column,
     Data,
     Device,
     Examples,
     Folder,
     Goal,
     Json,
+    Label,
     Model,
     Only,
     Operators,
@@ -52,6 +54,8 @@ def profile(
     model: Model = None,
     output: Output = Path("profile.safetensors"),
     data: Data = None,
+    column: Column = None,
+    label: Label = None,
     objective: Goal = None,
     examples: Examples = 4096,
     seed: Seed = 0,
@@ -66,7 +70,7 @@ def profile(
     from hpr.profiling.run import profile as profile_batches
 
     loaded = open_model(model, device, objective=objective)
-    batches, _ = open_data(mixture(data), loaded, "calibration", examples)
+    batches, _ = open_data(mixture(data, column, label), loaded, "calibration", examples)
     with bars():
         measured = profile_batches(loaded.model, batches, loaded.objective, seed)
     measured.save(output)
@@ -166,6 +170,8 @@ def evaluate(
     folder: Folder,
     teacher: Teacher = None,
     data: Data = None,
+    column: Column = None,
+    label: Label = None,
     objective: Goal = None,
     examples: Examples = 1024,
     device: Device = None,
@@ -184,9 +190,9 @@ def evaluate(
     student = open_model(folder, device)
     original = open_model(teacher, device, objective=objective or recorded_objective(student.model))
     check_original(folder, original)
-    batches, label = open_data(mixture(data), original, "heldout", examples)
+    batches, source = open_data(mixture(data, column, label), original, "heldout", examples)
     with err.status("evaluating"):
-        metrics = measured_on(evaluate_batches(student.model, original.model, batches, original.goal), label)
+        metrics = measured_on(evaluate_batches(student.model, original.model, batches, original.goal), source)
     note_metrics(folder, original, metrics)
     show(metrics, as_json, *tables.before_after({}, metrics))
 
@@ -204,6 +210,8 @@ def compress(
     budget: Budget = "50%",
     output: Output = Path("out/compressed"),
     data: Data = None,
+    column: Column = None,
+    label: Label = None,
     only: Only = None,
     operators: Operators = None,
     objective: Goal = None,
@@ -258,7 +266,7 @@ def compress(
     )
     loaded = open_model(model, device, objective=objective)
     with bars():
-        made = compress_model(loaded, budget, mixture(data), output, options, heal)
+        made = compress_model(loaded, budget, mixture(data, column, label), output, options, heal)
     as_dict = made.plan.to_dict()
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")
     healed = [lines(tables.healing_line(made.metrics["healing"]))] if heal else []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpr.cli.console import bars, err, lines, quiet, show
-from hpr.cli.options import Data, Device, Folder, Json, Seed, Teacher, mixture
+from hpr.cli.options import Column, Data, Device, Folder, Json, Label, Seed, Teacher, mixture, with_columns
 from hpr.errors import HprError
 
 if TYPE_CHECKING:
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from hpr.data.splits import Splits
     from hpr.healing.online.healer import OnlineHealer
 
+_STREAM = "stream.jsonl"
+
 
 def heal(
     folder: Folder,
     teacher: Teacher = None,
     data: Data = None,
+    column: Column = None,
+    label: Label = None,
     duration: Annotated[str, typer.Option("--for", metavar="DURATION", help="500steps, 90s, 10min or 2h.")] = "300steps",
     learning_rate: Annotated[
         float, typer.Option(min=0, metavar="RATE", help="The peak learning rate, relative to the scale of each factor.")
@@ -48,7 +52,7 @@ def heal(
     target = output or folder
     recipe = Recipe(duration=duration, checkpoints=checkpoints, learning_rate=learning_rate, seed=seed)
     student, original = _opened(folder, teacher, target, device)
-    splits = prepare(mixture(data), original)
+    splits = prepare(mixture(data, column, label), original)
     with bars():
         healing = healed(student.model, original, splits, recipe)
     metrics = _written(folder, target, student, original, splits, {"healing": healing.as_metrics()})
@@ -64,6 +68,8 @@ def online(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Where to write the model at the end.")],
     teacher: Teacher = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON lines; standard input if left out.")] = None,
+    column: Column = None,
+    label: Label = None,
     labels: Annotated[bool, typer.Option("--labels", help="Learn from the label of each line, not from the original.")] = False,
     learning_rate: Annotated[
         float, typer.Option(min=0, metavar="RATE", help="The learning rate, relative to the scale of each factor.")
@@ -90,13 +96,15 @@ def online(
 
     if output.resolve() == folder.resolve():
         raise HprError(f"{folder} is the model that learning starts from: write the result to another folder")
+    known, stream = with_columns([str(validation), _STREAM], column, label)  # the stream is JSON lines, whatever its name
+    fields = (str(stream.column or "text"), str(stream.label or "label"))
     weights = Weights(outputs=0.0, labels=1.0) if labels else None
     student, original = _opened(folder, teacher, output, device)
     options = OnlineOptions(learning_rate, replay, every, tolerance, seed, weights, original.objective)
-    splits = prepare({"validation": validation}, original, labels=labels)
+    splits = prepare({"validation": known}, original, labels=labels)
     with err.status("reading the state"):
         healer = OnlineHealer.open(state, student.model, splits.rescoring, None if labels else original.model, options)
-    counts = _learn(healer, original, state, data, batch)
+    counts = _learn(healer, original, state, data, batch, fields)
     value = healer.settle()
     result = {"batches": healer.step, **counts, "validation": value, "validation_at_start": healer.start, "labels": labels}
     metrics = _written(folder, output, student, original, splits, {"online": result})
@@ -105,14 +113,16 @@ def online(
     show(metrics, as_json, lines(text, f"written: {output}"))
 
 
-def _learn(healer: OnlineHealer, original: LoadedModel, state: Path, data: Path | None, size: int) -> dict[str, Any]:
+def _learn(
+    healer: OnlineHealer, original: LoadedModel, state: Path, data: Path | None, size: int, fields: tuple[str, str]
+) -> dict[str, Any]:
     """Learn from the lines of a file or of standard input, ``size`` at a time. Return the counts of what happened."""
     from hpr.healing.online.stream import Log, chunks
 
     log, labels = Log(state, healer.step, size), healer.teacher is None
     refused, undone, drifts = 0, 0, []
     after = log.line if data is not None else 0  # lines of a pipe are all new
-    for chunk in chunks(_incoming(data), original, size, labels, after):
+    for chunk in chunks(_incoming(data), original, size, labels, after, fields):
         for fault in chunk.faults:
             err.print(lines(f"left out: {fault}"))
         update = healer.update(chunk.batch)
@@ -180,7 +190,7 @@ def _incoming(data: Path | None) -> Iterator[str]:
         yield from sys.stdin
         return
     try:
-        with data.open(encoding="utf-8") as file:
+        with data.open(encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError as error:
         raise HprError(f"{data} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpr.data.files import suffixes
+from hpr.data.files import format_of, suffixes
 from hpr.errors import DataError
+
+if TYPE_CHECKING:
+    from hpr.data.sources import Columns
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or hub id. Default: the packaged all-MiniLM-L6-v2.")]
 Data = Annotated[
@@ -17,6 +20,20 @@ Data = Annotated[
     typer.Option(
         metavar="FILE[=SHARE]",
         help=f"Data file ({suffixes()}); repeat for several, with shares. Default: Python's docstrings.",
+    ),
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|NUMBER",
+        help="The column of texts in --data, if it is not 'text'; numbers count from 0. Repeat, one for each table.",
+    ),
+]
+Label = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|NUMBER",
+        help="The column of labels in --data, if it is not 'label'. Repeat, one for each table.",
     ),
 ]
 Budget = Annotated[
@@ -55,17 +72,49 @@ Teacher = Annotated[
 ]
 
 
-def mixture(given: Sequence[str] | None) -> Any:
-    """The data that ``--data`` names: nothing, one file, or a ``Mixture`` of several files with their shares."""
+def mixture(given: Sequence[str] | None, column: Sequence[str] | None = None, label: Sequence[str] | None = None) -> Any:
+    """The data that ``--data`` names: nothing, one file, or a ``Mixture`` of several files with their shares.
+
+    ``column`` and ``label`` are what ``--column`` and ``--label`` name.
+    """
     from hpr.data.sources import Mixture
 
     pairs = [_with_share(text) for text in given or ()]
-    if len(pairs) < 2:
-        return next((path for path, _ in pairs), None)
     paths = [path for path, _ in pairs]
+    sources = with_columns(paths, column, label)
+    if len(pairs) < 2:
+        return next(iter(sources), None)
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise DataError(f"--data names {twice} twice: give it once, with a share")
-    return Mixture(dict(zip(paths, paths, strict=True)), dict(pairs))
+    return Mixture(dict(zip(paths, sources, strict=True)), dict(pairs))
+
+
+def with_columns(paths: Sequence[str], column: Sequence[str] | None, label: Sequence[str] | None) -> list[Columns]:
+    """Files as sources of data, with the columns that ``--column`` and ``--label`` name.
+
+    A single name is for every file with columns. Several names are for the files with columns in their order, one for each.
+    """
+    from hpr.data.sources import Columns
+
+    with_key = _places(paths, column, "column", ("table", "array"))
+    marked = _places(paths, label, "label", ("table",))
+    return [Columns(path, with_key.get(place), marked.get(place)) for place, path in enumerate(paths)]
+
+
+def _places(paths: Sequence[str], names: Sequence[str] | None, flag: str, kinds: Sequence[str]) -> dict[int, str]:
+    """The name of a column for each file that takes one, by the place of the file."""
+    if not names:
+        return {}
+    able = [place for place, path in enumerate(paths) if any(getattr(format_of(path), kind) for kind in kinds)]
+    if not able:
+        files = ", ".join(paths) or "no --data"
+        raise DataError(f"--{flag} {names[0]} needs a file with columns, not {files}: give one as --data ({suffixes('table')})")
+    if len(names) not in (1, len(able)):
+        given = ", ".join(names)
+        raise DataError(
+            f"--{flag} is given for {len(names)} files ({given}), but {len(able)} have columns: give one, or {len(able)}"
+        )
+    return dict(zip(able, list(names) * (len(able) // len(names)), strict=True))
 
 
 def _with_share(text: str) -> tuple[str, float]:

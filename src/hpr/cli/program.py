@@ -65,6 +65,7 @@ add(
     "compress --budget 8MB -o out",
     "compress path/to/model --budget 50% --data texts.txt --heal 10min -o out",
     "compress path/to/model --budget 50% --bytes 6MB -o out",
+    "compress path/to/model --data reviews.csv --column review -o out",
     "compress path/to/model --data reviews.tsv=2 --data news.txt -o out",
 )
 
