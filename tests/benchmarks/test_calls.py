@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from test_open import folder  # noqa: F401  a fixture
-
 import calls
 import hpr
 from hpr.anatomy import describe as describing
@@ -12,7 +10,7 @@ from hpr.operators.registry import OPERATORS
 from hpr.solver import lagrangian
 
 
-def test_every_expensive_call_is_counted(tmp_path: Path, folder: Path) -> None:  # noqa: F811
+def test_every_expensive_call_is_counted(tmp_path: Path, folder: Path) -> None:
     before = vars(describing).copy(), vars(lagrangian).copy(), dict(OPERATORS)
     texts = [f"the layer reads a factor {'text ' * (number % 7)}" for number in range(60)]
     with calls.counting() as counted:
@@ -26,7 +24,7 @@ def test_every_expensive_call_is_counted(tmp_path: Path, folder: Path) -> None: 
     assert counted.counts == kept  # nothing is counted after the block
 
 
-def test_calls_from_every_module_are_counted(folder: Path) -> None:  # noqa: F811
+def test_calls_from_every_module_are_counted(folder: Path) -> None:
     model = open_model(folder).model
     with calls.counting() as counted:
         hpr.describe(model)

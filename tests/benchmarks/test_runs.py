@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_open import folder  # noqa: F401  a fixture
 
 from hpr.checkpoints.open import open_model
 
@@ -47,7 +46,7 @@ def write_task(data: Path, task: str, times: int = 5) -> None:
 
 
 @pytest.mark.parametrize("task", ["sst2", "mrpc"])
-def test_glue(tmp_path, folder, task) -> None:  # noqa: F811
+def test_glue(tmp_path, folder, task) -> None:
     data = tmp_path / "data"
     write_task(data, task)
     found = said("glue.py", task, folder, "--data", data, "--steps", 2, "--output", tmp_path / "out")
@@ -57,7 +56,7 @@ def test_glue(tmp_path, folder, task) -> None:  # noqa: F811
     assert row["parameters"] > 0
 
 
-def test_many_tasks(tmp_path, folder) -> None:  # noqa: F811
+def test_many_tasks(tmp_path, folder) -> None:
     for task in ("sst2", "mrpc", "sts-b"):
         write_task(tmp_path / "data" / task, task, times=80)
     rows = said("many_tasks.py", folder, "--original", folder, "--data", tmp_path / "data", "--steps", 8, 8, 8)
@@ -67,7 +66,7 @@ def test_many_tasks(tmp_path, folder) -> None:  # noqa: F811
     assert all(-1 <= rows[3][task] <= 1 for task in ("sst2", "mrpc", "sts-b"))
 
 
-def test_pretraining(tmp_path, folder) -> None:  # noqa: F811
+def test_pretraining(tmp_path, folder) -> None:
     (tmp_path / "text.txt").write_text("".join(f"{word} {number}\n" for number in range(2000) for word in WORDS))
     shape = ("--minutes", 0.02, "--layers", 1, "--width", 64, "--batch", 4)
     (row,) = said("pretrain.py", tmp_path / "out", "--text", tmp_path / "text.txt", "--tokenizer", folder, *shape)

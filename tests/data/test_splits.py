@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_open import folder  # noqa: F401  a fixture
 
 from hpr.checkpoints.open import open_model
 from hpr.data.batches import Batches, array_batches, in_input_order, input_batches, labelled
@@ -32,7 +31,7 @@ def labelled_rows(batches) -> dict[tuple[int, ...], int]:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "tsv", "csv", "datasets"])
-def test_labels_stay_with_their_texts(tmp_path, folder, kind) -> None:  # noqa: F811
+def test_labels_stay_with_their_texts(tmp_path, folder, kind) -> None:
     opened = open_model(folder)
     labels = [len(text) % 3 for text in TEXTS]
     path = tmp_path / f"rows.{kind}"
@@ -51,7 +50,7 @@ def test_labels_stay_with_their_texts(tmp_path, folder, kind) -> None:  # noqa: 
     assert "labels" not in prepare(path, opened).calibration[0]
 
 
-def test_labels_that_are_none(tmp_path, folder) -> None:  # noqa: F811
+def test_labels_that_are_none(tmp_path, folder) -> None:
     opened = open_model(folder)
     with pytest.raises(HprError, match="the texts given has none: set their weight to 0, or give a column 'label'"):
         prepare(TEXTS, opened, labels=True)
@@ -75,7 +74,7 @@ def test_scores_stay_scores(tmp_path) -> None:
     assert [type(value) for value in read_labels(path)] == [int]
 
 
-def test_data_sets_with_inputs_instead_of_text(folder) -> None:  # noqa: F811
+def test_data_sets_with_inputs_instead_of_text(folder) -> None:
     ids = [[1, 5, 7], [1, 6], *[[1, 5, 6, 7]] * 14]
     data = datasets.Dataset.from_dict({"input_ids": ids, "name": ["x"] * 16, "label": [0, 1] * 8})
     rows, _, labels = read_columns(data)
@@ -106,7 +105,7 @@ def test_rows_of_inputs_with_other_columns() -> None:
         input_batches([{"input_ids": [1]}, {"input_values": [1.0]}])
 
 
-def test_arrays_as_they_are(folder) -> None:  # noqa: F811
+def test_arrays_as_they_are(folder) -> None:
     splits = prepare(np.full((16, 5), 3), open_model(folder))
     assert splits.source == "the array given"
     assert torch.equal(splits.heldout[0]["input_ids"], torch.full((2, 5), 3))
@@ -124,7 +123,7 @@ def test_sources_are_interleaved_and_keep_their_order(sizes: list[int], batch_si
         assert places[0] < len(whole) / len(part) + len(sizes)
 
 
-def test_several_sources_share_the_limits(folder) -> None:  # noqa: F811
+def test_several_sources_share_the_limits(folder) -> None:
     opened = open_model(folder)
     data = {"few": ["a layer"] * 40, "many": ["the text"] * 80}
     mixed = Mixture(data, {"few": 1, "many": 3})
@@ -143,7 +142,7 @@ def test_several_sources_share_the_limits(folder) -> None:  # noqa: F811
             read({}, opened)
 
 
-def test_a_file_format_is_one_reader_and_one_entry(tmp_path, folder, monkeypatch) -> None:  # noqa: F811
+def test_a_file_format_is_one_reader_and_one_entry(tmp_path, folder, monkeypatch) -> None:
     opened, path = open_model(folder), tmp_path / "rows.toy"
     path.write_text(" / ".join(f"{text} = {number % 3}" for number, text in enumerate(TEXTS)), encoding="utf-8")
     with pytest.raises(DataError, match=r"has the suffix '\.toy'"):
@@ -175,7 +174,7 @@ def ids_in(batches) -> set[int]:
     return {int(row[0]) for batch in batches for row in batch["input_ids"]}
 
 
-def test_one_reading_serves_the_profile_and_healing(folder) -> None:  # noqa: F811
+def test_one_reading_serves_the_profile_and_healing(folder) -> None:
     opened, data = open_model(folder), np.arange(800)[:, None] * np.ones((1, 3), int)
     made = prepare(data, opened, 64)
     assert ids_in(made.calibration) == set([place for place in range(800) if place % 8 not in (1, 3)][:64])
@@ -189,7 +188,7 @@ def test_one_reading_serves_the_profile_and_healing(folder) -> None:  # noqa: F8
     assert prepare(made, opened) is made
 
 
-def test_small_data_has_no_validation_part_of_its_own(folder) -> None:  # noqa: F811
+def test_small_data_has_no_validation_part_of_its_own(folder) -> None:
     made = prepare(np.ones((80, 3), int), open_model(folder), 32)
     assert made.validation is made.rescoring
     assert len(made.training.order) == 60
@@ -203,7 +202,7 @@ def test_labels_are_one_for_each_example() -> None:
         labelled(batches, [5, 6])
 
 
-def test_a_mixture_is_data_like_any_other(folder) -> None:  # noqa: F811
+def test_a_mixture_is_data_like_any_other(folder) -> None:
     files = {"few": ["a layer"] * 40, "many": ["the text"] * 80}
     made = prepare(Mixture(files, {"few": 1, "many": 3}), open_model(folder), 32)
     assert [len(part.calibration.order) for part in made.parts.values()] == [8, 24]
@@ -213,7 +212,7 @@ def test_a_mixture_is_data_like_any_other(folder) -> None:  # noqa: F811
         Mixture(files, {"few": 1})
 
 
-def test_batches_are_data_like_any_other(folder) -> None:  # noqa: F811
+def test_batches_are_data_like_any_other(folder) -> None:
     """A list of batches, or what gives batches only once, serves every use; rows of inputs stay rows."""
     opened = open_model(folder)
     batches = [{"input_ids": torch.full((2, 3 + number % 2), number % 5)} for number in range(16)]

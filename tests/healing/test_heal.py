@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers as tf
 from test_healing import batches, copy_of, pair, teacher_of  # noqa: F401
-from test_open import folder  # noqa: F401
 from test_splits import TEXTS
 
 import hpr
@@ -21,7 +20,7 @@ from hpr.healing.recipe import Recipe
 
 
 @pytest.fixture
-def opened(folder):  # noqa: F811
+def opened(folder):
     """A tiny BERT of its folder, and a student at half its parameters."""
     teacher = open_model(folder)
     drawn = [{"input_ids": torch.randint(5, 13, (8, 12), generator=torch.Generator().manual_seed(i))} for i in range(4)]
