@@ -354,9 +354,24 @@ def test_columns_of_texts_and_labels(home, tmp_path):
     run("compress", home / "model", "--budget", "60%", *data, "-o", out, "--plans", 1)
     assert json.loads(run("eval", out, *teacher, *data, "--json").stdout)["quality"][0]["data"] == "reviews.csv"
     run("heal", out, *teacher, *data, "--for", "1steps")
-    stream = ["online", out, *teacher, "--state", tmp_path / "state", "-o", tmp_path / "later", "--data", rows, "--json"]
-    found = run(*stream, "--validation", csv, "--column", "review", "--column", "body")
+    online = [
+        "online",
+        out,
+        *teacher,
+        "-o",
+        tmp_path / "later",
+        "--data",
+        rows,
+        "--validation",
+        csv,
+        "--column",
+        "review",
+        "--json",
+    ]
+    found = run(*online, "--column", "body", "--state", tmp_path / "state")
     assert (json.loads(found.stdout)["online"]["refused"], "left out" in said(found)) == (0, False)
+    rows.write_bytes(b'{"body": "caf\xe9"}\n')
+    assert "is not UTF-8 at byte" in said(run(*online, "--state", tmp_path / "new", code=2))
     wrong = (
         (["--data", csv], "it has 'Review', 'Stars': name the column of texts, with --column NAME or --column NUMBER"),
         (["--data", csv, "--column", "body"], "has no column 'body', it has 'Review', 'Stars': name one, with --column"),

@@ -13,7 +13,7 @@ from hpr.checkpoints.open import open_model
 from hpr.data.batches import Batches, array_batches, in_input_order, input_batches, labelled
 from hpr.data.datasets import read_columns
 from hpr.data.files import FORMATS, FileFormat, read_array, read_labels, read_texts
-from hpr.data.sources import Mixture, interleaved
+from hpr.data.sources import Columns, Mixture, interleaved
 from hpr.data.splits import open_data, prepare, rows_of
 from hpr.data.tables import Table
 from hpr.errors import DataError, HprError
@@ -210,6 +210,19 @@ def test_a_mixture_is_data_like_any_other(folder) -> None:
     assert made.shares == {"few": 1, "many": 3}
     with pytest.raises(HprError, match="one for each of few, many"):
         Mixture(files, {"few": 1})
+
+
+def test_columns_are_data_like_any_other(tmp_path, folder) -> None:
+    opened, path = open_model(folder), tmp_path / "rows.csv"
+    path.write_text("\n".join(["review;stars", *(f"{text};{len(text) % 3}" for text in TEXTS)]), encoding="utf-8")
+    data = datasets.Dataset.from_dict({"body": TEXTS, "mark": [len(text) % 3 for text in TEXTS]})
+    files = {"file": Columns(path, "review", "stars"), "set": Columns(data, column=0, label="mark")}
+    for source in (*files.values(), files, Mixture(files, {"file": 1, "set": 3})):
+        made = prepare(source, opened, labels=True)
+        expected = {tuple(opened.tokenizer(text)["input_ids"]): len(text) % 3 for text in TEXTS}
+        for part in (made.calibration, made.rescoring, made.heldout):
+            assert labelled_rows(part).items() <= expected.items()
+        assert open_data(source, opened, examples=4)[0]
 
 
 def test_batches_are_data_like_any_other(folder) -> None:

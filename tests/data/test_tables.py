@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def test_quotes_and_lines(tmp_path: Path, name: str, content: str, texts: list[s
         ("a;b,c\n1;2\n3,4\n5\n", {}, "comma: 2 cells in row 1, 1 in row 2; semicolon: 2 cells in row 1, 1 in row 3"),
         ('text,label\n"a,1\nb,2\n', {}, "is no table .unexpected end of data"),
         ("text,label\n", {}, "is empty below its header"),
+        ("sep=;\n", {}, "is empty: give at least one example"),
+        (",,\n,,\n", {}, "is empty: give at least one example"),
         ("text,text\na,b\n", {}, "has 2 columns with the name 'text', number 0, 1: give the number of one"),
     ],
 )
@@ -267,6 +270,7 @@ def test_strings_in_json(tmp_path: Path) -> None:
         ("x.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}', "line 2: no JSON object .the field 'text' is given twice"),
         ("x.jsonl", '{"text": "a"}\n{"sentence": "b"}', "line 2, column 'text': the line has no such cell"),
         ("x.jsonl", '{"text": "a"}\n\n[1]', "line 3: a list, not a JSON object"),
+        ("x.jsonl", '{"text": "a \\ud83d"}', "line 1, column 'text': the cell has half a character"),
         ("x.jsonl", '{"text": ["a", "b"]}', "line 1, column 'text': the cell is a list, not a string"),
         ("x.jsonl", json.dumps(ROWS, indent=1), "line 1: no JSON object"),
     ],
@@ -302,6 +306,16 @@ def test_arrow_files(tmp_path: Path) -> None:
         assert read(path, label="stars")[0] == [{"input_ids": [1, 2], "labels": 1}, {"input_ids": [3], "labels": 2}]
         with pytest.raises(DataError, match="holds numbers, not texts"):
             read_texts(path)
+
+
+def test_damaged_arrow_data_is_not_read_beyond_its_end(tmp_path: Path) -> None:
+    *_, path = arrow_files(tmp_path, pa.table({"text": ["a dog", "a cat"]}))
+    content = path.read_bytes()
+    for old, new in ((struct.pack("<3i", 0, 5, 10), struct.pack("<3i", 0, 2**30, 10)), (b"\0text\0", b"\0te\xfet\0")):
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+        with pytest.raises(DataError, match="is no Arrow file or is damaged"):
+            read(path, labels=False)
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

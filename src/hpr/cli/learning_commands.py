@@ -186,11 +186,12 @@ def _written(
 
 
 def _incoming(data: Path | None) -> Iterator[str]:
-    if data is None:
-        yield from sys.stdin
-        return
     try:
+        if data is None:
+            yield from sys.stdin
+            return
         with data.open(encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError as error:
-        raise HprError(f"{data} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
+        name = data or "standard input"
+        raise HprError(f"{name} is not {error.encoding.upper()} at byte {error.start}: convert it to UTF-8") from error

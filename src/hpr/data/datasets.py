@@ -62,21 +62,26 @@ def read_arrow(path: Source, wanted: Sequence[Column] = ()) -> Table:
     if not content:
         raise DataError(f"{path} is empty: give at least one example")
     arrow = _pyarrow(path)
-    source = io.BytesIO(content)
     try:
-        if suffix_of(path) == ".parquet":
-            from pyarrow import parquet
-
-            return _arrow_table(str(path), parquet.read_table(source))
-        if content.startswith(b"FEA1"):
-            from pyarrow import feather
-
-            return _arrow_table(str(path), feather.read_table(source))
-        reader = arrow.ipc.open_file if content.startswith(b"ARROW1") else arrow.ipc.open_stream
-        return _arrow_table(str(path), reader(source).read_all())
-    except (arrow.ArrowException, OSError) as error:
+        table = _arrow_content(arrow, io.BytesIO(content), suffix_of(path), content[:6])
+        table.validate(full=True)  # damaged offsets would be read beyond the end of the buffer
+        return _arrow_table(str(path), table)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         kind = "Parquet" if suffix_of(path) == ".parquet" else "Arrow"
         raise DataError(f"{path} is no {kind} file or is damaged ({error!s:.200}): write it again, or as .jsonl") from error
+
+
+def _arrow_content(arrow: ModuleType, source: io.BytesIO, suffix: str, start: bytes) -> Any:
+    if suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.read_table(source)
+    if start.startswith(b"FEA1"):
+        from pyarrow import feather
+
+        return feather.read_table(source)
+    reader = arrow.ipc.open_file if start == b"ARROW1" else arrow.ipc.open_stream
+    return reader(source).read_all()
 
 
 def _arrow_table(title: str, data: Any) -> Table:

@@ -114,6 +114,8 @@ def _best(path: Source, text: str, tabs: bool, wanted: Sequence[Column]) -> _Rea
 def _sound(path: Source, reading: _Reading) -> _Reading:
     if reading.error is not None:
         raise DataError(f"{path} is no table ({reading.error}): check its quotes and line ends")
+    if not reading.rows:
+        raise DataError(f"{path} is empty: give at least one example")
     return reading
 
 

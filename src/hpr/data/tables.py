@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ TEXT_COLUMNS = ("text", "sentence", "texts", "sentences", "content", "document")
 LABEL_COLUMNS = ("label", "labels")
 MISSING: Any = object()  # the cell of a row that ends before its column
 _INPUTS = ("input_ids", "inputs_embeds", "input_values", "input_features", "pixel_values")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN = 12  # names of columns in an error message
 
 
@@ -102,6 +104,8 @@ class Table:
                 raise DataError(
                     f"{self.place(row, index)}: the cell is a {kind}, not a string: correct or remove the {self.unit}"
                 )
+            if value and LONE_SURROGATE.search(value):
+                raise DataError(f"{self.place(row, index)}: the cell has half a character (a lone surrogate): remove it")
             texts.append((value or "").strip())
         return texts
 
@@ -138,7 +142,7 @@ def read_table(
     """
     if not len(table.numbers):
         raise DataError(f"{table.title} is empty: give at least one example")
-    marks = table.label_column(label)
+    marks = table.label_column(label) if labels or label is not None else None
     index = table.text_column(column)
     if index is None or (column is None and _no_text(table, index)):
         inputs = _inputs(table, marks, labels)
@@ -204,7 +208,7 @@ def _inputs(table: Table, marks: int | None, labels: bool) -> list[Any] | None:
     for index, name in enumerate(table.names):
         cells = table.read(index)
         words = words or isinstance(cells[0], str)
-        label = index == marks or name in LABEL_COLUMNS
+        label = index == marks or any(named_like([name], usual) for usual in LABEL_COLUMNS)
         if _numeric(cells[0]) and (labels or not label):
             columns["labels" if index == marks else name] = (index, cells)
     if not columns or (words and not any(name in columns for name in _INPUTS)):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hpr.data.batches import labelled, text_batches
 from hpr.data.loaded_model import LoadedModel
-from hpr.data.tables import as_label
+from hpr.data.tables import LONE_SURROGATE, as_label
 from hpr.data.targets import own_answers
 from hpr.errors import HprError
 from hpr.healing.online.healer import Update
@@ -93,7 +93,7 @@ def _read(line: str, number: int, labels: bool, field: str, label: str) -> tuple
         text = row[field]
     except (ValueError, KeyError, TypeError) as error:
         raise HprError(f"line {number} is no JSON object with a field {field!r}") from error
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not text.strip() or LONE_SURROGATE.search(text):
         raise HprError(f"line {number}: {field!r} is {text!r:.40}, not a text")
     return text, as_label(row.get(label), f"line {number}, field {label!r}") if labels else 0
 
