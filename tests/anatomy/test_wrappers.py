@@ -170,7 +170,7 @@ def test_what_cannot_be_taken_off_is_refused(build: Build, one_process: None, wr
 
 def test_scripted_modules_are_refused() -> None:
     scripted = torch.jit.trace(nn.Linear(3, 4), torch.zeros(1, 3))
-    with pytest.raises(HprError, match="compiled by torch.jit: give the module"):
+    with pytest.raises(HprError, match=r"compiled by torch\.jit: give the module"):
         hpr.open_model(scripted)
 
 
@@ -197,9 +197,9 @@ def test_a_shared_model_is_refused_before_it_is_measured(build: Build, random_fi
         hpr.compress(student, budget, ["never read"])
 
 
-def test_things_that_are_no_models_are_named(build: Build, folder: Path) -> None:
+def test_things_that_are_no_models_are_named(folder: Path) -> None:
     with pytest.raises(HprError, match=r"the model is a builtins\.dict.* give a folder, a hub id, or a torch module"):
-        hpr.open_model(build("bert").state_dict().__class__ and {"weight": torch.ones(1)})
+        hpr.open_model({"weight": torch.ones(1)})
     pipeline = tf.pipeline("feature-extraction", str(folder), device="cpu")
-    with pytest.raises(HprError, match="Pipeline.* give its attribute model"):
+    with pytest.raises(HprError, match=r"Pipeline.* give its attribute model"):
         hpr.open_model(pipeline)

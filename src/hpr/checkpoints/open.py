@@ -61,11 +61,7 @@ def open_model(
         loaded = _read(model, device, tokenizer)
     else:
         inner = getattr(model, "model", None)
-        mend = (
-            "its attribute model, which is a module"
-            if isinstance(inner, nn.Module)
-            else "a folder, a hub id, or a torch module"
-        )
+        mend = "its attribute model" if isinstance(inner, nn.Module) else "a folder, a hub id, or a torch module"
         raise HprError(f"the model is a {type(model).__module__}.{type(model).__name__}, which HPR does not read: give {mend}")
     goal = loaded.objective if objective is None else objective_for(loaded.model, objective).name
     return replace(loaded, objective=goal, tokenizer=loaded.tokenizer if tokenizer is None else tokenizer)
