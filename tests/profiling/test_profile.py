@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe
-from hpr.errors import HprError
+from hpr.errors import CheckpointError, HprError
 from hpr.profiling import profile as profile_module
 from hpr.profiling.profile import LayerFeatures, Profile, SiteStatistics
 
@@ -81,7 +81,7 @@ def test_writing_is_atomic(profile: Profile, tmp_path: Path, monkeypatch: pytest
         raise OSError("disk full")
 
     monkeypatch.setattr(profile_module, "save_file", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         replace(profile, sites={}).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

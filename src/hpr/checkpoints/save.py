@@ -14,14 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hpr.anatomy.lookup import slice_at
 from hpr.anatomy.wrappers import unwrapped
+from hpr.checkpoints.side_files import copy_side_files
 from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
-from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, copy_model_files, read_json, replace
+from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, partial_folder, replace, writing
 from hpr.sharing.specification import coded_specification, is_specification, specification
+
+_TEXTS = 1 << 18  # bytes that the plan, the metrics and the report take, about
 
 
 def save(
@@ -38,39 +42,95 @@ def save(
 
     ``files``: name → text (``plan.json``, ``README.md``), or a function that returns them when it is called with the folder
     that has the weights in it (to hash them). ``source``: the folder of the original, from which the files of a sentence
-    encoder (``modules.json``, pooling) and of a feature extractor (``preprocessor_config.json``) are copied.
+    encoder (``modules.json``, pooling), of processors, and of its tokenizer are copied.
 
     >>> hpr.save(student, folder / "out", tokenizer).name
     'out'
     """
     student = unwrapped(student)
     target = check_folder(folder)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with writing(target), partial_folder(target) as partial:
         _write_model(student, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if source is not None:
-            copy_model_files(Path(source), partial)
+            copy_side_files(Path(source), partial, tokenizer)
         for name, text in (files(partial) if callable(files) else files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         replace(target, partial)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """The resolved folder that ``save`` would write. Raises ``CheckpointError`` if it has content but no weights from hpr."""
-    target = Path(folder).resolve()
-    if target.exists() and not _may_replace(target):
+    """The resolved folder that ``save`` would write.
+
+    Raises ``CheckpointError`` if it has content but no weights from hpr, or if it cannot be written. Leaves nothing behind.
+    """
+    if "\0" in str(folder):
+        raise CheckpointError(f"the output folder {str(folder)!r} has a zero byte in its name: give another path")
+    target = Path(folder).expanduser().resolve()
+    with writing(target):
+        if target.exists() and not _may_replace(target):
+            raise CheckpointError(
+                f"{target} has content that is not from HPR, or weights that HPR did not write: choose another output folder, "
+                f"or empty this one"
+                if target.is_dir()
+                else f"{target} is a file: choose a folder"
+            )
+        with partial_folder(target):
+            return target
+
+
+def check_output(
+    model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None, source: Path | None = None, weights: int = 0
+) -> None:
+    """Write all but the weights into a folder for a moment, so that what cannot be saved is said before it is computed.
+
+    ``weights``: the bytes that the weights will take. Raises ``CheckpointError`` for a folder as ``check_folder`` does, for too
+    little space, and for a configuration, a tokenizer or ties that cannot be saved.
+    """
+    target = check_folder(folder)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise CheckpointError(
-            f"{target} has content that is not from HPR, or weights that HPR did not write: choose another output folder, "
-            f"or empty this one"
+            f"the tokenizer is a {type(tokenizer).__name__}, which cannot be saved (it has no save_pretrained): give one of "
+            f"transformers, such as PreTrainedTokenizerFast(tokenizer_object=...)"
         )
-    return target
+    with writing(target), partial_folder(target) as partial:
+        if isinstance(model, PreTrainedModel):
+            _check_ties(model)
+            _trial("the configuration", model.config, partial)
+            if model.can_generate() and model.generation_config is not None:
+                _trial("the generation configuration", model.generation_config, partial)
+        if tokenizer is not None:
+            _trial("the tokenizer", tokenizer, partial)
+        if source is not None:
+            copy_side_files(source, partial, tokenizer)
+        free = shutil.disk_usage(partial).free
+        if free < weights + _TEXTS:
+            raise CheckpointError(
+                f"{target} needs about {weights + _TEXTS:,} bytes, and its disk has {free:,} left: free space there, or give "
+                f"a path on another disk"
+            )
+
+
+def _trial(what: str, part: Any, folder: Path) -> None:
+    try:
+        part.save_pretrained(folder)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:  # as configurations and tokenizers say it
+        raise CheckpointError(
+            f"{what} ({type(part).__name__}) cannot be saved ({error}): correct it before the model is compressed"
+        ) from error
+
+
+def _check_ties(model: PreTrainedModel) -> None:
+    """Raise where parameters are tied that the class does not declare: transformers does not save such a model."""
+    try:
+        remove_tied_weights_from_state_dict(model.state_dict(), model)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"this {type(model).__name__} has tied weights that its class does not declare, so it cannot be saved ({error}): "
+            f"name them in _tied_weights_keys, or give each module a copy of its own"
+        ) from error
 
 
 def _may_replace(folder: Path) -> bool:
@@ -79,11 +139,11 @@ def _may_replace(folder: Path) -> bool:
         return folder.is_dir()
     if not (folder / CONFIG).is_file():
         return False
-    if is_specification(read_json(folder / CONFIG).get("quantization_config")):
-        return True
     try:
+        if is_specification(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("quantization_config")):
+            return True
         listed = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # damaged, or of another kind: not from HPR
         return False
     return bool(listed) and listed == _weight_hashes(folder)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hpr.errors import CheckpointError
@@ -51,11 +51,14 @@ def sentence_folder(folder: Path) -> SentenceFolder | None:
     try:
         modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
         types = [str(part["type"]) for part in modules]
+        outside = [part["path"] for part in modules if not _is_inside(PurePosixPath(part["path"]))]
         transformer = folder / modules[0]["path"]
         pooling = next((folder / part["path"] / CONFIG for part in modules if _name(part["type"]) == "Pooling"), None)
         mode = _pooling_mode(json.loads(pooling.read_text(encoding="utf-8"))) if pooling else ""
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{folder} is no complete sentence encoder ({error}): copy or download it again") from error
+    if outside:
+        raise CheckpointError(f"{folder / MODULES} names {outside[0]!r}, which lies outside the folder: correct the path")
     for kind in types:
         if kind.partition(".")[0] != "sentence_transformers":
             raise CheckpointError(
@@ -72,6 +75,10 @@ def sentence_folder(folder: Path) -> SentenceFolder | None:
     task = _TASKS.get(first) or str(settings.get("transformer_task", EMBEDDINGS))
     objective = _POOLINGS.get(mode, "hidden") if task == EMBEDDINGS else None
     return SentenceFolder(transformer, task, objective, "pooler_output" in json.dumps(settings.get("modality_config")))
+
+
+def _is_inside(path: PurePosixPath) -> bool:
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _name(kind: str) -> str:

@@ -68,7 +68,9 @@ def profile(
     from hpr.cli import tables
     from hpr.data.splits import open_data
     from hpr.profiling.run import profile as profile_batches
+    from hpr.runtime.files import check_file
 
+    check_file(output)
     loaded = open_model(model, device, objective=objective)
     batches, _ = open_data(mixture(data, column, label), loaded, "calibration", examples)
     with bars():
@@ -104,7 +106,9 @@ def plan(
     from hpr.planning.options import PlanOptions
     from hpr.plans.budget import byte_limit, parse_budget
     from hpr.profiling.profile import Profile
+    from hpr.runtime.files import check_file
 
+    check_file(output)
     measured = Profile.load(profile)
     loaded = open_model(model, device)
     options = PlanOptions(only=only, operators=operator_names(operators), align=align, bits=bits, bytes=file_bytes)
@@ -158,6 +162,7 @@ def share(
     wanted = Plan.load(plan)
     known = Profile.load(profile) if profile else None
     loaded = open_model(model, device)
+    save.check_output(loaded.model, output, loaded.tokenizer, loaded.folder)
     student = share_module(loaded, wanted, known)
     files = {"plan.json": plan.read_text(encoding="utf-8")}
     folder = save.save(student, output, loaded.tokenizer, files, loaded.folder)

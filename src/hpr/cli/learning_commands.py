@@ -153,6 +153,7 @@ def _opened(folder: Path, teacher: str | None, target: Path, device: str | None)
     student = open_model(folder, device)
     original = open_model(teacher, device, objective=recorded_objective(student.model))
     check_original(folder, original)
+    save.check_output(student.model, target, original.tokenizer, original.folder)
     return student, original
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hpr.anatomy.describe import describe
-from hpr.checkpoints.save import check_folder
+from hpr.checkpoints.save import check_output
 from hpr.coding.tables import ans
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits, prepare
@@ -67,7 +67,7 @@ def compress_to_bytes(
     ans()  # raises if the coder is not installed
     check_unshared(loaded.model)
     if output is not None:
-        check_folder(output)
+        check_output(loaded.model, output, loaded.tokenizer, loaded.folder, budget[1])
     seconds: dict[str, float] = {}
 
     goal = objective_for(loaded.model, loaded.objective)

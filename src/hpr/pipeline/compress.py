@@ -13,7 +13,7 @@ from torch import nn
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.checkpoints.open import open_model
-from hpr.checkpoints.save import check_folder
+from hpr.checkpoints.save import check_output
 from hpr.coding.tables import ans
 from hpr.data.batches import first_batches
 from hpr.data.loaded_model import LoadedModel
@@ -188,9 +188,11 @@ def _checked(
             check_recipe(loaded.model, recipe)
     known_operators(options.operators)
     check_unshared(loaded.model)
+    each = bytes_per_parameter(loaded.model)
+    limit = parse_budget(budget, describe(loaded.model), each, options.only)
     if output is not None:
-        check_folder(output)
-    limit = parse_budget(budget, describe(loaded.model), bytes_per_parameter(loaded.model), options.only)
+        size = int(each * limit.parameters) if file_limit is None else file_limit
+        check_output(loaded.model, output, loaded.tokenizer, loaded.folder, size)
     return _Run(loaded, objective_for(loaded.model, loaded.objective), limit, options, file_limit), recipe
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from hpr.anatomy.model import Anatomy
 from hpr.anatomy.symmetry import Symmetry
 from hpr.errors import HprError
+from hpr.runtime.files import writing
 
 FORMAT = 1
 
@@ -140,13 +141,14 @@ class Profile:
             "interventions": {layer: dict(damages) for layer, damages in self.interventions.items()},
         }
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, metadata={"hpr_profile": json.dumps(header)})
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors, partial, metadata={"hpr_profile": json.dumps(header)})
+                os.replace(partial, target)
+            finally:
+                partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

@@ -1,19 +1,22 @@
-"""Files and output folders: read a configuration, copy the files that belong to a model, and write atomically."""
+"""Files and output folders: read a configuration, see whether a path can be written, and write atomically."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpr.errors import CheckpointError, HprError
+from safetensors import SafetensorError
+
+from hpr.errors import CheckpointError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 MARKER = "hpr.json"  # marks a folder that hpr wrote, if its weights have no shared factors
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how sound and pictures become a model's inputs
 _WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md", MARKER)  # out of date beside a new model
 
 
@@ -28,51 +31,53 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copy what an original has beside weights and tokenizer: files of sentence encoders and of feature extractors.
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say an error of the disk inside the ``with`` block as a ``CheckpointError`` that names the target."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = "No space left" in str(error) or "quota" in str(error)
+        mend = "free space there, or give a path on another disk" if full else "give another path"
+        raise CheckpointError(f"{target} cannot be written ({error}): {mend}") from error
 
-    Files that ``target`` has already stay. Raises ``HprError`` as ``copy_sentence_files`` does.
-    """
-    for name in _PROCESSORS:
-        if (source / name).is_file() and not (target / name).exists():
-            shutil.copyfile(source / name, target / name)
-    copy_sentence_files(source, target)
+
+@contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target``, made with the parents that are missing. What is left of them at the end is removed."""
+    missing = [parent for parent in target.parents if not parent.exists()]
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
-def copy_sentence_files(source: Path, target: Path) -> None:
-    """Copy the files that SentenceTransformer reads besides the transformer. Does nothing if ``source`` is no sentence encoder.
-
-    Raises ``HprError`` if a module of ``source`` has its weights only in a pickled file.
-    """
-    if not (source / "modules.json").is_file():
-        return
-    modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-    first = source / modules[0]["path"]  # the transformer; old versions write it into a subfolder, the copy has it at the top
-    modules[0]["path"] = ""
-    (target / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
-    for name in ["config_sentence_transformers.json", *(file.name for file in first.glob("sentence_*_config.json"))]:
-        origin = first / name if (first / name).is_file() else source / name
-        if origin.is_file():
-            shutil.copyfile(origin, target / name)
-    for module in modules[1:]:
-        folder = source / module["path"]
-        if not module["path"] or not folder.is_dir():
-            continue  # Normalize has no files
-        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-            raise HprError(f"{folder} has pickled weights: save the original again with a recent sentence-transformers")
-        shutil.copytree(folder, target / module["path"], ignore=shutil.ignore_patterns("*.bin"), dirs_exist_ok=True)
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise ``CheckpointError`` if a file could not be written. Leaves nothing behind."""
+    target = Path(path)
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder: give the path of a file")
+    with writing(target), partial_folder(target) as partial:
+        (partial / target.name).touch()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file atomically: after a crash, the file has either the old text or the new one."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def replace(target: Path, complete: Path) -> None:
