@@ -15,6 +15,7 @@ from conftest import MIXTURE, MIXTURES, low_rank_terms, plan_everything, plan_of
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import slice_at, weight_at
 from hpr.anatomy.swappable import not_swappable
+from hpr.anatomy.uncovered import uncovered
 from hpr.errors import HprError
 from hpr.evaluation.cost import parts, sizes
 from hpr.nn.bank import bank_of, parameters
@@ -166,15 +167,17 @@ def test_the_way_experts_are_run_changes_nothing_and_stays(ids: Tensor, implemen
         torch.testing.assert_close(student(ids).logits, dense_with(model, student)(ids).logits)
 
 
-def test_routers_made_from_a_linear_are_kept(ids: Tensor) -> None:
-    """Phi's router is one, with a choice for its output."""
+def test_routers_made_from_a_linear_are_no_sites(ids: Tensor) -> None:
+    """Phi's router is one, with a choice for its output. It counts by the gradients of its weight."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(tf.PhimoeConfig(**MIXTURE, intermediate_size=24, num_local_experts=4)).eval()
     anatomy = describe(model)
     profile = hpr.profile(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
-    routers = {site.name for site in anatomy.sites if site.slot == "mlp.router"}
-    assert set(not_swappable(model, anatomy)) == routers == {"layers.0.mlp.router", "layers.1.mlp.router"}
-    assert not any(profile.sites[name].has_gradient for name in routers)
+    assert not any(site.slot == "mlp.router" for site in anatomy.sites)
+    assert not_swappable(model, anatomy) == {}
+    (row,) = (row for row in uncovered(model, anatomy) if row.owner == "PhimoeTopKRouter")
+    assert (row.count, row.reason) == (2, "a PhimoeTopKRouter, whose forward does more than multiply by its weight")
+    assert all(profile.others[f"model.layers.{layer}.mlp.router.weight"] > 0 for layer in range(2))
     assert any(hpr.plan(model, profile, "60%").entries[f"{EXPERTS}.down_proj.{number}"].terms for number in range(4))
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hpr.anatomy.describe import describe
 from hpr.anatomy.model import Site
-from hpr.operators.metric import DAMPING, Measured, Side, eigenvectors, measure, smooth_frequencies, tails
+from hpr.operators import damping
+from hpr.operators.metric import Measured, Side, eigenvectors, measure, smooth_frequencies, tails
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -30,7 +31,7 @@ def test_side_computes_what_its_dense_matrix_does(diagonal: bool) -> None:
     raw = moment(6, diagonal)
     side, matrix = Side(raw), drawn(6, 4, seed=1)
     full = dense(side)
-    extra = DAMPING * (raw if diagonal else raw.diagonal()).mean() * torch.eye(6).double()
+    extra = damping.INPUT * (raw if diagonal else raw.diagonal()).mean() * torch.eye(6).double()
     torch.testing.assert_close(full, (raw.diag() if diagonal else raw) + extra)
     root = side.root.diag() if diagonal else side.root
     torch.testing.assert_close(root @ root.T, full)

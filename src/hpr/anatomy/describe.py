@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hpr.anatomy.fused_experts import sliced_parameters
 from hpr.anatomy.lookup import base_of, weight_at, weight_of
 from hpr.anatomy.model import Anatomy, Site, Stack
+from hpr.anatomy.multiplies import multiplies
 from hpr.errors import HprError
 
 
@@ -78,7 +79,7 @@ def _weight_shapes(block: nn.Module) -> set[tuple[str, torch.Size]]:
 def _sites(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator[Site]:
     paths_of: dict[int, list[str]] = defaultdict(list)
     for path, module in modules.items():
-        if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and module.weight.dim() == 2:
+        if _has_weight(module) and (isinstance(module, nn.Embedding) or multiplies(module)):
             paths_of[id(module.weight)].append(path)
     for paths in paths_of.values():
         path, module = paths[0], modules[paths[0]]
@@ -96,6 +97,14 @@ def _sites(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator
             aliases=tuple(paths[1:]),
         )
     yield from _experts(modules, stacks)
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether a module is of a kind that sites have, with a matrix of its own that is not computed from other parameters."""
+    if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2
 
 
 def _experts(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator[Site]:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hpr.anatomy.fused_experts import Slice
 from hpr.anatomy.lookup import module_at, slice_at
 from hpr.anatomy.model import Anatomy
+from hpr.anatomy.multiplies import multiplies
 from hpr.anatomy.source_code import attribute_of_self, functions_of, names_in, tree_of
 from hpr.errors import HprError
 
@@ -82,7 +83,7 @@ def check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
             raise HprError(f"{path} is a {kind.__name__}, which reads its whole table instead of looking up rows: {mend}")
     elif not isinstance(module, nn.Linear | Conv1D):
         raise HprError(f"{path} is a {kind.__name__}, neither Linear, Conv1D nor Embedding: {mend}")
-    elif kind.forward not in (nn.Linear.forward, Conv1D.forward):
+    elif not multiplies(module):
         raise HprError(f"{path} is a {kind.__name__} with a forward of its own: {mend}")
     _check_read_past(model, path, module, "weight")
 

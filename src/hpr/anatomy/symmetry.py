@@ -132,9 +132,20 @@ def transform_site(model: nn.Module, site: Site, axis_slice: AxisSlice, transfor
 
 
 def layers_of(anatomy: Anatomy, symmetry: Symmetry) -> dict[int, dict[str, Site]]:
-    """Layer → slot → site, for the layers that have all its slots."""
+    """Layer → slot → site, for the layers that have all its slots at full width: pruned layers may be narrower."""
     found: dict[int, dict[str, Site]] = {}
     for site in anatomy.sites:
         if site.stack == symmetry.stack and site.layer is not None and site.slot in symmetry.slots and site.expert is None:
             found.setdefault(site.layer, {})[site.slot] = site
-    return {layer: sites for layer, sites in sorted(found.items()) if sites.keys() == symmetry.slots}
+    fitting = {layer: sites for layer, sites in found.items() if sites.keys() == symmetry.slots}
+    return {
+        layer: sites
+        for layer, sites in sorted(fitting.items())
+        if all(_covers(part, sites[part.slot]) for part in symmetry.slices)
+    }
+
+
+def _covers(part: AxisSlice, site: Site) -> bool:
+    """Whether a slice fits into a site. One that leaves the rest of a row or column alone was found in a fused projection."""
+    length = site.out_features if part.side == "rows" else site.in_features
+    return part.stop <= length

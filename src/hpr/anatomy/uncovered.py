@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 from hpr.anatomy.lookup import module_at, slice_at
 from hpr.anatomy.model import Anatomy, Site
@@ -52,6 +53,8 @@ def _parameter_of(model: nn.Module, site: Site) -> Tensor:
 def _reason(owner: nn.Module, name: str, parameter: Tensor) -> str:
     if isinstance(owner, _ConvNd):
         return "a convolution"
+    if isinstance(owner, nn.Linear | Conv1D) and name == "weight":
+        return f"a {type(owner).__name__}, whose forward does more than multiply by its weight"
     if parameter.numel() == max(parameter.shape):
         return "a single vector, like a class token: it has no rank to lower"
     matrices = [side for side in parameter.shape if side > 1]

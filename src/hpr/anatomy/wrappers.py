@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hpr.errors import HprError
 
@@ -78,6 +79,11 @@ def _check_module(model: nn.Module, path: str, module: nn.Module) -> None:
             if name in _REFUSED:
                 what, mend = _REFUSED[name]
                 raise HprError(f"{where} is {what}: {mend}")
+    if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and "weight" not in module._parameters:
+        raise HprError(
+            f"{where} computes its weight from {', '.join(_parts(module))}, so its weight cannot be replaced: make it a plain "
+            f"parameter first ({_remedy(module)})"
+        )
     home = type(module).__module__
     if any(home == package or home.startswith(f"{package}.") for package in _QUANTISED):
         raise HprError(f"{where} is quantised (a class of {home}): {_ORIGINAL}")
@@ -90,6 +96,21 @@ def _check_module(model: nn.Module, path: str, module: nn.Module) -> None:
             f"{where} has a function in place of its forward, which copies of the model would share: give the model as it was "
             f"before, or set the function with types.MethodType"
         )
+
+
+def _parts(module: nn.Module) -> list[str]:
+    """The names of the parameters and buffers that a weight is computed from, below its module."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return [name for name, _ in named if not name.startswith("bias")] or ["elsewhere"]
+
+
+def _remedy(module: nn.Module) -> str:
+    """The function of torch that makes a computed weight a plain one."""
+    if "weight" in getattr(module, "parametrizations", {}):
+        return "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+    if hasattr(module, "weight_mask"):
+        return "torch.nn.utils.prune.remove(module, 'weight')"
+    return "torch.nn.utils.remove_weight_norm(module) or remove_spectral_norm(module)"
 
 
 def _own(module: nn.Module, forward: Any) -> bool:

@@ -108,7 +108,7 @@ def _truncated(group: Sequence[Measured], shared: Tensor, rank: int) -> tuple[Te
     sides = []
     for name in ("left", "right"):
         moments = [member.rows / total * getattr(member, name).moment for member in group]
-        sides.append(Side(torch.stack(moments).sum(0), damping=0.0))
+        sides.append(Side(torch.stack(moments).sum(0), 0.0))
     return truncate(Measured(group[0].site, shared, sides[0], sides[1], total), rank)
 
 

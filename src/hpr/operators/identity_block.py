@@ -44,7 +44,7 @@ def divide(
     """Factor F (n, r) as F = [I; rest][order] · T. Returns rest (n − r, r), order (n,) and T (r, r).
 
     T consists of r rows of F. QR with column pivoting chooses these rows, which keeps the entries of ``rest`` small (Cheng et
-    al. 2005).
+    al. 2005). The rows of an F of lower rank than r depend on T as well, so the pseudo-inverse finds them.
     """
     rows, rank = tall.shape
     _, _, pivots = scipy.linalg.qr(tall.T.cpu().numpy(), mode="economic", pivoting=True)
@@ -55,4 +55,7 @@ def divide(
     order[chosen] = torch.arange(rank)
     order[others] = torch.arange(rank, rows)
     square = tall[chosen.to(tall.device)]
-    return torch.linalg.solve(square, tall[others.to(tall.device)], left=False), order, square
+    rest, singular = torch.linalg.solve_ex(square, tall[others.to(tall.device)], left=False)
+    if int(singular) or not bool(torch.isfinite(rest).all()):
+        rest = tall[others.to(tall.device)] @ torch.linalg.pinv(square)
+    return rest, order, square

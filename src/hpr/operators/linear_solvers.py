@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hpr.operators import damping
 from hpr.operators.metric import Measured, Side
 
 QUICK, THOROUGH = 2, 25  # conjugate-gradient steps: for a curve, for a fit
@@ -89,4 +90,4 @@ def _mean(sides: Sequence[Side], shares: Sequence[float]) -> Side:
     moments = [side.moment for side in sides]
     if any(side.diagonal for side in sides):
         moments = [m if m.dim() == 1 else m.diagonal() for m in moments]
-    return Side(torch.stack([share * m for share, m in zip(shares, moments, strict=True)]).sum(0), damping=1e-6)
+    return Side(torch.stack([share * m for share, m in zip(shares, moments, strict=True)]).sum(0), damping.PRECONDITIONER)

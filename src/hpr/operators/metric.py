@@ -19,19 +19,15 @@ from torch import Tensor, nn
 
 from hpr.anatomy.lookup import weight_at
 from hpr.anatomy.model import Anatomy, Site
+from hpr.operators import damping
 from hpr.profiling.profile import Profile, SiteStatistics
-
-DAMPING = 1e-3
-OUTPUT_DAMPING = 0.05  # larger: directions without gradient cost nothing to first order only, so fits must not use them freely
 
 
 class Side:
     """One damped second moment and its square root. ``moment`` is full, (n, n), or a diagonal, (n,)."""
 
-    def __init__(self, moment: Float[Tensor, "n n"] | Float[Tensor, " n"], damping: float = DAMPING):
-        diagonal = moment if moment.dim() == 1 else moment.diagonal()
-        extra = damping * float(diagonal.mean()) + torch.finfo(torch.float64).tiny
-        self.moment = moment + extra if moment.dim() == 1 else moment + extra * torch.eye(len(moment)).to(moment)
+    def __init__(self, moment: Float[Tensor, "n n"] | Float[Tensor, " n"], share: float = damping.INPUT):
+        self.moment = damping.damped(moment, share)
         self.diagonal = moment.dim() == 1
 
     @property
@@ -42,7 +38,7 @@ class Side:
     @cached_property
     def root(self) -> Float[Tensor, "n n"] | Float[Tensor, " n"]:
         """L with L Lᵀ = moment: lower triangular (n, n), or the square roots (n,) of a diagonal moment."""
-        return self.moment.sqrt() if self.diagonal else torch.linalg.cholesky(self.moment)
+        return self.moment.sqrt() if self.diagonal else damping.cholesky(self.moment)
 
     def times(self, matrix: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """moment · matrix, (n, k)."""
@@ -174,7 +170,7 @@ def measured_site(site: Site, weight: Float[Tensor, "out in"], known: SiteStatis
 
 
 def _metric(site: Site, weight: Tensor, statistics: SiteStatistics) -> Metric:
-    left = Side(statistics.left.to(weight), OUTPUT_DAMPING if site.kind == "linear" else DAMPING)
+    left = Side(statistics.left.to(weight), damping.OUTPUT if site.kind == "linear" else damping.INPUT)
     mean = None if statistics.mean is None else statistics.mean.to(weight)
     return Metric(left, Side(statistics.right.to(weight)), statistics.rows, mean)
 

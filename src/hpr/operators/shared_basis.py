@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpr.anatomy.model import Site
+from hpr.operators import damping
 from hpr.operators.linear_solvers import solve_shared
 from hpr.operators.low_rank import rank_choices
 from hpr.operators.metric import Measured, Side, eigenvectors
@@ -113,7 +114,7 @@ def alternate(
     private = [best_private(member, shared) for member in group]
     damage = _total(group, private, shared)
     for _ in range(sweeps):
-        lefts = [Side(u.T @ member.left.times(u), damping=1e-9) for member, u in zip(group, private, strict=True)]
+        lefts = [Side(u.T @ member.left.times(u), damping.DERIVED) for member, u in zip(group, private, strict=True)]
         targets = [u.T @ member.left.times(member.weight) for member, u in zip(group, private, strict=True)]
         updated = solve_shared(group, lefts, targets, start=shared, steps=_STEPS)
         updated_private = [best_private(member, updated) for member in group]
@@ -129,7 +130,7 @@ def alternate(
 def best_private(one: Measured, shared: Float[Tensor, "rank in"]) -> Float[Tensor, "out rank"]:
     """The U (out, rank) with the least damage for a given V (rank, in)."""
     weighted = one.right.times(shared.T)
-    return torch.linalg.solve(shared @ weighted, (one.weight @ weighted).T).T
+    return damping.solve(shared @ weighted, (one.weight @ weighted).T).T
 
 
 def _total(group: Sequence[Measured], private: Sequence[Tensor], shared: Tensor) -> float:
@@ -140,7 +141,7 @@ def _damages(member: Measured, basis: Tensor) -> np.ndarray:
     """The exact damage (n + 1,) if V is the first r rows of a basis (n, in) and U is the best for it, for r = 0 … n."""
     weighted = member.right.times(basis.T)
     gram = basis @ weighted
-    lower = torch.linalg.cholesky((gram + gram.T) / 2 + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram))
+    lower = damping.cholesky(damping.damped((gram + gram.T) / 2, damping.BASIS))
     projected = torch.linalg.solve_triangular(lower, (member.left_whitened @ weighted).T, upper=False)
     gains = projected.square().sum(1)
     left = member.squared_norm - torch.cat([gains.new_zeros(1), gains.cumsum(0)])

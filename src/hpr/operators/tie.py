@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpr.anatomy.model import Site
+from hpr.operators import damping
 from hpr.operators.linear_solvers import QUICK, THOROUGH, _solve, solve_shared
 from hpr.operators.metric import Measured, Side
 from hpr.operators.naming import group_name
@@ -156,8 +157,8 @@ def tie_and_scale(
 
 def _scaled(side: Side, diagonal: Tensor) -> Side:
     if side.diagonal:
-        return Side(side.moment * diagonal.square(), damping=1e-9)
-    return Side(side.moment * torch.outer(diagonal, diagonal), damping=1e-9)
+        return Side(side.moment * diagonal.square(), damping.DERIVED)
+    return Side(side.moment * torch.outer(diagonal, diagonal), damping.DERIVED)
 
 
 def _best_row_scale(member: Measured, matrix: Tensor) -> Tensor:
@@ -167,8 +168,7 @@ def _best_row_scale(member: Measured, matrix: Tensor) -> Tensor:
     if member.left.diagonal:
         return cross / (member.left.moment * products.diagonal()).clamp(min=torch.finfo(torch.float64).tiny)
     system = member.left.moment * products
-    ridge = 1e-9 * float(system.diagonal().mean()) + torch.finfo(torch.float64).tiny  # a zero matrix needs it
-    return torch.linalg.solve(system + ridge * torch.eye(len(system)).to(system), cross)
+    return damping.solve(damping.damped(system, damping.DERIVED), cross[:, None])[:, 0]
 
 
 OPERATOR = Operator(TIE, fit, candidate, terms, shared=True, merges=True, quick=True, helped_by=("layer below",))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import AlignTarget, Symmetry
 from hpr.errors import BudgetError
+from hpr.operators import damping
 from hpr.operators.alignment import symmetry_groups
 from hpr.operators.registry import OPERATORS
 from hpr.planning.search import Search
@@ -143,7 +144,11 @@ class Draft:
             dense_parameters=self.anatomy.total_parameters,
             other_parameters=self.anatomy.other_parameters,
             entries={site.name: entries[site.name] for site in self.anatomy.sites},
-            diagnostics={"label": solution.label, "solver": _account(solution)},
+            diagnostics={
+                "label": solution.label,
+                "solver": _account(solution),
+                "damping": {"input": damping.INPUT, "output": damping.OUTPUT},
+            },
             stacks=self.anatomy.stacks,
         )
         plan = replace(plan, alignment=_used(alignment, plan, self.anatomy))

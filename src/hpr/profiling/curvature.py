@@ -215,7 +215,7 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> 
 
 def _recorder(target: _Moments) -> Callable:
     def record(module: nn.Module, inputs: tuple, output: Any) -> Any:
-        if not isinstance(output, Tensor):  # a router that subclasses Linear returns a choice, which has no gradient
+        if not torch.is_grad_enabled():  # some models run a part of their blocks without gradients
             return output
         x = inputs[0].detach()
         output = with_graph(output)

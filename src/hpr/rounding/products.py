@@ -23,6 +23,7 @@ from hpr.anatomy.model import Site
 from hpr.coding.codes import Codes, Product
 from hpr.coding.stream import estimate
 from hpr.errors import PlanError
+from hpr.operators.damping import solve
 from hpr.profiling.profile import SiteStatistics
 from hpr.rounding.matrices import Rule
 from hpr.rounding.rates import SPREAD
@@ -98,7 +99,7 @@ class Factoring:
         inner = found @ reads
         ridge = _RIDGE * (step / values).clamp(max=1)  # coarse rows may nearly depend on one another, fine ones do not
         inner = inner + torch.diag(ridge * inner.diagonal() + (1.0 if is_zero else torch.finfo(torch.float64).tiny))
-        fitted = torch.linalg.solve(inner, reads.T @ self.weight.T).T
+        fitted = solve(inner, reads.T @ self.weight.T).T
         u = self._round(fitted, (self.roots[0], root_of(inner)), self.rows, step)
         return Product(u, v)
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpr.anatomy.model import Site
+from hpr.operators.damping import cholesky, damped
 from hpr.operators.metric import smooth_frequencies
 from hpr.profiling.profile import SiteStatistics
 
@@ -89,13 +90,6 @@ def damped_moments(kind: str, statistics: SiteStatistics, dampings: tuple[float,
     return (smooth_frequencies(left) if kind == "embedding" else damped(left, dampings[0])), right
 
 
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """A moment with a share of its mean diagonal added to its diagonal."""
-    if moment.dim() == 1:
-        return moment + damping * moment.mean()
-    return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
-
-
 def times(moment: Tensor, matrix: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """A moment (n, n), or a diagonal one (n,), times a matrix."""
     return moment[:, None] * matrix if moment.dim() == 1 else moment @ matrix
@@ -108,11 +102,8 @@ def damage(left: Tensor, right: Tensor, rows: float, change: Float[Tensor, "out 
 
 def root_of(moment: Tensor, damping: float = 0.0) -> Tensor:
     """The lower Cholesky factor of a moment (n, n), or the square roots of a diagonal one (n,), damped."""
-    diagonal = moment if moment.dim() == 1 else moment.diagonal()
-    extra = damping * float(diagonal.mean()) + torch.finfo(torch.float64).tiny
-    if moment.dim() == 1:
-        return (moment + extra).sqrt()
-    return torch.linalg.cholesky(moment + extra * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    moment = damped(moment, damping)
+    return moment.sqrt() if moment.dim() == 1 else cholesky(moment)
 
 
 def half_octave(number: float) -> np.int32:

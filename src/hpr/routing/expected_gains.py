@@ -13,6 +13,7 @@ from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Site
 from hpr.errors import HprError
 from hpr.nn.bank import bank_of, terms_of
+from hpr.operators import damping
 from hpr.operators.fitting import Fits
 from hpr.operators.metric import Measured
 from hpr.profiling.profile import Profile
@@ -76,8 +77,7 @@ def _gain(site: Measured, u: Tensor, v: Tensor, moments: Sequence[Tensor], deal:
 
 def _least(square: Tensor, right: Tensor) -> Tensor:
     """The α (experts,) with the least damage: the solution of ``square`` α = ``right``, with a small ridge."""
-    ridge = 1e-9 * square.diagonal().mean() * torch.eye(len(square)).to(square)
-    return torch.linalg.solve(square + ridge, right)
+    return damping.solve(damping.damped(square, damping.DERIVED), right[:, None])[:, 0]
 
 
 def _moments(

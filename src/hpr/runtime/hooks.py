@@ -68,6 +68,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Switch off the caches of keys, values and states in every configuration of the model; restore the settings at the end."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    chosen = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    try:
+        for config, _ in chosen:
+            config.use_cache = False
+        yield
+    finally:
+        for config, setting in chosen:
+            config.use_cache = setting
+
+
+@contextmanager
 def captured_hidden_states(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Float[Tensor, "*batch d"]]]:
     """Path of a layer → its output hidden states in the last forward pass inside the ``with`` block."""
     states: dict[str, Tensor] = {}

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Site, Stack
+from hpr.operators import damping
 from hpr.operators.metric import Measured, Side
 from hpr.profiling.layer_features import real_positions
 from hpr.runtime.batch import Batch, mask_of
-from hpr.runtime.hooks import run
-
-RIDGE = 1e-3  # pulls the regression towards the original weight, as a share of the inputs' mean variance
+from hpr.runtime.hooks import run, uncached
 
 
 @dataclass
@@ -41,10 +41,13 @@ class RegressionSums:
         """The site with its regression target for a weight and the moment of its new inputs."""
         x, t = self.x / self.rows, self.t / self.rows
         centred = one.mean is not None
-        inputs = self.xx / self.rows - (torch.outer(x, x) if centred else 0)
+        second = self.xx / self.rows
+        rounding = damping.FLOAT32 * float(second.diagonal().mean()) + damping.NOTHING  # inputs that never vary leave no more
+        inputs = damping.damped(second - (torch.outer(x, x) if centred else 0), 0.0) + rounding * torch.eye(len(x)).to(x)
         cross = self.tx / self.rows - (torch.outer(t, x) if centred else 0)
-        ridge = RIDGE * float(inputs.diagonal().mean())
-        weight = torch.linalg.solve(inputs + ridge * torch.eye(len(inputs)).to(inputs), (cross + ridge * one.weight).T).T
+        ridge = damping.REGRESSION * float(inputs.diagonal().mean())
+        pull = (ridge + rounding) * one.weight  # towards the original
+        weight = damping.solve(inputs + ridge * torch.eye(len(x)).to(x), (cross + pull).T).T
         return Measured(one.site, weight, one.left, Side(inputs), one.rows, one.mean)
 
 
@@ -101,18 +104,22 @@ def record_calls(model: nn.Module, stack: Stack, batch: Batch) -> BlockCalls:
         hidden = positional[0] if positional else named["hidden_states"]
         if not first:
             first.append(hidden.detach())
-        slim = {name: value for name, value in named.items() if name != "hidden_states"}
-        if "past_key_values" in slim:
-            slim["past_key_values"] = None  # a cache would remember this call in the next
-        calls.append(((None, *positional[1:]) if positional else (), slim))
+        slim = {name: without_cache(value) for name, value in named.items() if name != "hidden_states"}
+        calls.append(((None, *map(without_cache, positional[1:])) if positional else (), slim))
 
     handles = [module_at(model, path).register_forward_pre_hook(note, with_kwargs=True) for path in stack.blocks]
     try:
-        run(model, batch)
+        with uncached(model):
+            run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     return BlockCalls(first[0], calls)
+
+
+def without_cache(value: Any) -> Any:
+    """An argument of a block's call; None for a cache, which would remember this call in the next, whatever its name."""
+    return None if isinstance(value, Cache) else value
 
 
 def stages(layer: Layer, sites: Sequence[Site], pair: ModelPair) -> Iterator[list[Site]]:

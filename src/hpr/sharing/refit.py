@@ -92,6 +92,8 @@ class _Refit:
             layer = Layer(stack, number, *blocks)
             for stage in stages(layer, [site for site in chosen if site.layer == number], pairs[0]):
                 for site, sums in observe(layer, stage, pairs).items():
+                    if not sums.rows:  # every position of these batches is padding
+                        continue
                     module = module_at(self.student, site.name)
                     assert isinstance(module, SharedLinear)
                     targets[site.name] = sums.target(self.measured[site.name])
