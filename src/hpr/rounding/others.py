@@ -17,12 +17,13 @@ from hpr.coding.codes import Codes, half_octaves
 from hpr.rounding.whitening import half_octave
 
 _COARSEST = 0.5  # of a parameter's standard deviation: about 3 bits a number, also if the objective does not read it
+_CHOICES = 2.0**-8  # the same of a matrix without gradient: routers that only choose have none, and few matrices else are here
 
 
 def round_others(values: Mapping[str, Tensor], sensitivities: Mapping[str, float], step: float) -> dict[str, Codes]:
     """Name → codes (1, n) of the parameters whose sensitivity is known and whose numbers are finite."""
     return {
-        name: _rounded(values[name].detach().double().cpu().flatten(), sensitivity, step)
+        name: _rounded(values[name].detach().double().cpu(), sensitivity, step)
         for name, sensitivity in sensitivities.items()
         if bool(torch.isfinite(values[name]).all())
     }
@@ -30,7 +31,9 @@ def round_others(values: Mapping[str, Tensor], sensitivities: Mapping[str, float
 
 def _rounded(values: Tensor, sensitivity: float, step: float) -> Codes:
     spread = float(values.std(correction=0)) or float(values.abs().max()) or 1.0
-    grid = min(step * math.sqrt(2 / sensitivity) if sensitivity > 0 else math.inf, _COARSEST * spread)
+    coarsest = _CHOICES if sensitivity <= 0 and values.dim() > 1 else _COARSEST
+    values = values.flatten()
+    grid = min(step * math.sqrt(2 / sensitivity) if sensitivity > 0 else math.inf, coarsest * spread)
     grid = max(grid, float(values.abs().max()) * 2.0**-24)  # codes stay small, and are exact in float32
     exponents = np.array([half_octave(grid / step)])
     unit = float((step * half_octaves(exponents)).astype(np.float32)[0])  # as Codes.weight computes it
