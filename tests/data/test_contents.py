@@ -113,11 +113,32 @@ def test_json_under_a_text_name_is_refused(tmp_path: Path) -> None:
         (json.dumps(TEXTS), "json"),
         ("\n".join(map(json.dumps, rows)), "jsonl"),
     ):
-        (tmp_path / "x.txt").write_text(content, encoding="utf-8")
-        with pytest.raises(DataError, match=rf"holds JSON, .* rename it to \.{suffix}$"):
-            read_texts(tmp_path / "x.txt")
+        for name in ("x.txt", "x.csv", "x.tsv"):
+            (tmp_path / name).write_text(content, encoding="utf-8")
+            with pytest.raises(DataError, match=rf"holds JSON, .* rename it to \.{suffix}$"):
+                read_texts(tmp_path / name)
     (tmp_path / "x.txt").write_text("[Scene 1] {enter}\n{a} and {b}", encoding="utf-8")
     assert read_texts(tmp_path / "x.txt") == ["[Scene 1] {enter}", "{a} and {b}"]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.md"])
+def test_tables_under_a_text_name_are_refused(tmp_path: Path, name: str) -> None:
+    for header, delimiter, suffix in (
+        ("text,label", ",", "csv"),
+        ('"Label";"Text"', ";", "csv"),
+        ("sentence\tid", "\t", "tsv"),
+    ):
+        (tmp_path / name).write_text("\n".join([header, *(f"a dog{delimiter}1" for _ in range(9))]), encoding="utf-8")
+        with pytest.raises(DataError, match=rf"is a table: its first line .* rename it to \.{suffix}$"):
+            read_texts(tmp_path / name)
+    for content in (
+        "Text, content and form\nof a document, as it is",
+        "text,sentence\nno comma",
+        "text,label",
+        "\n" * 200_000 + "a",
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert read_texts(tmp_path / name) == content.strip().split("\n")
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("XZ", lzma.compress)])

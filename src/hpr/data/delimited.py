@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from threading import Lock
 
 from hpr.data.contents import Source, suffix_of, text_of
+from hpr.data.json_rows import refuse_json
 from hpr.data.tables import LABEL_COLUMNS, MISSING, TEXT_COLUMNS, Column, Table, is_number, named_like
 from hpr.errors import DataError
 
 _log = logging.getLogger(__name__)
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _LONGEST_CELL = 2**31 - 1  # the highest limit that csv takes on every system
+_LOOKED_AT, _LINES_OF_A_TABLE = 100_000, 8  # characters and lines of a plain text that may be a table
 _limit_lock = Lock()
 _EXCEL_HINT = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
 
@@ -63,6 +65,7 @@ def read_delimited(path: Source, wanted: Sequence[Column] = ()) -> Table:
     a header.
     """
     text = text_of(path)
+    refuse_json(path, text)
     reading = _best(path, text, suffix_of(path) == ".tsv", wanted)
     rows, numbers = reading.rows, reading.numbers
     header = _is_header(rows, wanted)
@@ -87,6 +90,20 @@ def read_delimited(path: Source, wanted: Sequence[Column] = ()) -> Table:
         numbers[start:],
         header=header,
     )
+
+
+def refuse_table(path: Source, text: str) -> None:
+    """Raise ``DataError`` if a plain text is a table, whose rows would be read as texts: its first line is a header."""
+    first, *rest = [line for line in text.lstrip()[:_LOOKED_AT].splitlines() if line.strip()]
+    for delimiter, name in _DELIMITERS.items():
+        cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
+        known = any(named_like(cells, usual) for usual in TEXT_COLUMNS) and not any(" " in cell for cell in cells)
+        even = all(line.count(delimiter) >= len(cells) - 1 for line in rest[:_LINES_OF_A_TABLE])
+        if known and len(cells) > 1 and rest and even:
+            suffix, line = ".tsv" if delimiter == "\t" else ".csv", f"{first!r:.60}"
+            raise DataError(
+                f"{path} is a table: its first line {line} has names with a {name} between them: rename it to {suffix}"
+            )
 
 
 def _best(path: Source, text: str, tabs: bool, wanted: Sequence[Column]) -> _Reading:

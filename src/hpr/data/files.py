@@ -20,8 +20,8 @@ from jaxtyping import Shaped
 
 from hpr.data.contents import Source, check_file, opened, suffix_of, text_of
 from hpr.data.datasets import read_arrow
-from hpr.data.delimited import read_delimited
-from hpr.data.json_rows import holds_json, read_json, read_json_lines
+from hpr.data.delimited import read_delimited, refuse_table
+from hpr.data.json_rows import read_json, read_json_lines, refuse_json
 from hpr.data.tables import Column, Table, read_table
 from hpr.errors import DataError
 
@@ -166,8 +166,8 @@ def read_array(
 def _read_lines(path: Source) -> list[str]:
     """The documents of a plain text file, or its lines if it is not divided into documents."""
     text = text_of(path)
-    if suffix := holds_json(text):
-        raise DataError(f"{path} holds JSON, whose syntax is not text to read: rename it to {suffix}")
+    refuse_json(path, text)
+    refuse_table(path, text)
     documents = _BETWEEN_DOCUMENTS.split(text.replace("\r\n", "\n"))
     return documents if len(documents) > 1 else text.splitlines()
 

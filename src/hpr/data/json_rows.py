@@ -34,7 +34,13 @@ def read_json(path: Source, wanted: Sequence[Column] = ()) -> Table:
     return _shaped(path, value)
 
 
-def holds_json(text: str) -> str | None:
+def refuse_json(path: Source, text: str) -> None:
+    """Raise ``DataError`` if a text is JSON, whose syntax would be read as text."""
+    if suffix := _suffix_for(text):
+        raise DataError(f"{path} holds JSON, whose syntax is not text to read: rename it to {suffix}")
+
+
+def _suffix_for(text: str) -> str | None:
     """The suffix for a text that is JSON with objects or strings in it; None for other texts."""
     if not text.lstrip().startswith(("{", "[")):
         return None

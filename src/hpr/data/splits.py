@@ -177,9 +177,9 @@ class Splits:
 def prepare(data: Any, model: LoadedModel, examples: int = PROFILED, labels: bool = False, share: float = 1.0) -> Splits:
     """Data of any kind as batches for a model, divided between all uses of data (see ``Splits``).
 
-    ``data``: texts, a file (see ``hpr.data.files.FORMATS``), an array, a data set, batches of model inputs, None for the
-    standard library's docstrings, a mapping of names to these, or a ``Mixture``. ``Splits`` come back unchanged. ``labels``
-    says whether batches keep the labels of the data.
+    ``data``: texts, a file (see ``hpr.data.files.FORMATS``), an array, a data set, ``Columns`` of these, batches of model
+    inputs, None for the standard library's docstrings, a mapping of names to these, or a ``Mixture``. ``Splits`` come back
+    unchanged. ``labels`` says whether batches keep the labels of the data.
 
     The parts have limits in examples: ``examples`` for the profile, 256 for re-scoring, 1,024 held out and 65,536 for training.
     ``share`` scales these limits, and several sources divide them by their shares.
