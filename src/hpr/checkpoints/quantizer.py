@@ -8,6 +8,7 @@ one-element ``weight``, and the report that transformers prints lists a key that
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,11 +199,14 @@ class HprQuantizer(HfQuantizer):
             ans()  # raises if the decoder is not installed
             check_hashes(checkpoint_files or (), self.quantization_config.coded.get("hashes", {}))
         bank = rebuild(model, self.quantization_config)
+        if bank is not None:  # until the weights are loaded
+            model.initialize_weights = functools.partial(_initialise, model)  # type: ignore[method-assign]
         if bank is not None and checkpoint_files and not self.quantization_config.coded:  # coded files have hashes
             check_checkpoint(bank, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         bank = bank_of(model)
+        vars(model).pop("initialize_weights", None)
         self.remove_quantization_config(model)  # else half() raises, Trainer refuses and a passed state_dict is ignored
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
@@ -210,7 +214,7 @@ class HprQuantizer(HfQuantizer):
         if bank is not None:
             _check_loaded(bank)
             model.config.quantization_config = specification(model)
-            _settle(bank, [module for module in model.modules() if isinstance(module, BankReader)])
+            _settle(bank, _readers(model))
             _align(model)
         if described := self.quantization_config.coded:
             if described["pack"] is not None and not self.decoded.unpacked:
@@ -283,6 +287,28 @@ def rebuild(model: nn.Module, config: HprConfig) -> FactorBank | None:
     bank = attach(model, terms, {name: shape for name, shape in shapes.items() if name in used}, aliases, layers=layers)
     bank.objective = config.objective
     return bank
+
+
+def _initialise(model: PreTrainedModel) -> None:
+    """What transformers runs for missing weights, while placeholders have the shapes of the weights that they stand for.
+
+    Some classes fill the table of a child by its shape (Whisper). The stand-ins count as loaded and have no numbers.
+    """
+    kept = [(reader, name, reader._buffers[name]) for reader in _readers(model) for name in reader.placeholders]
+    for reader, name, _ in kept:
+        if (weight := reader.template._parameters.get(name)) is not None:
+            shaped: Any = weight.detach()
+            shaped._is_hf_initialized = True
+            reader._buffers[name] = shaped
+    try:
+        type(model).initialize_weights(model)
+    finally:
+        for reader, name, placeholder in kept:
+            reader._buffers[name] = placeholder
+
+
+def _readers(model: nn.Module) -> list[BankReader]:
+    return [module for module in model.modules() if isinstance(module, BankReader)]
 
 
 def _has(model: nn.Module, path: str) -> bool:
