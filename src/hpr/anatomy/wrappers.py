@@ -79,12 +79,13 @@ def _check_module(model: nn.Module, path: str, module: nn.Module) -> None:
             if name in _REFUSED:
                 what, mend = _REFUSED[name]
                 raise HprError(f"{where} is {what}: {mend}")
-    if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and "weight" not in module._parameters:
+    home = type(module).__module__
+    stores = "weight" in module._parameters or home.startswith("hpr.")  # hpr's own modules read the bank
+    if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not stores:
         raise HprError(
             f"{where} computes its weight from {', '.join(_parts(module))}, so its weight cannot be replaced: make it a plain "
             f"parameter first ({_remedy(module)})"
         )
-    home = type(module).__module__
     if any(home == package or home.startswith(f"{package}.") for package in _QUANTISED):
         raise HprError(f"{where} is quantised (a class of {home}): {_ORIGINAL}")
     if getattr(module, "_hf_peft_config_loaded", False):

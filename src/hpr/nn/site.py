@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hpr.anatomy.lookup import weight_of
+from hpr.errors import HprError
 from hpr.nn.bank import FactorBank
 from hpr.plans.product import product
 from hpr.plans.terms import Term, factors_of, routers_of
@@ -40,6 +42,18 @@ class BankReader(nn.Module):
     def template(self) -> nn.Module:
         """The module that this one replaces, its parameters on the meta device."""
         return self._template[0]
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch.ao sets on every module of a model that it quantises. It would pass over this one without a word."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise HprError(
+            f"torch.ao quantises Linear modules, and {self.path} is a {type(self).__name__} that it would pass over: quantise "
+            f"hpr.unshare(model), or let HPR round the factors (--bytes)"
+        )
 
     @property
     @abstractmethod

@@ -28,6 +28,7 @@ from hpr.nn.routed import RoutedLinear
 from hpr.nn.router import note_masks
 from hpr.nn.site import SharedSite
 from hpr.plans.terms import FactorShape, Term, routers_of
+from hpr.sharing.embeddings import guard_embeddings
 from hpr.sharing.ties import Tie, declared_ties, drop_ties, resolved
 
 
@@ -88,6 +89,7 @@ def attach(
     bank.layers = dict(layers)
     setattr(base, BANK, bank.train(base.training))
     drop_ties(declared)
+    guard_embeddings(model)
     return bank
 
 

@@ -18,6 +18,7 @@ from hpr.nn.linear import SharedLinear
 from hpr.nn.router import forget_masks
 from hpr.nn.site import SharedSite
 from hpr.sharing.attach import is_transposed
+from hpr.sharing.embeddings import release_embeddings
 from hpr.sharing.specification import is_specification
 from hpr.sharing.ties import restore_ties
 
@@ -54,6 +55,7 @@ def unshare(student: nn.Module) -> nn.Module:
     attach_codes(dense, {}, None)
     forget_masks(dense)
     restore_ties(dense)
+    release_embeddings(dense)
     config = getattr(dense, "config", None)
     if isinstance(dense, PreTrainedModel) and is_specification(getattr(config, "quantization_config", None)):
         del dense.config.quantization_config
