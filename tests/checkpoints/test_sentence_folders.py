@@ -115,3 +115,20 @@ def test_modules_that_are_not_read(folder, kind, message) -> None:
     (folder / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": kind}]), encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
         open_model(folder, "cpu")
+
+
+def test_a_bi_encoder_leaves_the_head_of_a_language_model_out(tmp_path, folder, build, caplog) -> None:
+    of_kind("SentenceTransformer")(folder).save_pretrained(str(tmp_path / "source"))
+    build("bert", tf.AutoModelForMaskedLM).save_pretrained(tmp_path / "source")
+    with caplog.at_level("WARNING", logger="hpr"):
+        opened = open_model(tmp_path / "source", "cpu")
+    assert (type(opened.model), opened.objective) == (tf.BertModel, "embedding")
+    assert "does not take cls.predictions.bias" in caplog.text
+
+
+def test_paths_of_modules_stay_inside_the_folder(folder) -> None:
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules += [{"path": "../elsewhere", "type": "sentence_transformers.models.Dense"}]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"'\.\./elsewhere', which lies outside the folder"):
+        open_model(folder, "cpu")

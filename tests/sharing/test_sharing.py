@@ -182,9 +182,7 @@ def test_what_cannot_be_replaced_is_refused_untouched(odd: nn.Module, path: str,
     out_features, in_features = model.get_submodule(path).weight.shape[:2]
     with pytest.raises(HprError, match=rf"{path} .*{words}.*keep it"):
         attach(model, {path: (Term("w"),)}, {"w": FactorShape(out_features, in_features)})
-    assert (path in not_swappable(model, describe(model))) != isinstance(
-        odd, nn.Bilinear | Doubles
-    )  # which are no sites at all
+    assert (path in not_swappable(model, describe(model))) != isinstance(odd, nn.Bilinear | Doubles)  # no sites
     assert bank_of(model) is None
     assert type(model.get_submodule(path)) is type(Toy(copy.deepcopy(odd)).get_submodule(path))
 

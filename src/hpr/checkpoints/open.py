@@ -77,7 +77,7 @@ def _read(name: str | os.PathLike[str] | None, device: str | None, tokenizer: An
     with transformers_quiet():
         tokenizer = _load_tokenizer(weights, folder) if tokenizer is None else tokenizer
         kind = class_to_open(read_json(weights / CONFIG), weights, sentence)
-        model = read_weights(kind, weights, folder, sentence is not None and sentence.reads_pooler)
+        model = read_weights(kind, weights, folder, sentence)
     objective = sentence.objective if sentence is not None else None
     return LoadedModel(model.to(place), tokenizer, objective or objective_for(model).name, folder, label)
 

@@ -53,7 +53,8 @@ def sentence_folder(folder: Path) -> SentenceFolder | None:
         types = [str(part["type"]) for part in modules]
         outside = [part["path"] for part in modules if not _is_inside(PurePosixPath(part["path"]))]
         transformer = folder / modules[0]["path"]
-        pooling = next((folder / part["path"] / CONFIG for part in modules if _name(part["type"]) == "Pooling"), None)
+        pooled = len(modules) > 1 and _name(types[1]) == "Pooling"  # behind anything else it reads no hidden states
+        pooling = folder / modules[1]["path"] / CONFIG if pooled else None
         mode = _pooling_mode(json.loads(pooling.read_text(encoding="utf-8"))) if pooling else ""
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{folder} is no complete sentence encoder ({error}): copy or download it again") from error

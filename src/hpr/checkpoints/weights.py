@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from hpr.anatomy.lookup import base_of
 from hpr.checkpoints.model_class import classes_with
+from hpr.checkpoints.sentence_folder import SentenceFolder
 from hpr.errors import CheckpointError, HprError
 from hpr.runtime.batch import example_batch
 from hpr.runtime.files import CONFIG
@@ -27,16 +28,16 @@ _OPTIONAL = ("pooler", "masked_spec_embed", "mask_token")  # read by some heads,
 _WITHOUT_POOLER = "add_pooling_layer"  # the argument by which many classes are built without a pooler
 
 
-def read_weights(kind: Any, folder: Path, shown: Path, reads_pooler: bool = False) -> nn.Module:
+def read_weights(kind: Any, folder: Path, shown: Path, sentence: SentenceFolder | None = None) -> nn.Module:
     """The model in a folder, in evaluation mode. ``shown``: what messages call the folder.
 
     A pooler that the folder lacks and that nothing reads is left out. Raises ``CheckpointError`` for weights that are damaged,
     missing or not finite, and for weights that no class takes since ``config.json`` does not name the one that has them.
-    ``reads_pooler``: whether somebody reads ``pooler_output`` of a model without a head.
+    ``sentence``: what reads the model, if it is the Transformer of a sentence encoder.
     """
     model, report = _loaded(kind, folder, shown)
     if missing := sorted(report["missing_keys"]):
-        needed = _needed(model, missing, reads_pooler)
+        needed = _needed(model, missing, sentence is not None and sentence.reads_pooler)
         if needed:
             raise CheckpointError(
                 f"{shown} lacks the weight {needed[0]} ({len(needed)} missing), which {type(model).__name__} reads: its "
@@ -46,7 +47,7 @@ def read_weights(kind: Any, folder: Path, shown: Path, reads_pooler: bool = Fals
         if _WITHOUT_POOLER in inspect.signature(type(model)).parameters and all("pooler" in key for key in missing):
             model, report = _loaded(type(model), folder, shown, **{_WITHOUT_POOLER: False})
     if unexpected := sorted(report["unexpected_keys"]):
-        _name_leftover(kind, model, unexpected, folder, shown)
+        _name_leftover(kind is AutoModel and sentence is None, model, unexpected, folder, shown)
     for key, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise CheckpointError(f"{shown}: the weight {key} is not finite: copy or download the model again")
@@ -121,10 +122,10 @@ def _outputs(model: nn.Module) -> dict[str, Tensor] | None:
     return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and name != _POOLED}
 
 
-def _name_leftover(kind: Any, model: nn.Module, unexpected: Sequence[str], folder: Path, shown: Path) -> None:
+def _name_leftover(guessed: bool, model: nn.Module, unexpected: Sequence[str], folder: Path, shown: Path) -> None:
     """Say which weights the class does not take: an error if the class is only a guess, since a head would be lost."""
     what = f"{type(model).__name__} does not take {unexpected[0]} ({len(unexpected)} such weights) of {shown}"
-    if kind is not AutoModel:
+    if not guessed:
         _log.warning("%s: they are left out", what)
         return
     fitting = classes_with(folder, unexpected)
