@@ -114,6 +114,11 @@ def test_wrong_names(name):
         open_model(name)
 
 
+def test_names_that_are_too_long():
+    with pytest.raises(CheckpointError, match=r"xxx cannot be opened .*check the path"):
+        open_model("x" * 5000)
+
+
 def test_folders_that_hold_no_model(tmp_path, folder):
     with pytest.raises(HprError, match=r"has no config\.json"):
         open_model(tmp_path)

@@ -43,6 +43,7 @@ def test_folders_that_cannot_be_written(build: Build, tmp_path: Path, unmeasured
     refused(model, tmp_path / "file" / "below" / "out", r"out cannot be written .*give another path", budget)
     refused(model, "/proc/below/out", "/proc/below/out cannot be written", budget)
     refused(model, tmp_path / ("long" * 100), "cannot be written .*too long", budget)
+    refused(model, 5, "the output folder is 5, a int: give a path", budget)
     refused(model, f"{tmp_path}/zero\0byte", "zero byte", budget)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text("[1]", encoding="utf-8")
@@ -152,6 +153,7 @@ def test_the_command_line_says_it_at_once(build: Build, tmp_path: Path, monkeypa
 
     from hpr.cli.program import app
 
+    monkeypatch.setattr("hpr.cli.commands.quiet", lambda: None)  # which sets up logging for good
     monkeypatch.setattr("hpr.checkpoints.open.open_model", lambda *_, **__: pytest.fail("a model was opened"))
     monkeypatch.setattr(Plan, "load", lambda path: pytest.fail("a plan was read"))
     (tmp_path / "file").write_text("", encoding="utf-8")

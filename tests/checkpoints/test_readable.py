@@ -110,6 +110,19 @@ def test_shards_that_are_missing(folder, build, unread) -> None:
     refused(folder, "lists no files of weights")
 
 
+def test_files_of_another_kind_under_the_right_names(folder, unread) -> None:
+    change(folder / "config.json", model_type=["bert"], auto_map={"AutoModel": "mine.MyModel"})
+    refused(folder, "needs its own code")
+    (folder / "config.json").unlink()
+    refused(folder, "has no config.json: give a folder that save_pretrained wrote")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    refused(folder, "has no model.safetensors: copy or download the whole model")
+    (folder / "config.json").write_text("[]", encoding="utf-8")
+    refused(folder, "config.json holds a list, not a mapping")
+
+
 def test_shards_that_are_complete_are_read(folder, build) -> None:
     (folder / "model.safetensors").unlink()
     build("bert").save_pretrained(folder, max_shard_size="4KB")

@@ -56,7 +56,7 @@ def _named(config: Mapping[str, Any], folder: Path) -> type[PreTrainedModel] | N
 
 def _unexported(name: str, config: Mapping[str, Any]) -> Any:
     """A class that lies in the module of the model type alone, such as an encoder."""
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     if family not in CONFIG_MAPPING_NAMES:
         return None
     module = model_type_to_module_name(family)

@@ -98,10 +98,13 @@ def _locate(name: str | os.PathLike[str] | None) -> tuple[Path, str]:
     if name is None:
         return _packaged(), PACKAGED
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder, folder.resolve().name
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file: give the folder it lies in")
+    try:
+        if folder.is_dir():
+            return folder, folder.resolve().name
+        if folder.exists():
+            raise CheckpointError(f"{folder} is a file: give the folder it lies in")
+    except OSError as error:  # a name that is too long, or a folder without the right to look into it
+        raise CheckpointError(f"{str(folder)[:80]} cannot be opened ({error.strerror}): check the path") from error
     if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(f"no folder at {folder}: check the path")
     try:

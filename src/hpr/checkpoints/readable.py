@@ -103,7 +103,7 @@ def _check_code(folder: Path, config: Mapping[str, Any]) -> None:
     code = _code_for(config.get("auto_map"), "")
     listed = config.get("architectures")
     names = [str(name) for name in listed] if isinstance(listed, list) else []
-    known = config.get("model_type") in CONFIG_MAPPING_NAMES
+    known = str(config.get("model_type")) in CONFIG_MAPPING_NAMES
     if code and not (known and (not names or any(hasattr(transformers, name) for name in names))):
         raise CheckpointError(
             f"{folder} needs its own code ({code}), which HPR does not run: give a model whose class is in transformers "
@@ -124,7 +124,7 @@ def _check_weights(folder: Path) -> None:
     files = [folder / WEIGHTS]
     if (folder / INDEX).is_file() and not files[0].is_file():
         listed = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        if not listed or not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise CheckpointError(f"{folder / INDEX} lists no files of weights: copy or download it again")
         files = [folder / name for name in sorted(set(listed.values()))]
         missing = [file.name for file in files if not file.is_file()]
@@ -147,6 +147,6 @@ def _check_weights(folder: Path) -> None:
 def _other_weights(folder: Path) -> tuple[str, str, str] | None:
     """A file with weights in another format, what the format is, and the mend."""
     for pattern, (what, mend) in _FORMATS.items():
-        if found := sorted(folder.glob(pattern)):
-            return found[0].name, what, mend
+        if found := sorted(file.name for file in folder.glob(pattern) if file.is_file() and file.name != WEIGHTS):
+            return found[0], what, mend
     return None

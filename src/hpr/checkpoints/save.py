@@ -66,6 +66,8 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
 
     Raises ``CheckpointError`` if it has content but no weights from hpr, or if it cannot be written. Leaves nothing behind.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise CheckpointError(f"the output folder is {folder!r}, a {type(folder).__name__}: give a path")
     if "\0" in str(folder):
         raise CheckpointError(f"the output folder {str(folder)!r} has a zero byte in its name: give another path")
     target = Path(folder).expanduser().resolve()
