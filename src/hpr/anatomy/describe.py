@@ -79,7 +79,7 @@ def _weight_shapes(block: nn.Module) -> set[tuple[str, torch.Size]]:
 def _sites(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator[Site]:
     paths_of: dict[int, list[str]] = defaultdict(list)
     for path, module in modules.items():
-        if _has_weight(module) and (isinstance(module, nn.Embedding) or multiplies(module)):
+        if _has_weight(module) and (isinstance(module, nn.Embedding) or _is_product(module)):
             paths_of[id(module.weight)].append(path)
     for paths in paths_of.values():
         path, module = paths[0], modules[paths[0]]
@@ -105,6 +105,11 @@ def _has_weight(module: nn.Module) -> bool:
         return False
     weight = module._parameters.get("weight")
     return weight is not None and weight.dim() == 2
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight, or says itself that its weight is a matrix to work on."""
+    return getattr(module, "is_site", False) is True or multiplies(module)
 
 
 def _experts(modules: dict[str, nn.Module], stacks: tuple[Stack, ...]) -> Iterator[Site]:

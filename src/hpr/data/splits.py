@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
 
 from hpr.data.batches import Batches, array_batches, first_batches, given_batches, input_batches, labelled, listed, text_batches
 from hpr.data.datasets import are_objects, is_frame, read_columns
@@ -21,6 +24,7 @@ from hpr.data.loaded_model import LoadedModel
 from hpr.data.sources import Columns, Mixture, interleaved, with_shares
 from hpr.data.targets import longest_input, own_answers
 from hpr.errors import DataError, HprError
+from hpr.profiling.first_pass import check_batches, reading
 from hpr.runtime.batch import Batch, examples_in
 
 _log = logging.getLogger(__name__)
@@ -163,6 +167,12 @@ class Splits:
     def _healing(self) -> tuple[Batches, Batches]:
         return (self.calibration, self.rescoring) if self.more is None else self.more()
 
+    def check(self, model: LoadedModel) -> None:
+        """Raise ``DataError`` if a model cannot read the batches that a plan is measured on. A few examples are run."""
+        for part in self.parts.values() or (self,):
+            for batches in (part.calibration, part.rescoring, part.heldout):
+                check_batches(model.model, batches, model.goal)
+
     @property
     def training(self) -> Batches:
         """The batches that healing trains on."""
@@ -271,6 +281,8 @@ def _batches(rows: Rows, model: LoadedModel, examples: int, batch_size: int = 64
     elif isinstance(rows.values[0], Mapping):
         batches = input_batches(rows.values, batch_size)
     else:
+        if (reads := _reads_instead_of_text(model.model)) is not None:
+            raise DataError(f"{model.label} reads {reads}, not text: give its inputs as a file ({suffixes('array')})")
         if model.tokenizer is None:
             raise DataError(
                 f"{model.label} has no tokenizer, so it cannot read text: give its inputs as a file ({suffixes('array')})"
@@ -283,5 +295,16 @@ def _batches(rows: Rows, model: LoadedModel, examples: int, batch_size: int = 64
     if not model.goal.writes_targets:
         return batches
     _log.info("%s generates the targets of batches without labels", model.label)
-    answered = [batch if "labels" in batch else {**batch, "labels": own_answers(model.model, batch)} for batch in batches]
+    answered = []
+    for index, batch in enumerate(batches):
+        with reading(model.model, batch, index):
+            answered.append(batch if "labels" in batch else {**batch, "labels": own_answers(model.model, batch)})
     return Batches(answered, batches.order)
+
+
+def _reads_instead_of_text(model: nn.Module) -> str | None:
+    """The main input of a transformers model that takes no token ids, such as pixel_values; None for any other model."""
+    name = getattr(model, "main_input_name", None)
+    if not isinstance(model, PreTrainedModel) or name == "input_ids":
+        return None
+    return None if "input_ids" in inspect.signature(model.forward).parameters else name

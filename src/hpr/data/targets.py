@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from hpr.errors import HprError
 from hpr.runtime.hooks import to_device_of
@@ -39,7 +39,19 @@ def own_answers(model: nn.Module, batch: Mapping[str, Tensor], longer: int = 32)
 
 
 def longest_input(model: nn.Module) -> int:
-    """The highest number of tokens that a model takes at once by its configuration; ``sys.maxsize`` if it names none."""
+    """The highest number of tokens that a model takes at once; ``sys.maxsize`` if its configuration names none.
+
+    Models like RoBERTa keep the first rows of their table of positions for padding, so they take fewer tokens than it has rows.
+    """
     config = getattr(model, "config", None)
-    counts = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
-    return next((count for count in counts if isinstance(count, int) and count > 1), sys.maxsize)
+    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    names = ("max_target_positions", "max_position_embeddings", "max_seq_len", "max_sequence_length")
+    counts = [getattr(one, name, None) for one in (config, text) for name in names]
+    limit = next((count for count in counts if isinstance(count, int) and count > 1), sys.maxsize)
+    tables = (module for name, module in model.named_modules() if "position" in name.rpartition(".")[2])
+    usable = [
+        table.num_embeddings - table.padding_idx - 1
+        for table in tables
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None
+    ]
+    return min([limit, *usable])

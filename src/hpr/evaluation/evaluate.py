@@ -14,6 +14,7 @@ from hpr.evaluation.cost import parts, sizes
 from hpr.evaluation.divergence import Comparison, accuracy, compare, neighbour_agreement
 from hpr.evaluation.latency import latency, peak_memory
 from hpr.nn.bank import recorded_objective
+from hpr.profiling.first_pass import check_batches
 from hpr.profiling.objectives import Objective, objective_for
 from hpr.runtime.batch import BatchLike, as_batches, examples_in
 
@@ -40,6 +41,7 @@ def evaluate(
         raise HprError(
             f"labels were given, but the objective is {objective.name!r}: use 'classification', or leave out the labels"
         )
+    check_batches(teacher, batches, objective)
     comparison = compare(student, teacher, batches, objective)
     quality = _quality(comparison)
     if labels is not None and comparison.teacher is not None and comparison.student is not None:

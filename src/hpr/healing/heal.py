@@ -20,6 +20,7 @@ from hpr.healing.setup import TrainingSetup
 from hpr.healing.train import Healing, run, set_up
 from hpr.nn.bank import recorded_objective
 from hpr.nn.coded import refuse_coded
+from hpr.profiling.first_pass import check_batches
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.batch import Batch
 
@@ -61,6 +62,8 @@ def ready(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any, recip
         teacher = replace(teacher, objective=objective_for(teacher.model, goal).name)
     sources, shares = _sources(data)
     batches, validation = batches_of(sources, teacher, recipe.weights.labels > 0, shares)
+    for read in (*batches.values(), validation):
+        check_batches(teacher.model, read, teacher.goal)
     augment = recipe.augment
     if augment == "auto":
         augment = None if recipe.weights.labels else changes_for(teacher)  # a label says nothing about changed inputs

@@ -34,6 +34,7 @@ class Factor(nn.Linear):
     """
 
     order: Tensor
+    is_site = True  # its numbers are a matrix to round, although an identity block makes it more than a product
 
     def __init__(self, shape: FactorShape, dtype: torch.dtype | None = None):
         rows, columns = shape.stored

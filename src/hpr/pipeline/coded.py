@@ -73,6 +73,7 @@ def compress_to_bytes(
     goal = objective_for(loaded.model, loaded.objective)
     with timed(seconds, "data"):
         texts = prepare(data, loaded, options.examples)
+        texts.check(loaded)
     with timed(seconds, "profile"):
         measured = profile(loaded.model, texts.calibration, goal.name, options.seed, structure=False)
     with timed(seconds, "round"):

@@ -125,6 +125,7 @@ def compress(
         run, recipe = _checked(loaded, budget, output, options, heal)
         with run.step("data"):
             texts = prepare(data, run.loaded, options.examples)
+            texts.check(run.loaded)
         with run.step("profile"):
             measured = profile(run.loaded.model, texts.calibration, run.objective.name, options.seed)
         with run.step("plan"):

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from hpr.anatomy.describe import describe
+from hpr.errors import HprError
 from hpr.profiling.curvature import first_few, measure_curvature
+from hpr.profiling.first_pass import check_batches, check_weights
 from hpr.profiling.layer_features import measure_layers
 from hpr.profiling.objectives import objective_for, softened
 from hpr.profiling.other_parameters import Sensitivity
@@ -30,13 +32,22 @@ def profile(
 
     ``objective``: a key of ``profiling.objectives.OBJECTIVES``; None is the default of the model's class. ``structure``:
     whether to measure the features of layers and to look for symmetries, too. Only budgets in parameters use them. Raises
-    ``HprError`` for no batches, and for losses, activations or gradients that are not finite.
+    ``DataError`` for no batches and for batches that the model cannot read, and ``HprError`` for weights, losses, activations
+    or gradients that are not finite, and for an objective that has no gradient anywhere.
     """
     anatomy = describe(model)
     start, moved = time.perf_counter(), [to_device_of(batch, model) for batch in batches]
-    goal = softened(objective_for(model, objective), model, first_few(moved))
+    goal = objective_for(model, objective)
+    check_weights(model)
+    check_batches(model, moved, goal)
+    goal = softened(goal, model, first_few(moved))
     others = Sensitivity(model, anatomy)
     sites, examples = measure_curvature(model, anatomy, moved, goal, seed, others)
+    if not any(site.has_gradient for site in sites.values()):
+        raise HprError(
+            f"no weight of {type(model).__name__} has a gradient of the objective {goal.name!r}: its outputs do not depend on "
+            f"the weights for these inputs, or it computes without gradients. Give other inputs, or another objective"
+        )
     layers = measure_layers(model, anatomy, moved, seed) if structure else {}
     symmetries = find_symmetries(model, anatomy, moved, seed) if structure else ()
     about = {

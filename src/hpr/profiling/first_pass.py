@@ -1,0 +1,168 @@
+"""The first pass under guard: what a model cannot read is said in words before minutes are spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hpr.errors import DataError, HprError
+from hpr.profiling.objectives import Objective
+from hpr.runtime.batch import POSITIONAL, Batch, first_examples
+from hpr.runtime.hooks import eval_mode, run, to_device_of
+from hpr.runtime.torch_errors import lacks_memory
+
+_REFUSALS = (  # what models of transformers and torch raise for inputs that do not fit
+    RuntimeError,
+    IndexError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+    NotImplementedError,
+    ZeroDivisionError,
+)
+_IDS = ("input_ids", "decoder_input_ids")
+_TRIED = 2  # examples of a batch that are run: some models refuse more than one
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise ``HprError`` for a weight that is not finite, or that is on the meta device."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise HprError(f"the weight {name} has no numbers (it is on the meta device): load the model's weights first")
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            place = tuple(int(part) for part in (~torch.isfinite(parameter)).nonzero()[0])
+            raise HprError(
+                f"the weight {name} is not finite at {list(place)} ({float(parameter[place])}): load or train the model again"
+            )
+
+
+def check_batches(model: nn.Module, batches: Sequence[Batch], objective: Objective) -> None:
+    """Raise ``DataError`` if the model cannot read a batch, and ``HprError`` if the objective cannot read its outputs.
+
+    Every batch is looked at. A few examples of the first and of the longest one are run.
+    """
+    if not len(batches):
+        raise DataError("there are no batches: give at least one")
+    longest = max(range(len(batches)), key=lambda index: _positions(batches[index]))
+    with torch.no_grad(), eval_mode(model):
+        for index, batch in enumerate(batches):
+            if wrong := _wrong(batch):
+                raise DataError(f"the model cannot read batch {index} ({_described(batch)}): {wrong}")
+            outside = _outside(model, batch)
+            if outside and any(parameter.device.type != "cpu" for parameter in model.parameters()):
+                raise DataError(f"the model cannot read batch {index}: {outside}")  # on a device this would end the process
+            if outside or index in (0, longest):
+                few = batch if outside else first_examples(batch, _TRIED)
+                _try(model, to_device_of(few, model), index, objective)
+
+
+def _try(model: nn.Module, batch: Batch, index: int, objective: Objective) -> None:
+    with reading(model, batch, index):
+        outputs = run(model, batch)
+    predictions, weight = objective.read(outputs, batch)
+    if weight.shape != predictions.shape[:-1]:
+        raise HprError(
+            f"objective {objective.name!r} does not fit the outputs of {type(model).__name__}, of shape "
+            f"{tuple(predictions.shape)}: give another objective"
+        )
+    finite = torch.isfinite(predictions).all(-1) | (weight == 0)
+    if not bool(finite.all()):
+        check_weights(model)
+        example, dtype = int((~finite).nonzero()[0][0]), next(model.parameters()).dtype
+        mend = "remove the example" if dtype == torch.float32 else f"load the model in float32 instead of {dtype}"
+        raise DataError(
+            f"the output of {type(model).__name__} is not finite on batch {index}, example {example}, although its inputs and "
+            f"weights are: {mend}"
+        )
+
+
+@contextmanager
+def reading(model: nn.Module, batch: Batch, index: int) -> Iterator[None]:
+    """Turn what a model raises for a batch inside the block into a ``DataError`` with the batch, the value and the mend."""
+    try:
+        yield
+    except HprError:
+        raise
+    except _REFUSALS as error:
+        if lacks_memory(error):
+            raise
+        why = _outside(model, batch) or (
+            f"{type(error).__name__}, {_brief(error)}: give inputs as the forward method of {type(model).__name__} takes them"
+        )
+        raise DataError(f"the model cannot read batch {index} ({_described(batch)}): {why}") from error
+
+
+def _wrong(batch: Batch) -> str:
+    """What no model can read in a batch, with the mend; empty if there is nothing of the kind."""
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            row = int((~torch.isfinite(value)).nonzero()[0][0])
+            return f"{name} is not finite in example {row}: remove or correct the example"
+    for name in _IDS:
+        ids = batch.get(name)
+        if not isinstance(ids, Tensor):
+            continue
+        if ids.is_floating_point() or ids.is_complex():
+            return f"{name} is {ids.dtype}, token ids are whole numbers: convert it to int64"
+        if ids.dim() < 2:
+            return f"{name} has shape {tuple(ids.shape)}: give (examples, positions)"
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == ids.dim() and mask.shape != ids.shape:
+        return f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}: give each position one number"
+    return ""
+
+
+def _outside(model: nn.Module, batch: Batch) -> str:
+    """Which token id lies outside the model's table, with the mend; empty if none does. Few models read such ids."""
+    size = _table_size(model)
+    for name in _IDS:
+        ids = batch.get(name)
+        if size is None or not isinstance(ids, Tensor) or not ids.numel():
+            continue
+        if not (int(ids.min()) >= 0 and int(ids.max()) < size):
+            first = ids[(ids < 0) | (ids >= size)][0]
+            return (
+                f"{name} has the id {int(first)}, but the table of {type(model).__name__} has ids from 0 to {size - 1}: "
+                f"use the tokenizer that belongs to the model"
+            )
+    return ""
+
+
+def _table_size(model: nn.Module) -> int | None:
+    """The number of rows of the model's table of tokens, None if it has none."""
+    get = getattr(model, "get_input_embeddings", None)
+    if get is None:
+        return None
+    try:
+        table = get()
+    except (NotImplementedError, AttributeError):  # models of images and sounds
+        return None
+    size = getattr(table, "num_embeddings", None)
+    return size if isinstance(size, int) else None
+
+
+def _positions(batch: Batch) -> int:
+    sizes = [value[0].numel() for value in batch.values() if isinstance(value, Tensor) and value.dim() and len(value)]
+    return max(sizes, default=0)
+
+
+def _described(batch: Batch) -> str:
+    """The names, types and shapes of a batch's tensors."""
+    parts = []
+    for name, value in batch.items():
+        kind = (
+            f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}" if isinstance(value, Tensor) else str(type(value))
+        )
+        parts.append(kind if name == POSITIONAL else f"{name} {kind}")
+    return ", ".join(parts)
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of what others say at length; a KeyError says its key alone."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else "without a message")[:200].rstrip(".: ")
