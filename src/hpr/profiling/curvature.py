@@ -23,8 +23,9 @@ from hpr.profiling.other_parameters import Sensitivity
 from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
 from hpr.profiling.weight_reads import Record, WeightsRead, experts_one_by_one, with_graph
 from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in
-from hpr.runtime.hooks import _frozen, run
+from hpr.runtime.hooks import _frozen, run, uncached
 from hpr.runtime.progress import progress
+from hpr.runtime.torch_errors import does_not_fit
 
 DIAGONAL_ABOVE = 8192
 _SIZES = ("gradients", "inputs", "changes")  # traces that bring the parts of a sum to one scale
@@ -60,7 +61,7 @@ def measure_curvature(
     total = 2 * len(few) + len(batches)
     moments = {site.name: _Moments(site) for site in anatomy.sites}
     done = 0
-    with _frozen(model):
+    with _frozen(model), uncached(model):  # a cache is written in place, which a backward pass cannot undo
         for stage, part in enumerate((few, few, batches)):
             if stage:
                 moments = {name: earlier.next(stage) for name, earlier in moments.items()}
@@ -72,13 +73,28 @@ def measure_curvature(
                         raise HprError(
                             f"the loss of calibration batch {index} is {loss.item()}: remove non-finite inputs from it"
                         )
-                    loss.backward()
+                    _differentiate(loss, model, index)
                     if last:
                         last.add()
                     done += 1
                     progress("curvature", done, total)
     examples = sum(examples_in(batch) for batch in batches)
     return {name: moment.finish(examples) for name, moment in moments.items()}, examples
+
+
+def _differentiate(loss: Tensor, model: nn.Module, index: int) -> None:
+    """Run the backward pass. Raise ``HprError`` if the model cannot be differentiated, by an operation of its own."""
+    if not loss.requires_grad:
+        return  # nothing in this batch depends on a weight
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if not does_not_fit(error):
+            raise
+        raise HprError(
+            f"the backward pass of {type(model).__name__} fails on calibration batch {index} ({error}): HPR needs gradients, so "
+            f"load the model with attn_implementation='eager' or with other settings that training takes"
+        ) from error
 
 
 def first_few(batches: Sequence[Batch]) -> Sequence[Batch]:

@@ -20,13 +20,13 @@ def read_mean_pooled(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     hidden = _hidden(outputs).float()
     mask = mask_of(batch, hidden).unsqueeze(-1)
     pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-    return F.normalize(pooled, dim=-1), _ones(pooled)
+    return F.normalize(pooled, dim=-1), torch.ones(len(pooled), device=pooled.device)
 
 
 def read_first_token(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The hidden state of the first position, normalised: (batch, d)."""
     first = _hidden(outputs).float()[:, 0]
-    return F.normalize(first, dim=-1), _ones(first)
+    return F.normalize(first, dim=-1), torch.ones(len(first), device=first.device)
 
 
 def read_hidden(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
