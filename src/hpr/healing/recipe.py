@@ -16,6 +16,7 @@ from hpr.healing.duration import parse_duration
 from hpr.healing.history import VALIDATION
 from hpr.healing.loss import Weights
 from hpr.healing.optimizer import ROUTER_RATE
+from hpr.runtime.seeds import NUMPY, check_seed
 
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")  # the second until transformers 5.22
 CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__dataclass_fields__)
@@ -76,6 +77,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         parse_duration(self.duration)
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if min(self.accumulate, self.checks) < 1:
             raise HprError(f"accumulate {self.accumulate} and checks {self.checks} must be at least 1")
         if not (self.learning_rate > 0 and self.shared_rate >= 0 and self.delta_decay >= 0 and 0 <= self.warmup < 1):
@@ -125,7 +127,7 @@ def arguments(recipe: Recipe, steps: int, folder: Path, device: torch.device) ->
         load_best_model_at_end=not recipe.sharded,
         metric_for_best_model=VALIDATION,
         greater_is_better=False,
-        seed=recipe.seed,
+        seed=recipe.seed % NUMPY,  # the Trainer gives it to NumPy as well
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,
         label_names=[],

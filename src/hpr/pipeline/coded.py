@@ -24,6 +24,7 @@ from hpr.planning.options import DEFAULTS, PlanOptions
 from hpr.profiling.objectives import objective_for
 from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile
+from hpr.rounding.least import check_bytes
 from hpr.rounding.plan import CodedPlan, plan_bytes
 from hpr.rounding.shared import stored_bits
 from hpr.sharing.share import check_unshared
@@ -66,6 +67,7 @@ def compress_to_bytes(
         check_recipe(loaded.model, recipe)
     ans()  # raises if the coder is not installed
     check_unshared(loaded.model)
+    check_bytes(loaded.model, *budget)
     if output is not None:
         check_output(loaded.model, output, loaded.tokenizer, loaded.folder, budget[1])
     seconds: dict[str, float] = {}

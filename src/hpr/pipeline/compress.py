@@ -28,6 +28,7 @@ from hpr.pipeline.compression import Compression, seeded, timed
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import students
 from hpr.planning.draft import Draft, Proposal
+from hpr.planning.least import check_budget
 from hpr.planning.options import PlanOptions
 from hpr.planning.planner import draft, known_operators
 from hpr.plans.budget import Budget, byte_limit, parse_budget
@@ -189,8 +190,9 @@ def _checked(
             check_recipe(loaded.model, recipe)
     known_operators(options.operators)
     check_unshared(loaded.model)
-    each = bytes_per_parameter(loaded.model)
-    limit = parse_budget(budget, describe(loaded.model), each, options.only)
+    each, anatomy = bytes_per_parameter(loaded.model), describe(loaded.model)
+    limit = parse_budget(budget, anatomy, each, options.only)
+    check_budget(loaded.model, anatomy, limit, options)
     if output is not None:
         size = int(each * limit.parameters) if file_limit is None else file_limit
         check_output(loaded.model, output, loaded.tokenizer, loaded.folder, size)

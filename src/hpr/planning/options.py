@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hpr.errors import BudgetError, PlanError
 from hpr.plans.budget import byte_limit
 from hpr.plans.rounding import check_bits
+from hpr.runtime.seeds import check_seed
 
 LONGEST_GROUP = 3  # the most neighbouring layers in one group; whole stacks are candidates too
 
@@ -49,6 +50,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if isinstance(self.operators, list):
             object.__setattr__(self, "operators", tuple(self.operators))
         for name, least in (("longest_group", 1), ("plans", 1), ("examples", 1), ("routers", 0)):

@@ -76,6 +76,9 @@ def parse_budget(text: str, anatomy: Anatomy, bytes_per_parameter: float, only: 
         limit = int((size - _FILE_OVERHEAD) // bytes_per_parameter)
     else:
         limit = int(value * _UNITS[unit])
+        if not unit and value <= 100:
+            mend = f"for a share of the model write {100 * value if value < 1 else value:g}%"
+            raise BudgetError(f"a budget of {text} is {text.strip()} parameters, less than a model can have: {mend}")
     if limit > anatomy.total_parameters:
         raise BudgetError(
             f"a budget of {text} is {limit:,} parameters, more than the {anatomy.total_parameters:,} that the model has: "

@@ -92,8 +92,8 @@ def _differentiate(loss: Tensor, model: nn.Module, index: int) -> None:
         if not does_not_fit(error):
             raise
         raise HprError(
-            f"the backward pass of {type(model).__name__} fails on calibration batch {index} ({error}): HPR needs gradients, so "
-            f"load the model with attn_implementation='eager' or with other settings that training takes"
+            f"the backward pass of {type(model).__name__} fails on calibration batch {index} ({error}): load the "
+            f"model with attn_implementation='eager', or with other settings that it can be trained with"
         ) from error
 
 

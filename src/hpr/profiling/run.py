@@ -19,6 +19,7 @@ from hpr.profiling.symmetry_search import find_symmetries
 from hpr.runtime.batch import Batch, BatchLike
 from hpr.runtime.environment import peak_memory, versions
 from hpr.runtime.hooks import to_device_of
+from hpr.runtime.seeds import check_seed
 
 
 def profile(
@@ -35,7 +36,7 @@ def profile(
     ``DataError`` for no batches and for batches that the model cannot read, and ``HprError`` for weights, losses, activations
     or gradients that are not finite, and for an objective that has no gradient anywhere.
     """
-    anatomy = describe(model)
+    anatomy, seed = describe(model), check_seed(seed)
     start, moved = time.perf_counter(), [to_device_of(batch, model) for batch in batches]
     goal = objective_for(model, objective)
     check_weights(model)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hpr.errors import HprError
 from hpr.healing.loss import Weights
+from hpr.runtime.seeds import check_seed
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class OnlineOptions:
     objective: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if self.every < 1 or self.replay < 0 or not self.learning_rate > 0 or self.tolerance < 0:
             raise HprError(
                 f"every {self.every} must be at least 1, replay {self.replay} and tolerance {self.tolerance} 0, "
