@@ -1,290 +1,179 @@
-"""Every family of Transformers against what HPR promises, on tiny random models: the table of docs/families.md.
+"""Every architecture of Transformers against what HPR promises, on tiny random models: the table of docs/families.md.
 
-No family is known to the library: all are found by structure. Run: python benchmarks/families.py > docs/families.md
+No family is known to the library, and none to this script: the auto classes of Transformers list the models, and
+``common.tiny_models`` builds each from its own configuration. Each model runs in a process of its own, with a limit on its time
+and memory.
+
+Run: python benchmarks/families.py --jobs 2 --rows families.jsonl > docs/families.md
+A row that ``--rows`` holds already is not run again. ``--task causal_lm`` and ``--only 'Llama*'`` select some.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
+import fnmatch
+import json
+import multiprocessing
+import os
+import resource
 import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from torch import Tensor, nn
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hpr
-from hpr.anatomy.describe import describe
-from hpr.anatomy.swappable import not_swappable
-from hpr.nn.bank import bank_of
-from hpr.plans.plan import keep_all
-from hpr.runtime.hooks import run
+from common.families_table import table
+from common.promises import Row, check
+from common.tiny_batches import NoBatch, batch_for
+from common.tiny_models import tiny
 
-Batch = dict[str, Tensor]
-
-PLAIN = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 96,
-    "max_position_embeddings": 24,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-DECODER = {**PLAIN, "num_key_value_heads": 2}
-BOTH = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "max_position_embeddings": 24,
-    "vocab_size": 96,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
-VISION = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-IMAGE = {**VISION, "image_size": 16, "patch_size": 4}
-SOUND = {
-    **PLAIN,
-    "conv_dim": (16, 16),
-    "conv_stride": (5, 2),
-    "conv_kernel": (10, 3),
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-}
-CHANNELS = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 96, "n_positions": 24, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def text(draw: torch.Generator) -> Batch:
-    """Eight texts of 24 tokens, four of them padded on the right."""
-    ids = torch.randint(3, 96, (8, 24), generator=draw)
-    mask = torch.ones_like(ids)
-    mask[4:, 18:] = 0
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-def pairs(draw: torch.Generator) -> Batch:
-    """Texts with target texts."""
-    return {**text(draw), "labels": torch.randint(3, 96, (8, 24), generator=draw)}
-
-
-def images(draw: torch.Generator) -> Batch:
-    """Eight images of 16 by 16."""
-    return {"pixel_values": torch.randn(8, 3, 16, 16, generator=draw)}
-
-
-def captioned(draw: torch.Generator) -> Batch:
-    """Eight images with a text each."""
-    return {**text(draw), **images(draw)}
-
-
-def waves(draw: torch.Generator) -> Batch:
-    """Four sounds of 400 samples."""
-    return {"input_values": torch.randn(4, 400, generator=draw)}
-
-
-def spectra(draw: torch.Generator) -> Batch:
-    """Four spectrograms with a transcript each."""
-    labels = torch.randint(3, 96, (4, 24), generator=draw)
-    return {"input_features": torch.randn(4, 8, 40, generator=draw), "labels": labels}
+SECONDS = 60  # a model that takes longer is recorded as such
+MEMORY = 6 * 2**30
+LARGEST = 4_000_000  # parameters of a tiny model: what is larger was not made small
+FIRST = ("causal_lm", "masked_lm", "seq_to_seq_causal_lm", "speech_seq_2_seq", "image_text_to_text")
 
 
 @dataclass(frozen=True)
-class Family:
-    """A model class, its tiny configuration and data of its kind."""
+class Architecture:
+    """A model class, the type of its configuration, and the first task whose auto class lists it."""
 
-    model: str
-    config: Callable[[], tf.PretrainedConfig]
-    batch: Callable[[torch.Generator], Batch] = text
-
-
-FAMILIES: dict[str, Family] = {
-    "BERT": Family("BertForMaskedLM", lambda: tf.BertConfig(**PLAIN)),
-    "RoBERTa": Family("RobertaForMaskedLM", lambda: tf.RobertaConfig(**PLAIN | {"max_position_embeddings": 27})),
-    "DistilBERT": Family(
-        "DistilBertForMaskedLM",
-        lambda: tf.DistilBertConfig(dim=32, n_layers=3, n_heads=4, hidden_dim=64, vocab_size=96, max_position_embeddings=24),
-    ),
-    "ELECTRA": Family("ElectraForMaskedLM", lambda: tf.ElectraConfig(**PLAIN, embedding_size=16)),
-    "MPNet": Family("MPNetForMaskedLM", lambda: tf.MPNetConfig(**PLAIN | {"max_position_embeddings": 27})),
-    "DeBERTa-v2": Family(
-        "DebertaV2ForMaskedLM",
-        lambda: tf.DebertaV2Config(
-            **PLAIN, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, norm_rel_ebd="layer_norm"
-        ),
-    ),
-    "ModernBERT": Family("ModernBertForMaskedLM", lambda: tf.ModernBertConfig(**PLAIN)),
-    "ALBERT": Family("AlbertForMaskedLM", lambda: tf.AlbertConfig(**PLAIN, embedding_size=16)),
-    "GPT-2": Family("GPT2LMHeadModel", lambda: tf.GPT2Config(**CHANNELS)),
-    "GPT-NeoX": Family("GPTNeoXForCausalLM", lambda: tf.GPTNeoXConfig(**PLAIN)),
-    "OPT": Family(
-        "OPTForCausalLM",
-        lambda: tf.OPTConfig(
-            **{key: value for key, value in PLAIN.items() if key != "intermediate_size"}, ffn_dim=64, word_embed_proj_dim=32
-        ),
-    ),
-    "Llama": Family("LlamaForCausalLM", lambda: tf.LlamaConfig(**DECODER)),
-    "Mistral": Family("MistralForCausalLM", lambda: tf.MistralConfig(**DECODER)),
-    "Qwen2": Family("Qwen2ForCausalLM", lambda: tf.Qwen2Config(**DECODER)),
-    "Qwen3": Family("Qwen3ForCausalLM", lambda: tf.Qwen3Config(**DECODER, head_dim=8)),
-    "Gemma": Family("GemmaForCausalLM", lambda: tf.GemmaConfig(**DECODER, head_dim=8)),
-    "Phi": Family("PhiForCausalLM", lambda: tf.PhiConfig(**DECODER)),
-    "Mixtral": Family("MixtralForCausalLM", lambda: tf.MixtralConfig(**DECODER, num_local_experts=4)),
-    "Qwen2-MoE": Family(
-        "Qwen2MoeForCausalLM",
-        lambda: tf.Qwen2MoeConfig(
-            **DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32
-        ),
-    ),
-    "T5": Family(
-        "T5ForConditionalGeneration",
-        lambda: tf.T5Config(
-            vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
-        ),
-        pairs,
-    ),
-    "BART": Family("BartForConditionalGeneration", lambda: tf.BartConfig(**BOTH), pairs),
-    "Marian": Family("MarianMTModel", lambda: tf.MarianConfig(**BOTH), pairs),
-    "Whisper": Family(
-        "WhisperForConditionalGeneration",
-        lambda: tf.WhisperConfig(**BOTH, num_mel_bins=8, max_source_positions=20, max_target_positions=24),
-        spectra,
-    ),
-    "ViT": Family("ViTForImageClassification", lambda: tf.ViTConfig(**IMAGE, num_labels=5), images),
-    "DeiT": Family("DeiTForImageClassification", lambda: tf.DeiTConfig(**IMAGE, num_labels=5), images),
-    "CLIP": Family("CLIPModel", lambda: tf.CLIPConfig(text_config=PLAIN, vision_config=IMAGE, projection_dim=16), captioned),
-    "wav2vec2": Family("Wav2Vec2ForCTC", lambda: tf.Wav2Vec2Config(**SOUND), waves),
-    "HuBERT": Family("HubertForCTC", lambda: tf.HubertConfig(**SOUND), waves),
-}
+    name: str
+    kind: str
+    task: str
 
 
-def built(family: Family) -> nn.Module:
-    """The family's tiny model in evaluation mode, the same every time."""
+def architectures() -> list[Architecture]:
+    """Every model class that an auto class lists, once."""
+    mappings = {
+        name.removeprefix("MODEL_").removeprefix("FOR_").removesuffix("_NAMES").removesuffix("MAPPING").strip("_").lower() or "base": value
+        for name, value in vars(modeling_auto).items()
+        if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
+    }  # fmt: skip
+    found: dict[str, Architecture] = {}
+    for task in (*FIRST, *sorted(mappings.keys() - {*FIRST, "base"}), "base"):
+        for kind, names in mappings[task].items():
+            for name in [names] if isinstance(names, str) else names:
+                found.setdefault(name, Architecture(name, kind, task))
+    return list(found.values())
+
+
+def built(architecture: Architecture) -> nn.Module:
+    """The tiny model in evaluation mode, the same every time."""
     torch.manual_seed(0)
-    model = getattr(tf, family.model)(family.config()).eval()
+    kind = getattr(tf, architecture.name, None)
+    if kind is None:
+        raise ImportError(f"transformers has no {architecture.name}, though an auto class lists it")
+    given = {} if "question" in architecture.task else {"num_labels": 3}
+    config = tiny(kind.config_class or CONFIG_MAPPING[architecture.kind], **given)
+    if architecture.task == "causal_lm" and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
+        config.is_decoder = True
+    model = kind(config).eval()
     with torch.no_grad():  # fresh biases are zero and fresh norms are one: that would hide what is mixed up
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter.is_floating_point():
                 parameter.add_(torch.randn(parameter.shape) * 0.05)
     return model
 
 
-def check(family: Family) -> dict[str, Any]:
-    """One row of the table: figures, and True, False or None (does not apply) for each promise."""
-    draw = torch.Generator().manual_seed(1)
-    model, batch = built(family), family.batch(draw)
-    anatomy = describe(model)
-    row: dict[str, Any] = {"sites": len(anatomy.sites), "stacks": [f"{one.name} {one.layers}" for one in anatomy.stacks]}
-    expected = answer(model, batch)
-    row["identity"] = equal(answer(hpr.share(model, keep_all(anatomy)), batch), expected)
-    profile = hpr.profile(model, [family.batch(draw) for _ in range(3)])
-    plan = hpr.plan(model, profile, "60%")
-    student = hpr.share(model, plan, profile)
-    row["shared"] = sum(bool(entry.terms) for entry in plan.entries.values())
-    used = sum(parameter.numel() for parameter in student.parameters())
-    orders = sum(buffer.numel() for name, buffer in student.named_buffers() if name.endswith(".order"))
-    row["plan"] = used + orders == plan.parameters(anatomy) <= plan.budget.parameters
-    found = answer(student, batch)
-    with tempfile.TemporaryDirectory() as folder:
-        path = hpr.save(student, f"{folder}/shared")
-        row["reload"] = equal(answer(type(model).from_pretrained(path).eval(), batch), found)
-        dense = hpr.unshare(student)
-        dense.save_pretrained(f"{folder}/dense")
-        again = type(model).from_pretrained(f"{folder}/dense").eval()
-        row["unshare"] = bank_of(again) is None and close(answer(again, batch), found)
-    row["cache"] = cached(student, batch)
-    row["gradient"] = gradients_reach(student, family.batch(draw))
-    row["kept"] = not_swappable(model, anatomy)
-    return row
+def examine(architecture: Architecture) -> dict[str, Any]:
+    """One row: what came of the model, as JSON values. ``outcome`` is passes, differs, refused, crashes or not built."""
+    row, record = Row(stage="build"), asdict(architecture)
+    started = time.perf_counter()
+    try:
+        model = built(architecture)
+        if (size := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
+            raise NoBatch(f"its defaults give {size:,} parameters even when they are shrunk by name")
+        row.stage = "batch"
+        batch = batch_for(model, architecture.task, 1)
+        record["inputs"] = sorted(batch)
+        check(model, lambda seed: batch_for(model, architecture.task, seed), row)
+        outcome, reason = "passes" if all(kept is not False for kept in row.kept.values()) else "differs", ""
+    except (Exception, SystemExit) as error:  # one model's failure is a row of the table
+        told = row.stage in ("build", "batch", "stock")
+        outcome = "not built" if told else "refused" if isinstance(error, hpr.HprError) else "crashes"
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, NoBatch) else str(error)
+        record["where"] = _where(error)
+    return record | asdict(row) | {"outcome": outcome, "reason": reason[:600], "seconds": time.perf_counter() - started}
 
 
-@torch.no_grad()
-def answer(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's main output, one tensor."""
-    return output_of(run(model, batch))
+def _where(error: BaseException) -> list[str]:
+    """The last frames of a traceback, the innermost last."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return [f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}" for frame in frames]
 
 
-def output_of(outputs: Any) -> Tensor:
-    """Logits where there are any."""
-    for name in ("logits", "logits_per_image", "last_hidden_state"):
-        if (found := getattr(outputs, name, None)) is not None:
-            return found
-    raise ValueError(f"{type(outputs).__name__} has no output to compare")
+def _child(architecture: Architecture, pipe: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    pipe.send(examine(architecture))
 
 
-def equal(one: Tensor, other: Tensor) -> bool:
-    """Bit by bit."""
-    return bool(torch.equal(one, other))
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    """To float32 rounding, in relation to the largest value."""
-    return float((one - other).abs().max()) <= 1e-4 * float(other.abs().max())
-
-
-@torch.no_grad()
-def cached(model: Any, batch: Batch) -> bool | None:
-    """Whether generation is the same with and without cache; None for models that do not generate."""
-    if not model.can_generate():
-        return None
-    inputs = {key: value[:2, :12] if value.dim() == 2 else value[:2] for key, value in batch.items() if key != "labels"}
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
-    runs = [model.generate(**inputs, **settings, output_logits=True, use_cache=use) for use in (True, False)]
-    same = torch.equal(runs[0].sequences, runs[1].sequences)
-    return same and close(torch.stack(runs[0].logits), torch.stack(runs[1].logits))
-
-
-def gradients_reach(student: nn.Module, batch: Batch) -> bool:
-    """Whether a loss on the outputs moves every factor of the bank."""
-    trained = copy.deepcopy(student)
-    output = output_of(run(trained, batch))
-    (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
-    bank = bank_of(trained)
-    assert bank is not None
-    gradients = [factor.weight.grad for factor in bank.factors.values()]
-    return all(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)
-
-
-COLUMNS = {
-    "identity": "identity plan bit-equal",
-    "plan": "60 % plan within budget",
-    "reload": "save → load bit-equal",
-    "cache": "cached = uncached",
-    "gradient": "gradient in every factor",
-    "unshare": "unshared loads in stock",
-}
+def rows_of(chosen: list[Architecture], jobs: int) -> Iterator[dict[str, Any]]:
+    """A row for each, as they come; each in a process that is ended when it takes too long."""
+    context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
+    waiting, running = list(reversed(chosen)), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            architecture = waiting.pop()
+            pipe, end = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(architecture, end))
+            process.start()
+            end.close()
+            running[pipe] = (architecture, process, time.monotonic() + SECONDS)
+        ready = wait(list(running), timeout=1)
+        for pipe in list(running):
+            architecture, process, limit = running[pipe]
+            if pipe not in ready and time.monotonic() < limit:
+                continue
+            record = asdict(architecture) | asdict(Row(stage="unknown")) | {"seconds": float(SECONDS)}
+            if pipe in ready:
+                try:
+                    record = pipe.recv()
+                except EOFError:
+                    record |= {"outcome": "crashes", "reason": "its process died, perhaps of the limit on its memory"}
+            else:
+                record |= {"outcome": "too slow", "reason": f"not done in {SECONDS} seconds"}
+            process.kill()
+            process.join()
+            pipe.close()
+            del running[pipe]
+            yield record
 
 
 def main() -> None:
-    """Print the table as Markdown."""
+    """Run what has no row yet, and print the table as Markdown."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--jobs", type=int, default=1)
+    arguments.add_argument("--only", default="*", help="a shell pattern of class names")
+    arguments.add_argument("--task", default="*", help="a shell pattern of tasks, such as causal_lm")
+    arguments.add_argument("--rows", type=Path, default=Path("families.jsonl"), help="the file of rows; those in it are kept")
+    given = arguments.parse_args()
     tf.logging.set_verbosity_error()
     tf.logging.disable_progress_bar()
-    print("# Families\n\nTiny random models of every family, checked by `python benchmarks/families.py > docs/families.md`.")
-    print("“–”: the family does not generate text.\n")
-    print(f"| family | class | stacks | sites | shared | {' | '.join(COLUMNS.values())} |")
-    print("|" + "---|" * (5 + len(COLUMNS)))
-    reasons = {}
-    for name, family in FAMILIES.items():
-        row = check(family)
-        marks = [{True: "yes", False: "**no**", None: "–"}[row[key]] for key in COLUMNS]
-        cells = [name, f"`{family.model}`", ", ".join(row["stacks"]), str(row["sites"]), str(row["shared"]), *marks]
-        print(f"| {' | '.join(cells)} |", flush=True)
-        reasons[name] = row["kept"]
-    print("\n## Sites that stay as they are\n")
-    for name, kept in reasons.items():
-        for reason in kept.values():
-            print(f"- {name}: {reason}")
+    torch.set_num_threads(1)
+    done = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
+    known = {row["name"] for row in done}
+    chosen = [one for one in architectures() if fnmatch.fnmatch(one.name, given.only) and fnmatch.fnmatch(one.task, given.task)]
+    with given.rows.open("a") as file:
+        for row in rows_of([one for one in chosen if one.name not in known], given.jobs):
+            done.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(f"{len(done)} {row['name']}: {row['outcome']} {row['reason'][:100]}", file=sys.stderr, flush=True)
+    names = {one.name for one in chosen}
+    print(table([row for row in done if row["name"] in names]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-import families
+import tiny_families
 import hpr
 from hpr.anatomy.describe import describe
 from hpr.evaluation.divergence import divergence
@@ -29,7 +29,7 @@ GOAL = OBJECTIVES["causal-lm"]
 def model() -> tf.PreTrainedModel:
     """A Llama of five layers, of which layer 3 does next to nothing, and layer 1 attends as layer 0 does: to all alike."""
     torch.manual_seed(0)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(**families.DECODER | {"num_hidden_layers": 5})).eval()
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**tiny_families.DECODER | {"num_hidden_layers": 5})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
@@ -43,7 +43,7 @@ def model() -> tf.PreTrainedModel:
 @pytest.fixture
 def batches() -> list[dict[str, Tensor]]:
     draw = torch.Generator().manual_seed(1)
-    return [families.text(draw) for _ in range(3)]
+    return [tiny_families.text(draw) for _ in range(3)]
 
 
 def test_interventions_are_true_divergences(model: tf.PreTrainedModel, batches: list) -> None:

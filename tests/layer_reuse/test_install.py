@@ -17,7 +17,7 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEncoder
 
-import families
+import tiny_families
 import hpr
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
@@ -45,7 +45,7 @@ STATES = [WEIGHTS, KEYS]
 def make(name: str, head: str | None = None) -> nn.Module:
     """A tiny model whose attention depends on what it reads."""
     torch.manual_seed(0)
-    family = families.FAMILIES[name]
+    family = tiny_families.FAMILIES[name]
     model = getattr(tf, head or family.model)(family.config()).eval()
     with torch.no_grad():
         for module in model.modules():
@@ -59,7 +59,7 @@ def make(name: str, head: str | None = None) -> nn.Module:
 
 
 def batch_of(name: str) -> dict[str, Tensor]:
-    return families.FAMILIES[name].batch(torch.Generator().manual_seed(1))
+    return tiny_families.FAMILIES[name].batch(torch.Generator().manual_seed(1))
 
 
 def every_second(model: nn.Module, state: str) -> dict[str, str]:
@@ -255,7 +255,7 @@ def test_gradients_reach_all_that_stays(name: str, state: str) -> None:
 
 def test_copies_and_threads_do_not_meet() -> None:
     _, student = made("Llama", WEIGHTS)
-    batch, other = batch_of("Llama"), families.text(torch.Generator().manual_seed(5))
+    batch, other = batch_of("Llama"), tiny_families.text(torch.Generator().manual_seed(5))
     expected, expected_other = out(student, batch), out(student, other)
     twin, results = copy.deepcopy(student), {}
     block = student.model.layers[0]
@@ -324,7 +324,7 @@ class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder = BertEncoder(tf.BertConfig(**families.PLAIN, attn_implementation="sdpa"))
+        self.encoder = BertEncoder(tf.BertConfig(**tiny_families.PLAIN, attn_implementation="sdpa"))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder(x).last_hidden_state

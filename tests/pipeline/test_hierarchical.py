@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-import families
+import tiny_families
 import hpr
 import hpr.nn.bank
 from hpr.anatomy.describe import describe
@@ -25,8 +25,8 @@ RULED = ["BERT", "GPT-2", "GPT-NeoX", "Llama", "T5", "BART", "Whisper", "ViT"]
 
 
 def case(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    family = families.FAMILIES[name]
-    return families.built(family), family.batch(torch.Generator().manual_seed(1))
+    family = tiny_families.FAMILIES[name]
+    return tiny_families.built(family), family.batch(torch.Generator().manual_seed(1))
 
 
 def rules(model: nn.Module, hidden: list, attention: list) -> dict[str, Any]:
@@ -49,27 +49,27 @@ def test_a_layer_computes_with_the_parameters_of_the_layer_below(name: str, tmp_
     model, batch = case(name)
     made = hpr.HierarchicalModel.from_pretrained(model, rules(model, [False, True], [False]))
     assert set(made.replication.computed_with) == {f"{stack.name}.1" for stack in describe(model).stacks}
-    found = families.answer(made, batch)
-    assert torch.allclose(found, families.answer(borrowed(model, made.replication.computed_with), batch), atol=1e-5)
+    found = tiny_families.answer(made, batch)
+    assert torch.allclose(found, tiny_families.answer(borrowed(model, made.replication.computed_with), batch), atol=1e-5)
     assert parameters(made.base_model) < parameters(model)
     made.save_pretrained(tmp_path / "out")
     again = type(model).from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(families.answer(again, batch), found)
+    assert torch.equal(tiny_families.answer(again, batch), found)
 
 
 @pytest.mark.parametrize("name", RULED)
 def test_parameters_and_attention_weights_together(name: str, tmp_path: Path) -> None:
     model, batch = case(name)
     made = hpr.HierarchicalModel(model, rules(model, [False, True], [False, True]))
-    found = families.answer(made, batch)
+    found = tiny_families.answer(made, batch)
     reused = with_states(
         borrowed(model, made.replication.computed_with), dict.fromkeys(made.replication.reused, "attention reused")
     )
-    assert torch.allclose(found, families.answer(reused, batch), atol=1e-5)
+    assert torch.allclose(found, tiny_families.answer(reused, batch), atol=1e-5)
     assert flops_per_token(made.base_model, describe(model)) < flops_per_token(model, describe(model))
     made.save_pretrained(tmp_path / "out")
-    assert torch.equal(families.answer(type(model).from_pretrained(tmp_path / "out").eval(), batch), found)
-    output = families.output_of(run(made.base_model, batch))
+    assert torch.equal(tiny_families.answer(type(model).from_pretrained(tmp_path / "out").eval(), batch), found)
+    output = tiny_families.output_of(run(made.base_model, batch))
     (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
     bank = hpr.nn.bank.bank_of(made.base_model)
     assert all(factor.weight.grad is not None and factor.weight.grad.abs().sum() > 0 for factor in bank.factors.values())
@@ -78,15 +78,15 @@ def test_parameters_and_attention_weights_together(name: str, tmp_path: Path) ->
 def test_copied_hidden_states_skip_the_layer() -> None:
     model, batch = case("BERT")
     made = hpr.HierarchicalModel(model, {"encoder": {"hidden_states": [False, False, "copy"]}})
-    expected = families.answer(with_states(model, {"encoder.2": "dropped"}), batch)
-    assert torch.equal(families.answer(made, batch), expected)
+    expected = tiny_families.answer(with_states(model, {"encoder.2": "dropped"}), batch)
+    assert torch.equal(tiny_families.answer(made, batch), expected)
     assert parameters(made.base_model) < parameters(model)
 
 
 def test_rules_that_change_nothing() -> None:
     model, batch = case("BERT")
     made = hpr.HierarchicalModel(model, {"encoder": {"hidden_states": [False], "attention_weights": [False]}})
-    assert torch.equal(families.answer(made, batch), families.answer(model, batch))
+    assert torch.equal(tiny_families.answer(made, batch), tiny_families.answer(model, batch))
     assert parameters(made.base_model) == parameters(model)
 
 
@@ -99,7 +99,7 @@ def test_the_example_of_the_source(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert set(made.replication.computed_with) == {"encoder.1", "encoder.2"}
     assert isinstance(made.base_model, tf.BertForMaskedLM)
     assert made.config.model_type == "bert"
-    assert families.output_of(made(batch["input_ids"], batch["attention_mask"])).shape == (8, 24, 96)
+    assert tiny_families.output_of(made(batch["input_ids"], batch["attention_mask"])).shape == (8, 24, 96)
 
 
 def test_its_default_is_not_at_hand_without_a_network() -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-import families
+import tiny_families
 import hpr
 from conftest import HEADS, inputs_of
 from hpr.evaluation.cost import disk_bytes
@@ -179,7 +179,7 @@ def test_a_changed_byte_is_an_error(bert: nn.Module, profile: hpr.Profile, tmp_p
 @pytest.mark.parametrize("name", ["BERT", "Qwen3"])
 def test_layers_that_are_dropped_or_reuse_attention_are_rounded_too(state: str, name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    family = families.FAMILIES[name]
+    family = tiny_families.FAMILIES[name]
     model = getattr(tf, family.model)(family.config()).eval()
     batch = family.batch(torch.Generator().manual_seed(1))
     anatomy, profile = hpr.describe(model), hpr.profile(model, [batch])

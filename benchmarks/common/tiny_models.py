@@ -1,0 +1,151 @@
+"""Tiny models of any architecture of Transformers: the defaults of its configuration, shrunk by the names of its numbers.
+
+No architecture has code here. A number is shrunk by what its name says it counts (layers, heads, widths, positions), in every
+sub-configuration alike, so that widths that must agree still do. ``EXCEPTIONS`` names the few numbers that this gets wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping, Set
+from dataclasses import fields
+from typing import Any
+
+import transformers as tf
+
+VOCABULARY = 96
+WIDTH = 32
+IMAGE = 32
+POSITIONS = 64
+
+# What a number counts, by its name; the first rule that matches counts, and no number grows. None: it stays.
+RULES: tuple[tuple[str, int | None], ...] = tuple(
+    (rf"(?:^|_)(?:{names})$", value)
+    for names, value in (
+        (r"kernel|kernel_size|kernel_dim|stride|padding|ratio|factor|rate|coefficient|cost|expand|num_channels|pretraining_tp", None),
+        (r"vocab_size|vocab|num_embeddings|num_buckets|hash_buckets|n_token|num_codevectors_per_group", VOCABULARY),
+        (r"codebook_size", 64),
+        (r"num_key_value_heads|num_kv_heads|kv_n_heads|num_key_heads|n_groups?|num_query_groups", 2),
+        (r"heads?|n_heads?|attn_heads|heads_ipa", 4),
+        (r"(?:num_)?(?:hidden_|add_)?layers?|n_layers?|depth|[lrx]_layers|num_blocks|num_hidden_groups|H_cycles|L_cycles", 2),
+        (r"num_nextn_predict_layers|num_mtp_layers", 1),
+        (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|expert_num", 4),
+        (r"experts_per_tok(?:en)?|topk|top_k|moe_k|num_experts_per_token", 2),
+        (r"topk_group|n_shared_experts|num_shared_experts|first_k_dense_replace|num_dense_layers", 1),
+        (r"period|interval|sparse_step|layer_step|every_n_layers|frequency|group_size", 2),
+        (r"offset", 1),
+        (r"head_dim|d_head|dim_head|d_kv|key_dim|kv_channels|head_size|rotary_dim|d_rel|head_hidden_dim", 8),
+        (r"lora_rank|rank|d_state|state_size", 8),
+        (r"moe_intermediate_size|expert_intermediate_size|expert_ffn_hidden_size|shared_intermediate_size|moe_hidden_size", WIDTH),
+        (r"intermediate_(?:size|dim)|\w*ffn_\w*(?:dim|size)|ffn_dim|feedforward_dim|mlp_dim|d_ff|dff|dim_ff|d_inner|mlp_hidden_size|dim_feedforward|linear_units", 2 * WIDTH),
+        (r"source_positions|target_positions|\w*position_embeddings|n_positions|max_\w*len(?:gth)?|n_ctx|context_length|seq_length|max_pos_emb", POSITIONS),
+        (r"image_size|resolution|spec_size|crop_size|max_img_size|input_size|max_image_size", IMAGE),
+        (r"patch_size", 8),
+        (r"sliding_window|window_size|attention_window|local_attention|chunk_size|block_size|window_len|local_radius|horizon_length", 16),
+        (r"mel_bins|num_filters|mel_dim|feature_size|input_dim", 16),
+        (r"num_queries|num_proposals|num_denoising|query_tokens|num_latents|n_latents|query_num|num_points|query_tokens", 8),
+        (r"conv_pos_embeddings|num_conv_pos_embedding_groups", 4),
+        (r"num_frames", 4),
+        (r"\w*(?:dim|dims|size|width|channels|units|d_model|n_embd|embd|channel_size|inplanes)", WIDTH),
+    )
+)  # fmt: skip
+TOKEN = re.compile(r"(?:_token_id|_token_index|_token|_id|_ids|_index)$")
+KEPT = {"id2label", "label2id", "architectures", "dtype", "transformers_version", "type_vocab_size", "type_vocab_sizes"}
+OPEN = {"head_dim": 8}  # fields that some configurations leave open though their models need them
+# Numbers that the rules get wrong, by the type of the configuration.
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "nemotron": {"num_key_value_heads": 2},
+    "esm": {"vocab_size": 96, "pad_token_id": 1, "mask_token_id": 3},
+    "gemma3n_text": {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "donut-swin": {"num_heads": [2, 2, 4, 4]},
+    "swinv2": {"num_heads": [2, 2, 4, 4]},
+    "reformer": {"is_decoder": True},
+}
+
+
+def tiny(kind: type, **given: Any) -> tf.PreTrainedConfig:
+    """A configuration of a class with small numbers, and sub-configurations alike; ``given`` are set as they are."""
+    config = _small(kind(), frozenset(), given)
+    if hasattr(config, "pad_token_id") and config.pad_token_id is None:
+        config.pad_token_id = 0
+    return config
+
+
+def _small(default: tf.PreTrainedConfig, spelled: Set[str], given: Mapping[str, Any]) -> tf.PreTrainedConfig:
+    """The configuration made small. Fields that the class leaves open (None) are open again, unless they are ``spelled``."""
+    kind = type(default)
+    changed: dict[str, Any] = _per_layer(default)
+    for field in fields(kind):
+        name, value = field.name, _value(default, field.name)
+        if isinstance(value, tf.PreTrainedConfig):
+            spec = kind.sub_configs_defaults.get(name)
+            changed[name] = _small(value, set(spec.init_kwargs) if spec else set(), {})
+        elif name in changed or name in KEPT:
+            continue
+        elif name in spelled or field.default is not None:
+            changed[name] = shrunk(name, value)
+        elif name in OPEN and "qk_rope_head_dim" not in kind.__dataclass_fields__:
+            changed[name] = OPEN[name]
+    return kind(**changed | EXCEPTIONS.get(kind.model_type, {}) | given)
+
+
+def _value(config: tf.PreTrainedConfig, name: str) -> Any:
+    """A field's value as the whole configuration has it: some hold one for each layer as well, and refuse to be asked."""
+    return config.__dict__.get(type(config).attribute_map.get(name, name))
+
+
+def _per_layer(config: tf.PreTrainedConfig) -> dict[str, Any]:
+    """Fields with an entry for each layer, cut to one layer of each kind, and to two at least."""
+    named = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    count = _value(config, named)
+    lists = {
+        field.name: value
+        for field in fields(config)
+        if isinstance(value := _value(config, field.name), list | tuple) and len(value) == count and field.name not in KEPT
+    }
+    if not lists or not isinstance(count, int) or count < 3:
+        return {}
+    kinds = [repr([value[layer] for value in lists.values()]) for layer in range(count)]
+    chosen = sorted({kinds.index(one) for one in kinds})[:4]
+    chosen = sorted({*chosen, chosen[-1] + 1 if chosen[-1] + 1 < count else chosen[-1] - 1}) if len(chosen) < 2 else chosen
+    return {named: len(chosen)} | {name: [value[layer] for layer in chosen] for name, value in lists.items()}
+
+
+def shrunk(name: str, value: Any) -> Any:
+    """A number, or a list of them, made small by its name. Never larger than it was."""
+    if isinstance(value, list | tuple):
+        return type(value)(shrunk_item(name, number, item) for number, item in enumerate(value))
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if TOKEN.search(name):
+        return value if value < VOCABULARY else token(name)
+    for pattern, limit in RULES:
+        if re.search(pattern, name):
+            return value if limit is None else min(value, limit)
+    return value
+
+
+def shrunk_item(name: str, number: int, item: Any) -> Any:
+    """One item of a list: stages keep their order of widths; indices of layers stay below the layers."""
+    if not isinstance(item, int) or isinstance(item, bool):
+        return item
+    if TOKEN.search(name):
+        return item if item < VOCABULARY else token(f"{name}{number}")
+    if re.search(r"ind(?:ex|exes|ices)$|hook_ids$", name):
+        return min(number, 1)
+    if re.search(r"depths?$|num_blocks|repeats|layers$|heads$|n_attn_blocks|block_sizes", name):
+        return min(item, 2)
+    if re.search(r"(?:sizes|dims?|channels|widths?)\w*$", name) and not re.search(r"kernel|patch_sizes|block", name):
+        return item if item <= 16 else max(16, -(-item // 128) * 8)
+    return shrunk(name, item) if re.search("image_size", name) else item
+
+
+def token(name: str) -> int:
+    """An id below the vocabulary for a special token, by its name: image tokens are one thing in every part of a model."""
+    return 70 + zlib.crc32(re.sub(r"_(?:token_)?(?:id|index)$", "", name).encode()) % (VOCABULARY - 70)
