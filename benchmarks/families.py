@@ -34,7 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import hpr
 from common.families_table import table
 from common.promises import Row, check
-from common.tiny_batches import NoBatch, batch_for
+from common.tiny_batches import NoBatch, batch_for, fitting
 from common.tiny_models import tiny
 
 SECONDS = 60  # a model that takes longer is recorded as such
@@ -94,9 +94,9 @@ def examine(architecture: Architecture) -> dict[str, Any]:
         if (size := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
             raise NoBatch(f"its defaults give {size:,} parameters even when they are shrunk by name")
         row.stage = "batch"
-        batch = batch_for(model, architecture.task, 1)
-        record["inputs"] = sorted(batch)
-        check(model, lambda seed: batch_for(model, architecture.task, seed), row)
+        number = fitting(model, architecture.task)
+        record["inputs"] = sorted(batch_for(model, architecture.task, number, 1))
+        check(model, lambda seed: batch_for(model, architecture.task, number, seed), row)
         outcome, reason = "passes" if all(kept is not False for kept in row.kept.values()) else "differs", ""
     except (Exception, SystemExit) as error:  # one model's failure is a row of the table
         told = row.stage in ("build", "batch", "stock")
@@ -173,7 +173,9 @@ def main() -> None:
             file.flush()
             print(f"{len(done)} {row['name']}: {row['outcome']} {row['reason'][:100]}", file=sys.stderr, flush=True)
     names = {one.name for one in chosen}
-    print(table([row for row in done if row["name"] in names]))
+    rows = [row for row in done if row["name"] in names]
+    minutes = sum(row["seconds"] for row in rows) / 60
+    print(table(rows, f"({minutes:.0f} minutes of one core with transformers {tf.__version__} and torch {torch.__version__})"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,20 +22,25 @@ class NoBatch(Exception):
     """No batch of the rules below passes through the model; the message says what the model says to the last."""
 
 
-def batch_for(model: nn.Module, task: str, seed: int) -> Batch:
-    """The first batch of ``candidates`` that passes through the model with finite outputs."""
-    said = "it takes no text, images or sound"
-    for number, batch in enumerate(candidates(model, task, seed)):
+def fitting(model: nn.Module, task: str) -> int:
+    """The number of the first of ``candidates`` that passes through the model with finite outputs."""
+    said = ""
+    for number, batch in enumerate(candidates(model, task, 1)):
         try:
             with torch.no_grad():
                 found = main_output(model(**batch))
             if torch.isfinite(found).all():
-                return batch
+                return number
             complaint = "its outputs are not finite"
         except Exception as error:  # each candidate is a guess: what a model says to the first, its best one, is the reason
             complaint = f"{type(error).__name__}: {error}"
-        said = complaint if number == 0 else said
-    raise NoBatch(said)
+        said = said or complaint
+    raise NoBatch(said or "it takes no text, images, sound or series")
+
+
+def batch_for(model: nn.Module, task: str, number: int, seed: int) -> Batch:
+    """The candidate of that number, with other random values for each seed."""
+    return next(islice(candidates(model, task, seed), number, None))
 
 
 def main_output(outputs: Any) -> Tensor:

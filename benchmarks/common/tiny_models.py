@@ -55,8 +55,8 @@ KEPT = {"id2label", "label2id", "architectures", "dtype", "transformers_version"
 OPEN = {"head_dim": 8}  # fields that some configurations leave open though their models need them
 # Numbers that the rules get wrong, by the type of the configuration.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -65,7 +65,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "donut-swin": {"num_heads": [2, 2, 4, 4]},
     "swinv2": {"num_heads": [2, 2, 4, 4]},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [16, 16], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_hidden_layers": 2, "attn_layers": ["local", "lsh"], "hidden_size": 32},
+    "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 16, "lru_width": 32},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "ngram_vocab_size_base": 96},
+    "xmod": {"default_language": "en_XX"},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "gemma4_text": {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8},
+    "neomme": {"head_dim": 16},
+    "perceiver": {"num_latents": 8, "d_latents": 32, "num_blocks": 1},
 }
 
 
@@ -89,7 +99,8 @@ def _small(default: tf.PreTrainedConfig, spelled: Set[str], given: Mapping[str, 
         elif name in changed or name in KEPT:
             continue
         elif name in spelled or field.default is not None:
-            changed[name] = shrunk(name, value)
+            latent = name == "num_key_value_heads" and "qk_rope_head_dim" in kind.__dataclass_fields__
+            changed[name] = shrunk("num_heads" if latent else name, value)
         elif name in OPEN and "qk_rope_head_dim" not in kind.__dataclass_fields__:
             changed[name] = OPEN[name]
     return kind(**changed | EXCEPTIONS.get(kind.model_type, {}) | given)
