@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -32,14 +33,17 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hpr
+import hpr.pipeline.steps  # what is imported here need not be imported by every process
+import hpr.rounding.choice  # noqa: F401
+import transformers.generation.utils  # noqa: F401
 from common.families_table import table
 from common.promises import Row, check
 from common.tiny_batches import NoBatch, batch_for, fitting
 from common.tiny_models import tiny
 
-SECONDS = 60  # a model that takes longer is recorded as such
+SECONDS = 60  # of a processor: a model that takes longer is recorded as such
 MEMORY = 6 * 2**30
-LARGEST = 4_000_000  # parameters of a tiny model: what is larger was not made small
+LARGEST = 6_000_000  # parameters of a tiny model: what is larger was not made small
 FIRST = ("causal_lm", "masked_lm", "seq_to_seq_causal_lm", "speech_seq_2_seq", "image_text_to_text")
 
 
@@ -88,7 +92,7 @@ def built(architecture: Architecture) -> nn.Module:
 def examine(architecture: Architecture) -> dict[str, Any]:
     """One row: what came of the model, as JSON values. ``outcome`` is passes, differs, refused, crashes or not built."""
     row, record = Row(stage="build"), asdict(architecture)
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         model = built(architecture)
         if (size := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
@@ -103,7 +107,7 @@ def examine(architecture: Architecture) -> dict[str, Any]:
         outcome = "not built" if told else "refused" if isinstance(error, hpr.HprError) else "crashes"
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, NoBatch) else str(error)
         record["where"] = _where(error)
-    return record | asdict(row) | {"outcome": outcome, "reason": reason[:600], "seconds": time.perf_counter() - started}
+    return record | asdict(row) | {"outcome": outcome, "reason": reason[:600], "seconds": time.process_time() - started}
 
 
 def _where(error: BaseException) -> list[str]:
@@ -114,6 +118,7 @@ def _where(error: BaseException) -> list[str]:
 
 def _child(architecture: Architecture, pipe: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -122,7 +127,7 @@ def _child(architecture: Architecture, pipe: Connection) -> None:
 
 def rows_of(chosen: list[Architecture], jobs: int) -> Iterator[dict[str, Any]]:
     """A row for each, as they come; each in a process that is ended when it takes too long."""
-    context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
+    context = multiprocessing.get_context("fork")
     waiting, running = list(reversed(chosen)), {}
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -131,7 +136,7 @@ def rows_of(chosen: list[Architecture], jobs: int) -> Iterator[dict[str, Any]]:
             process = context.Process(target=_child, args=(architecture, end))
             process.start()
             end.close()
-            running[pipe] = (architecture, process, time.monotonic() + SECONDS)
+            running[pipe] = (architecture, process, time.monotonic() + 5 * SECONDS)
         ready = wait(list(running), timeout=1)
         for pipe in list(running):
             architecture, process, limit = running[pipe]
@@ -141,10 +146,15 @@ def rows_of(chosen: list[Architecture], jobs: int) -> Iterator[dict[str, Any]]:
             if pipe in ready:
                 try:
                     record = pipe.recv()
-                except EOFError:
-                    record |= {"outcome": "crashes", "reason": "its process died, perhaps of the limit on its memory"}
+                except EOFError:  # the process died
+                    process.join()
+                    slow = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+                    record |= {
+                        "outcome": "too slow" if slow else "crashes",
+                        "reason": f"its process ended with code {process.exitcode}",
+                    }
             else:
-                record |= {"outcome": "too slow", "reason": f"not done in {SECONDS} seconds"}
+                record |= {"outcome": "too slow", "reason": f"not done in {5 * SECONDS} seconds on a busy machine"}
             process.kill()
             process.join()
             pipe.close()

@@ -24,8 +24,11 @@ RULES: tuple[tuple[str, int | None], ...] = tuple(
     (rf"(?:^|_)(?:{names})$", value)
     for names, value in (
         (r"kernel|kernel_size|kernel_dim|stride|padding|ratio|factor|rate|coefficient|cost|expand|num_channels|pretraining_tp", None),
-        (r"vocab_size|vocab|num_embeddings|num_buckets|hash_buckets|n_token|num_codevectors_per_group", VOCABULARY),
+        (r"vocab_size|vocab|vocab_size_per_layer_input|num_embeddings|num_buckets|hash_buckets|n_token|num_codevectors_per_group", VOCABULARY),
         (r"codebook_size", 64),
+        (r"kv_shared_layers", 0),
+        (r"upsample_groups", WIDTH),
+        (r"hidden_size_per_layer_input", 8),
         (r"num_key_value_heads|num_kv_heads|kv_n_heads|num_key_heads|n_groups?|num_query_groups", 2),
         (r"heads?|n_heads?|attn_heads|heads_ipa", 4),
         (r"(?:num_)?(?:hidden_|add_)?layers?|n_layers?|depth|[lrx]_layers|num_blocks|num_hidden_groups|H_cycles|L_cycles", 2),
@@ -52,7 +55,8 @@ RULES: tuple[tuple[str, int | None], ...] = tuple(
 )  # fmt: skip
 TOKEN = re.compile(r"(?:_token_id|_token_index|_token|_id|_ids|_index)$")
 KEPT = {"id2label", "label2id", "architectures", "dtype", "transformers_version", "type_vocab_size", "type_vocab_sizes"}
-OPEN = {"head_dim": 8}  # fields that some configurations leave open though their models need them
+OPEN = {"head_dim": 8, "vocab_size": VOCABULARY}  # fields that some configurations leave open though their models need them
+STAGES = {"hidden_sizes", "depths", "num_heads", "decoder_hidden_size"}  # lists that are derived where they are left open
 # Numbers that the rules get wrong, by the type of the configuration.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
@@ -62,18 +66,72 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "nemotron": {"num_key_value_heads": 2},
     "esm": {"vocab_size": 96, "pad_token_id": 1, "mask_token_id": 3},
-    "gemma3n_text": {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3n_text": {"laurel_rank": 8, "num_kv_shared_layers": 0, "intermediate_size": 64},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "cosmos3_edge_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        }
+    },
+    "glm5_next_text": {"index_kpool": 2, "index_topk": 8},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
+    "fun_asr_nano_adapter": {"intermediate_size": 8},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "step3p7_text": {"sliding_window": 16},
+    "hunyuan_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "xdrope_section": [1, 1, 1, 1], "alpha": 1.0}
+    },
+    "mobilenet_v1": {"depth_multiplier": 0.25},
+    "mobilenet_v2": {"depth_multiplier": 0.35},
+    "focalnet": {"embed_dim": 16, "hidden_sizes": [16, 16, 32, 32]},
+    "hiera": {"embed_dim": 16},
+    "segformer": {"decoder_hidden_size": 32, "num_attention_heads": [1, 2, 2, 2]},
+    "swin2sr": {"num_heads": [2, 2]},
+    "seggpt": {"num_hidden_layers": 4, "merge_index": 0, "intermediate_hidden_state_indices": [1, 2, 3]},
+    "maskformer": {"fpn_feature_size": 32, "mask_feature_size": 32},
+    "lw_detr_vit": {"num_windows": 4, "window_block_indices": [0]},
     "donut-swin": {"num_heads": [2, 2, 4, 4]},
     "swinv2": {"num_heads": [2, 2, 4, 4]},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [16, 16], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_hidden_layers": 2, "attn_layers": ["local", "lsh"], "hidden_size": 32},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [4, 4],
+        "axial_pos_embds_dim": [16, 16],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "num_hidden_layers": 2,
+        "attn_layers": ["local", "lsh"],
+        "hidden_size": 32,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 16, "lru_width": 32},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "ngram_vocab_size_base": 96},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ngram_vocab_size_base": 96,
+    },
     "xmod": {"default_language": "en_XX"},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-    "gemma4_text": {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        }
+    },
+    "chameleon": {"vocabulary_map": {"<image>": 70, **{f"IMGIMG{chr(65 + number)}Z": 71 + number for number in range(8)}}},
+    "bit": {"hidden_sizes": [32, 32, 64, 64], "embedding_size": 32},
+    "cvt": {"num_heads": [1, 2, 2], "embed_dim": [16, 32, 32], "depth": [1, 1, 2], "num_hidden_layers": 4},
+    "ernie4_5_vl_moe_text": {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "autoformer": {"prediction_length": 8, "context_length": 16},
+    "informer": {"prediction_length": 8, "context_length": 16},
+    "time_series_transformer": {"prediction_length": 8, "context_length": 16},
+    "bridgetower_text_model": {"num_attention_heads": 4},
     "neomme": {"head_dim": 16},
     "perceiver": {"num_latents": 8, "d_latents": 32, "num_blocks": 1},
 }
@@ -101,6 +159,8 @@ def _small(default: tf.PreTrainedConfig, spelled: Set[str], given: Mapping[str, 
         elif name in spelled or field.default is not None:
             latent = name == "num_key_value_heads" and "qk_rope_head_dim" in kind.__dataclass_fields__
             changed[name] = shrunk("num_heads" if latent else name, value)
+        elif name in STAGES and isinstance(value, list):
+            changed[name] = shrunk(name, value)
         elif name in OPEN and "qk_rope_head_dim" not in kind.__dataclass_fields__:
             changed[name] = OPEN[name]
     return kind(**changed | EXCEPTIONS.get(kind.model_type, {}) | given)
