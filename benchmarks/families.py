@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -57,7 +58,7 @@ class Architecture:
 
 
 def architectures() -> list[Architecture]:
-    """Every model class that an auto class lists, once."""
+    """Every model class that an auto class lists, once; first one of each type of configuration, then the second of each."""
     mappings = {
         name.removeprefix("MODEL_").removeprefix("FOR_").removesuffix("_NAMES").removesuffix("MAPPING").strip("_").lower() or "base": value
         for name, value in vars(modeling_auto).items()
@@ -68,7 +69,12 @@ def architectures() -> list[Architecture]:
         for kind, names in mappings[task].items():
             for name in [names] if isinstance(names, str) else names:
                 found.setdefault(name, Architecture(name, kind, task))
-    return list(found.values())
+    before: Counter[str] = Counter()
+    order = {}
+    for one in found.values():
+        order[one.name] = before[one.kind]
+        before[one.kind] += 1
+    return sorted(found.values(), key=lambda one: order[one.name])
 
 
 def built(architecture: Architecture) -> nn.Module:
