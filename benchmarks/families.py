@@ -29,14 +29,14 @@ from typing import Any
 
 import torch
 import transformers as tf
+import transformers.generation.utils
 from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hpr
 import hpr.pipeline.steps  # what is imported here need not be imported by every process
-import hpr.rounding.choice  # noqa: F401
-import transformers.generation.utils  # noqa: F401
+import hpr.rounding.choice
 from common.families_table import table
 from common.promises import Row, check
 from common.tiny_batches import NoBatch, batch_for, fitting
@@ -59,11 +59,12 @@ class Architecture:
 
 def architectures() -> list[Architecture]:
     """Every model class that an auto class lists, once; first one of each type of configuration, then the second of each."""
-    mappings = {
-        name.removeprefix("MODEL_").removeprefix("FOR_").removesuffix("_NAMES").removesuffix("MAPPING").strip("_").lower() or "base": value
+    listed = {
+        name.removesuffix("_MAPPING_NAMES").removeprefix("MODEL").removeprefix("_FOR_").lower(): value
         for name, value in vars(modeling_auto).items()
-        if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
-    }  # fmt: skip
+        if name.startswith("MODEL") and name.endswith("_MAPPING_NAMES")
+    }
+    mappings = {task or "base": value for task, value in listed.items()}
     found: dict[str, Architecture] = {}
     for task in (*FIRST, *sorted(mappings.keys() - {*FIRST, "base"}), "base"):
         for kind, names in mappings[task].items():
@@ -88,6 +89,8 @@ def built(architecture: Architecture) -> nn.Module:
     if architecture.task == "causal_lm" and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
     model = kind(config).eval()
+    if config.is_encoder_decoder and model.generation_config and model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = 0
     with torch.no_grad():  # fresh biases are zero and fresh norms are one: that would hide what is mixed up
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():

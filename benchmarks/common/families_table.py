@@ -35,12 +35,13 @@ def _lines(rows: Rows, took: str) -> Iterator[str]:
     )
     yield "| outcome | classes | types |\n|---|---|---|"
     yield f"| exist | {len(rows)} | {len(kinds)} |"
-    yield f"| are built | {len(rows) - counts['not built']} | {len({row['kind'] for row in rows if row['outcome'] != 'not built'})} |"
+    built = [row for row in rows if row["outcome"] != "not built"]
+    yield f"| are built | {len(built)} | {len({row['kind'] for row in built})} |"
     for outcome, words in OUTCOMES.items():
         types = {row["kind"] for row in rows if row["outcome"] == outcome}
         yield f"| {words} | {counts[outcome]} | {len(types)} |"
-    yield "\nWhat is promised, and of how many classes it was checked (a promise does not apply where the original does not generate,"
-    yield "draws its outputs at random, or is itself changed when Transformers saves and loads it):\n"
+    yield "\nWhat is promised, and of how many classes it was checked. A promise does not apply where the original does not"
+    yield "generate, draws its outputs at random, or is itself changed when Transformers saves and loads it.\n"
     yield "| promise | kept | broken | does not apply |\n|---|---|---|---|"
     for key, words in PROMISES.items():
         marks = Counter(row["kept"].get(key, "") for row in rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -126,9 +126,10 @@ def text(model: Any, takes: Any, task: str, seed: int) -> Iterator[Batch]:
 
 
 def with_tokens(model: Any, words: Batch, extra: Batch, kind: str) -> Iterator[Batch]:
-    """Texts together with images or sounds: as two inputs, or with as many image tokens in the text as the image has vectors."""
+    """Texts with images or sounds: as two inputs, or with as many image tokens in the text as the image has vectors."""
     owner = next((one for one in (model, getattr(model, "model", None)) if hasattr(one, f"get_{kind}_features")), None)
-    token = next((found for name in (f"{kind}_token_id", f"{kind}_token_index", f"{kind}_token", f"{kind}_patch_id") if isinstance(found := getattr(model.config, name, None), int)), None)  # fmt: skip
+    names = (f"{kind}_token_id", f"{kind}_token_index", f"{kind}_token", f"{kind}_patch_id")
+    token = _number([model.config], *names)
     if owner is not None and token is not None and words["input_ids"].dim() == 2:
         try:
             takes = inspect.signature(getattr(owner, f"get_{kind}_features")).parameters
@@ -146,7 +147,14 @@ def with_tokens(model: Any, words: Batch, extra: Batch, kind: str) -> Iterator[B
         if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
             placed["mm_token_type_ids"] = (placed["input_ids"] == token).long()
         yield words | placed | extra
-    yield words | extra
+    else:
+        yield words | extra
+
+
+def _number(parts: Sequence[Any], *names: str) -> int | None:
+    """The first whole number that one of the configurations has under one of the names."""
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
 
 
 def vectors(found: Any) -> int:
@@ -165,7 +173,7 @@ def images(model: Any, takes: Any, seed: int) -> Iterator[Batch]:
     part = next((one for one in parts if hasattr(one, "patch_size") or hasattr(one, "image_size")), config)
     size = getattr(part, "image_size", None) or IMAGE
     height, width = (size, size) if isinstance(size, int) else size[:2]
-    channels = next((value for one in parts for name in ("num_channels", "in_channels", "in_chans") if isinstance(value := getattr(one, name, None), int)), 3)  # fmt: skip
+    channels = _number(parts, "num_channels", "in_channels", "in_chans") or 3
     patch = getattr(part, "patch_size", None) or getattr(part, "spatial_patch_size", None) or 8
     patch = patch if isinstance(patch, int) else patch[0]
     if grid := next((name for name in ("image_grid_thw", "grid_thw", "image_grid_hws") if name in takes), None):
@@ -196,18 +204,15 @@ def waves(model: Any, takes: Any, seed: int) -> Iterator[Batch]:
     config = model.config
     parts = [config] + [part for part in vars(config).values() if isinstance(part, tf.PreTrainedConfig)]
 
-    def number(*names: str, default: int) -> int:
-        return next((value for one in parts for name in names if isinstance(value := getattr(one, name, None), int)), default)
-
-    bins = number("num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "feature_projection_input_dim", "input_dim", default=16)  # fmt: skip
-    time = 2 * number("max_source_positions", default=32)
+    bins = _number(parts, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "input_dim") or 16
+    time = 2 * (_number(parts, "max_source_positions") or 32)
     for name in ("input_features", "input_values", "audio_values"):
         if name not in takes:
             continue
         mask = next((one for one in ("input_features_mask", "feature_attention_mask", "attention_mask") if one in takes), None)
         shapes = [(bins, time), (time, bins), (1, time, bins), (bins, 64), (64, bins)]
         if name != "input_features":
-            shapes = [(1200,), (1, 1200), (number("max_length", default=64), bins), *shapes]
+            shapes = [(1200,), (1, 1200), (_number(parts, "max_length") or 64, bins), *shapes]
         for shape in shapes:
             one = {name: torch.randn(EXAMPLES, *shape, generator=draw)}
             if mask is not None and "input_ids" in takes and mask != "attention_mask":

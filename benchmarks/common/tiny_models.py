@@ -23,15 +23,27 @@ POSITIONS = 64
 RULES: tuple[tuple[str, int | None], ...] = tuple(
     (rf"(?:^|_)(?:{names})$", value)
     for names, value in (
-        (r"kernel|kernel_size|kernel_dim|stride|padding|ratio|factor|rate|coefficient|cost|expand|num_channels|pretraining_tp", None),
-        (r"vocab_size|vocab|vocab_size_per_layer_input|num_embeddings|num_buckets|hash_buckets|n_token|num_codevectors_per_group", VOCABULARY),
+        (
+            r"kernel|kernel_size|kernel_dim|stride|padding|ratio|factor|rate|coefficient|cost|expand|num_channels|"
+            r"pretraining_tp",
+            None,
+        ),
+        (
+            r"vocab_size|vocab|vocab_size_per_layer_input|num_embeddings|num_buckets|hash_buckets|n_token|"
+            r"num_codevectors_per_group",
+            VOCABULARY,
+        ),
         (r"codebook_size", 64),
         (r"kv_shared_layers", 0),
         (r"upsample_groups", WIDTH),
         (r"hidden_size_per_layer_input", 8),
         (r"num_key_value_heads|num_kv_heads|kv_n_heads|num_key_heads|n_groups?|num_query_groups", 2),
         (r"heads?|n_heads?|attn_heads|heads_ipa", 4),
-        (r"(?:num_)?(?:hidden_|add_)?layers?|n_layers?|depth|[lrx]_layers|num_blocks|num_hidden_groups|H_cycles|L_cycles", 2),
+        (
+            r"(?:num_)?(?:hidden_|add_)?layers?|n_layers?|depth|[lrx]_layers|num_blocks|num_hidden_groups|"
+            r"H_cycles|L_cycles",
+            2,
+        ),
         (r"num_nextn_predict_layers|num_mtp_layers", 1),
         (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|expert_num", 4),
         (r"experts_per_tok(?:en)?|topk|top_k|moe_k|num_experts_per_token", 2),
@@ -40,14 +52,34 @@ RULES: tuple[tuple[str, int | None], ...] = tuple(
         (r"offset", 1),
         (r"head_dim|d_head|dim_head|d_kv|key_dim|kv_channels|head_size|rotary_dim|d_rel|head_hidden_dim", 8),
         (r"lora_rank|rank|d_state|state_size", 8),
-        (r"moe_intermediate_size|expert_intermediate_size|expert_ffn_hidden_size|shared_intermediate_size|moe_hidden_size", WIDTH),
-        (r"intermediate_(?:size|dim)|\w*ffn_\w*(?:dim|size)|ffn_dim|feedforward_dim|mlp_dim|d_ff|dff|dim_ff|d_inner|mlp_hidden_size|dim_feedforward|linear_units", 2 * WIDTH),
-        (r"source_positions|target_positions|\w*position_embeddings|n_positions|max_\w*len(?:gth)?|n_ctx|context_length|seq_length|max_pos_emb", POSITIONS),
+        (
+            r"moe_intermediate_size|expert_intermediate_size|expert_ffn_hidden_size|shared_intermediate_size|"
+            r"moe_hidden_size",
+            WIDTH,
+        ),
+        (
+            r"intermediate_(?:size|dim)|\w*ffn_\w*(?:dim|size)|ffn_dim|feedforward_dim|mlp_dim|d_ff|dff|dim_ff|"
+            r"d_inner|mlp_hidden_size|dim_feedforward|linear_units",
+            2 * WIDTH,
+        ),
+        (
+            r"source_positions|target_positions|\w*position_embeddings|n_positions|max_\w*len(?:gth)?|n_ctx|"
+            r"context_length|seq_length|max_pos_emb",
+            POSITIONS,
+        ),
         (r"image_size|resolution|spec_size|crop_size|max_img_size|input_size|max_image_size", IMAGE),
         (r"patch_size", 8),
-        (r"sliding_window|window_size|attention_window|local_attention|chunk_size|block_size|window_len|local_radius|horizon_length", 16),
+        (
+            r"sliding_window|window_size|attention_window|local_attention|chunk_size|block_size|window_len|"
+            r"local_radius|horizon_length",
+            16,
+        ),
         (r"mel_bins|num_filters|mel_dim|feature_size|input_dim", 16),
-        (r"num_queries|num_proposals|num_denoising|query_tokens|num_latents|n_latents|query_num|num_points|query_tokens", 8),
+        (
+            r"num_queries|num_proposals|num_denoising|query_tokens|num_latents|n_latents|query_num|num_points|"
+            r"query_tokens",
+            8,
+        ),
         (r"conv_pos_embeddings|num_conv_pos_embedding_groups", 4),
         (r"num_frames", 4),
         (r"\w*(?:dim|dims|size|width|channels|units|d_model|n_embd|embd|channel_size|inplanes)", WIDTH),
@@ -163,7 +195,17 @@ def _small(default: tf.PreTrainedConfig, spelled: Set[str], given: Mapping[str, 
             changed[name] = shrunk(name, value)
         elif name in OPEN and "qk_rope_head_dim" not in kind.__dataclass_fields__:
             changed[name] = OPEN[name]
+    if "mrope_section" in (getattr(kind, "ignore_keys_at_rope_validation", None) or ()):
+        changed["rope_parameters"] = _axes(default)
     return kind(**changed | EXCEPTIONS.get(kind.model_type, {}) | given)
+
+
+def _axes(config: Any) -> dict[str, Any]:
+    """Rotary positions of several axes, which share the half of a head that is turned."""
+    known = {key: value for key, value in (config.rope_parameters or {}).items() if not isinstance(value, dict)}
+    half = int(OPEN["head_dim"] * known.get("partial_rotary_factor", 1.0)) // 2
+    section = [half - 2 * (half // 3), half // 3, half // 3]
+    return {"rope_type": "default", "rope_theta": 10000.0} | known | {"mrope_section": section}
 
 
 def _value(config: tf.PreTrainedConfig, name: str) -> Any:

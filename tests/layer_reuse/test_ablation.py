@@ -9,8 +9,8 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-import tiny_families
 import hpr
+import tiny_families
 from hpr.anatomy.describe import describe
 from hpr.evaluation.divergence import divergence
 from hpr.layer_reuse.ablation import intervene, reuses

@@ -17,8 +17,8 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEncoder
 
-import tiny_families
 import hpr
+import tiny_families
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
 from hpr.checkpoints import load, save

@@ -9,9 +9,9 @@ import torch
 import transformers as tf
 from torch import nn
 
-import tiny_families
 import hpr
 import hpr.nn.bank
+import tiny_families
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
 from hpr.errors import HprError

@@ -10,8 +10,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-import tiny_families
 import hpr
+import tiny_families
 from conftest import HEADS, inputs_of
 from hpr.evaluation.cost import disk_bytes
 from hpr.layer_reuse.dead_weights import dead_weights
