@@ -184,3 +184,8 @@ def test_errors_name_what_is_missing() -> None:
         describe(Toy())["nowhere"]
     with pytest.raises(HprError, match="Toy has no module 'nowhere'"):
         module_at(Toy(), "nowhere")
+
+
+def test_a_matrix_without_numbers_is_no_site() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 0), nn.Linear(0, 2))
+    assert [site.name for site in describe(model).sites] == ["0"]

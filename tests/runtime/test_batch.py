@@ -54,3 +54,17 @@ def test_lists_keep_their_class_and_order() -> None:
 def test_first_examples_cuts_tensors_alone() -> None:
     cut = first_examples({"input_ids": torch.zeros(5, 2), "flag": True, "shared": torch.zeros(3)}, 2)
     assert (examples_in(cut), cut["flag"], len(cut["shared"])) == (2, True, 3)
+
+
+@pytest.mark.parametrize(("values", "grid"), [("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")])
+def test_first_examples_cuts_packed_patches_with_their_grid(values: str, grid: str) -> None:
+    sizes = torch.tensor([[1, 2, 2], [1, 2, 4], [2, 2, 2]])
+    batch = {"input_ids": torch.zeros(3, 5), values: torch.arange(20.0)[:, None], grid: sizes}
+    cut = first_examples(batch, 2)
+    assert torch.equal(cut[values], torch.arange(12.0)[:, None])
+    assert torch.equal(cut[grid], sizes[:2])
+
+
+def test_first_examples_leaves_patches_whole_that_the_grid_does_not_count() -> None:
+    batch = {"input_ids": torch.zeros(2, 5), "pixel_values": torch.zeros(9, 1), "image_grid_thw": torch.ones(2, 3).long()}
+    assert len(first_examples(batch, 1)["pixel_values"]) == 9

@@ -104,7 +104,7 @@ def _has_weight(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
         return False
     weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() == 2
+    return weight is not None and weight.dim() == 2 and weight.numel() > 0  # MobileBERT's head may have no column
 
 
 def _is_product(module: nn.Module) -> bool:

@@ -99,10 +99,30 @@ def mask_of(batch: Batch, positions: Shaped[Tensor, "*batch d"]) -> Float[Tensor
 
 
 def first_examples(batch: Batch, count: int) -> Batch:
-    """The first examples of a batch, at most ``count``. Values without an example axis stay as they are."""
+    """The first examples of a batch, at most ``count``. Values without an example axis stay as they are.
 
-    def cut(value: Any) -> Any:
-        return value[:count] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+    Some processors pack the patches of all images along one axis, and give each image's number of patches as a grid
+    (``pixel_values`` with ``image_grid_thw``). Such patches are cut with their grid.
+    """
+
+    def cut(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        if len(value) == size:
+            return value[:count]
+        grid = _grid_of(batch, name)
+        if grid is not None and len(grid) == size and len(value) == int(grid.prod(-1).sum()):
+            return value[: int(grid[:count].prod(-1).sum())]
+        return value
 
     size = examples_in(batch)
-    return {key: cut(value) for key, value in batch.items()}
+    return {key: cut(key, value) for key, value in batch.items()}
+
+
+def _grid_of(batch: Batch, name: str) -> Tensor | None:
+    """The grid (images, axes) that says how many of the packed patches of an input each image has."""
+    if not name.startswith("pixel_values"):
+        return None
+    kinds = ("video_",) if name.endswith("_videos") else ("image_", "")
+    names = [f"{kind}grid_{axes}" for kind in kinds for axes in ("thw", "hws")]
+    return next((batch[one] for one in names if one in batch), None)
