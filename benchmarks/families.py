@@ -194,7 +194,13 @@ def main() -> None:
     names = {one.name for one in chosen}
     rows = [row for row in done if row["name"] in names]
     minutes = sum(row["seconds"] for row in rows) / 60
-    print(table(rows, f"({minutes:.0f} minutes of one core with transformers {tf.__version__} and torch {torch.__version__})"))
+    print(
+        table(
+            rows,
+            f"({minutes:.0f} minutes of one core with transformers {tf.__version__} and torch {torch.__version__})",
+            len(chosen),
+        )
+    )
 
 
 if __name__ == "__main__":

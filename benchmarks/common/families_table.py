@@ -19,22 +19,22 @@ OUTCOMES = {
 Rows = list[dict[str, Any]]
 
 
-def table(rows: Rows, took: str) -> str:
-    """The whole page; ``took`` says how long the sweep ran."""
-    return "\n".join(_lines(rows, took))
+def table(rows: Rows, took: str, exist: int) -> str:
+    """The whole page; ``took`` says how long the sweep ran, ``exist`` how many classes there are, with or without a row."""
+    return "\n".join(_lines(rows, took, exist))
 
 
-def _lines(rows: Rows, took: str) -> Iterator[str]:
+def _lines(rows: Rows, took: str, exist: int) -> Iterator[str]:
     counts = Counter(row["outcome"] for row in rows)
     kinds = {row["kind"] for row in rows}
     yield "# Families\n"
     yield (
         f"Every model class that the auto classes of Transformers list, as a tiny random model built from its configuration's "
-        f"defaults: {len(rows)} classes of {len(kinds)} types of configuration. Made by "
+        f"defaults. {len(rows)} of the {exist} classes were run, of {len(kinds)} types of configuration. Made by "
         f"`python benchmarks/families.py --jobs 2 > docs/families.md` {took}.\n"
     )
     yield "| outcome | classes | types |\n|---|---|---|"
-    yield f"| exist | {len(rows)} | {len(kinds)} |"
+    yield f"| were run | {len(rows)} | {len(kinds)} |"
     built = [row for row in rows if row["outcome"] != "not built"]
     yield f"| are built | {len(built)} | {len({row['kind'] for row in built})} |"
     for outcome, words in OUTCOMES.items():

@@ -105,13 +105,14 @@ def _planned(model: Any, profile: hpr.Profile, row: Row) -> Plan:
 def code(model: Any, profile: hpr.Profile, batch: Batch, row: Row, compare: bool) -> None:
     """A coded plan of a sixth of the bytes, or of the least possible bytes: made, saved and loaded."""
     limit = disk_bytes(model) // 6
-    try:
-        plan = hpr.plan(model, profile, f"{limit / 1000}KB")
-    except BudgetError as refusal:
-        if not (least := re.search(r"([\d.]+) MB: ", str(refusal))):
-            raise
-        limit = round(float(least[1]) * 1.1e6)
-        plan = hpr.plan(model, profile, f"{limit / 1000}KB")
+    plan = None
+    while plan is None:
+        try:
+            plan = hpr.plan(model, profile, f"{limit / 1000}KB")
+        except BudgetError as refusal:  # it names the fewest bytes that were tried, in thousands
+            if not (least := re.search(r"([\d.]+) MB: ", str(refusal))):
+                raise
+            limit = round(max(float(least[1]) * 1e6, limit) * 1.1)
     student = hpr.share(model, plan, profile)
     found = answer(student, batch)
     with tempfile.TemporaryDirectory() as folder:

@@ -90,8 +90,9 @@ def test_the_page_counts_outcomes_and_groups_reasons() -> None:
         row("C", outcome="not built", reason="ImportError: \nC requires the timm library but it was not found"),
         row("D", outcome="differs", kept={"plan": True, "cache": False}),
     ]
-    page = table(rows, "in a minute")
-    assert "| exist | 4 | 4 |" in page
+    page = table(rows, "in a minute", 5)
+    assert "4 of the 5 classes were run" in page
+    assert "| were run | 4 | 4 |" in page
     assert "| are built | 2 | 2 |" in page
     assert "- needs the package timm: `B`, `C`" in page
     assert "- base: `A`" in page
