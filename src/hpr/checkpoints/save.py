@@ -132,8 +132,8 @@ def _check_ties(model: PreTrainedModel) -> None:
         remove_tied_weights_from_state_dict(model.state_dict(), model)
     except RuntimeError as error:
         raise CheckpointError(
-            f"this {type(model).__name__} has tied weights that its class does not declare, so it cannot be saved ({error}): "
-            f"name them in _tied_weights_keys, or give each module a copy of its own"
+            f"this {type(model).__name__} has tied weights that its class does not declare, so it cannot be saved "
+            f"({brief(error)}): name them in _tied_weights_keys, or give each module a copy of its own"
         ) from error
 
 

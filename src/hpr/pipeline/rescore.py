@@ -13,6 +13,7 @@ from hpr.profiling.objectives import Objective
 from hpr.profiling.profile import Profile
 from hpr.runtime.batch import Batch
 from hpr.runtime.progress import progress
+from hpr.sharing.check_reads import check_reads
 from hpr.sharing.share import share
 
 
@@ -29,5 +30,6 @@ def students(
     """Yield, for each plan in turn, the student that it gives and how it compares with the model."""
     for index, plan in enumerate(plans):
         student = share(fits.model, plan, fits.profile, fits=fits)
+        check_reads(student, batches[0])
         yield student, compare(student, fits.model, batches, objective)
         progress("re-score", index + 1, len(plans))
