@@ -192,7 +192,6 @@ def test_the_loss_is_a_sum_over_examples_and_reproducible() -> None:
         (tf.BertForMultipleChoice, "classification"),
         (tf.BertForNextSentencePrediction, "classification"),
         (tf.VideoMAEForVideoClassification, "classification"),
-        (tf.ViltForQuestionAnswering, "multi-label"),
         (tf.Wav2Vec2ForCTC, "ctc"),
         (tf.Wav2Vec2ForAudioFrameClassification, "frames"),
         (tf.CLIPModel, "contrastive"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hpr.anatomy.fused_experts import Slice
 from hpr.anatomy.lookup import module_at, slice_at
-from hpr.anatomy.model import Anatomy
+from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.multiplies import multiplies
 from hpr.anatomy.source_code import attribute_of_self, functions_of, names_in, tree_of
 from hpr.errors import HprError
@@ -47,6 +49,10 @@ def not_swappable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     """
     reasons: dict[str, str] = {}
     read_by_linears = {site.in_features for site in anatomy.sites if site.kind == "linear"}
+    holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for own in module._parameters.values():
+            holders[id(own)].append((path, module))
     all_frozen = not any(parameter.requires_grad for parameter in model.parameters())
     for site in anatomy.sites:
         if site.kind == "embedding":
@@ -57,9 +63,17 @@ def not_swappable(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
         try:
             for path in (site.name, *site.aliases):
                 check_site(model, path)
+            if site.expert is None:
+                _check_holders(model, site, holders)
         except HprError as error:
             reasons[site.name] = str(error)
     return reasons
+
+
+def _check_holders(model: nn.Module, site: Site, holders: Mapping[int, Sequence[tuple[str, nn.Module]]]) -> None:
+    """Raise ``HprError`` if a module of another kind holds the weight of a site as well, such as a table that is quantised."""
+    for path, module in holders[id(module_at(model, site.name).weight)]:
+        check_replaceable(model, path, module)
 
 
 def check_site(model: nn.Module, path: str) -> None:

@@ -18,9 +18,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from hpr.anatomy.lookup import slice_at
 from hpr.anatomy.wrappers import unwrapped
 from hpr.checkpoints.side_files import copy_side_files
+from hpr.checkpoints.weights import brief
 from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
@@ -189,7 +189,7 @@ def _write_model(student: nn.Module, folder: Path) -> None:
     if codes_of(student):
         _write_coded(student, folder)
     elif isinstance(student, PreTrainedModel):
-        student.save_pretrained(folder, save_original_format=bank_of(student) is None or not _joins_weights(student))
+        student.save_pretrained(folder, save_original_format=bank_of(student) is None or not _converts(student))
     else:
         config = {} if bank_of(student) is None else {"quantization_config": specification(student)}
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -203,9 +203,7 @@ def _write_coded(student: nn.Module, folder: Path) -> None:
     """Streams in place of the weights, and a configuration that says how to read them, with the hash of every file."""
     state = coded_state(student)
     if isinstance(student, PreTrainedModel):
-        fused = any(slice_at(student, path) is not None for path in codes_of(student))  # experts keep one tensor
-        original = not fused and not _joins_weights(student)
-        student.save_pretrained(folder, state_dict=state.tensors, save_original_format=original)
+        student.save_pretrained(folder, state_dict=state.tensors, save_original_format=not _converts(student))
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     else:
         save_file(state.tensors, folder / WEIGHTS)
@@ -214,10 +212,9 @@ def _write_coded(student: nn.Module, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _joins_weights(student: PreTrainedModel) -> bool:
-    """Whether older files of this class hold one tensor for several weights: neither streams nor placeholders can be joined."""
-    conversions = get_model_conversion_mapping(student)
-    return any(isinstance(one, WeightConverter) and len(one.target_patterns) > 1 for one in conversions)
+def _converts(student: PreTrainedModel) -> bool:
+    """Whether older files of this class hold weights joined, divided or turned: streams and placeholders cannot be."""
+    return any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(student))
 
 
 def check_hashes(files: Iterable[str], hashes: Mapping[str, str]) -> None:

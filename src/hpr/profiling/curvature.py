@@ -88,8 +88,8 @@ def _differentiate(loss: Tensor, model: nn.Module, index: int) -> None:
         return  # nothing in this batch depends on a weight
     try:
         loss.backward()
-    except RuntimeError as error:
-        if not does_not_fit(error):
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an assertion is the model's own
+        if isinstance(error, RuntimeError) and not does_not_fit(error):
             raise
         raise HprError(
             f"the backward pass of {type(model).__name__} fails on calibration batch {index} ({error}): load the "

@@ -152,7 +152,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("causal-lm", read_tokens, CATEGORICAL, labels="tokens", shifts_labels=True, classes=_mappings("CAUSAL_LM")),
         Objective("masked-lm", read_tokens, CATEGORICAL, labels="tokens", classes=_mappings("MASKED_LM")),
         Objective("classification", read_scores, CATEGORICAL, labels="classes", classes=_CLASSIFIERS),
-        Objective("multi-label", read_scores, BERNOULLI, classes=_mappings("VISUAL_QUESTION_ANSWERING")),
+        Objective("multi-label", read_scores, BERNOULLI),
         Objective("score", read_scores, GAUSSIAN),
         Objective("token-classification", read_tokens, CATEGORICAL, labels="tokens", classes=_mappings("TOKEN_CLASSIFICATION")),
         Objective("spans", read_spans, CATEGORICAL, classes=_mappings("QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING")),

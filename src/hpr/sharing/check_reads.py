@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,5 +57,5 @@ def _without_numbers(readers: Sequence[BankReader]) -> Iterator[None]:
 
 def _floats(outputs: Any) -> Iterator[Tensor]:
     """The floating-point tensors among a model's outputs."""
-    values = outputs.values() if hasattr(outputs, "values") else outputs if isinstance(outputs, tuple) else (outputs,)
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else (outputs,)
     yield from (value for value in values if isinstance(value, Tensor) and value.is_floating_point())
