@@ -24,8 +24,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hpr
+from common.promises import answer
 from common.tables import count, markdown, say
-from families import answer
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import bytes_per_parameter
 from hpr.nn.bank import parameters
@@ -41,7 +41,7 @@ _FRESH = """
 import sys, torch
 import transformers
 import hpr
-from families import answer
+from common.promises import answer
 torch.set_num_threads(int(sys.argv[4]))
 batch, expected = torch.load(sys.argv[3])
 model = getattr(transformers, sys.argv[1]).from_pretrained(sys.argv[2]).eval()

@@ -19,7 +19,7 @@ def test_sts_and_labelled_tables(tmp_path: Path) -> None:
     table.write_text('A "dog" thing.,"One, two.",5.0\nb,c,0\n')
     assert sts_pairs(table) == (['A "dog" thing.', "b"], ["One, two.", "c"], [5.0, 0.0])
     table.write_text("a,b,5\na,b,much\n")
-    with pytest.raises(HprError, match=r"example 2: the label 'much'"):
+    with pytest.raises(HprError, match=r"row 2: the label 'much'"):
         sts_pairs(table)
     labelled = tmp_path / "sst.tsv"
     labelled.write_text('sentence\tlabel\na "quoted \t1\nb\t0\n')

@@ -121,7 +121,7 @@ def test_predicted_damage_bounds_that_of_the_fit(model, profile, draft: Draft) -
 
 def test_impossible_budgets_name_the_smallest(draft: Draft) -> None:
     smallest = least(draft)
-    for parameters in (1, draft.untouched, smallest - 1):
+    for parameters in (101, draft.untouched, smallest - 1):
         for ask in (draft.best, lambda budget: draft.alternatives(budget, 3)):
             with pytest.raises(hpr.HprError, match=f"{smallest:,}"):
                 ask(draft.budget(str(parameters)))

@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_fit_is_named(name: str, where: str) -> None:
     model = build()
     call: Callable[[], object] = lambda: hpr.profile(model, [batch])  # noqa: E731
     if where != "profile":
-        call = lambda: hpr.compress(model, "60%" if where == "compress" else "50%bytes", [batch] * 8)  # noqa: E731
+        call = lambda: hpr.compress(model, "90%" if where == "compress" else "50%bytes", [batch] * 8)  # noqa: E731
     with pytest.raises(DataError, match=said):
         call()
 
@@ -223,7 +223,7 @@ def test_the_longest_input_is_one_that_the_model_reads(config: tf.PretrainedConf
 def test_text_for_a_model_of_images_is_refused() -> None:
     with pytest.raises(DataError, match=r"reads pixel_values, not text: give its inputs as a file \(\.npy, \.npz\)"):
         hpr.compress(
-            hpr.open_model(vit(), tokenizer=lambda texts, **_: {"input_ids": [[1]] * len(texts)}), "60%", ["a text"] * 9
+            hpr.open_model(vit(), tokenizer=lambda texts, **_: {"input_ids": [[1]] * len(texts)}), "90%", ["a text"] * 9
         )
 
 

@@ -91,6 +91,8 @@ def check_replaceable(model: nn.Module, path: str, module: nn.Module) -> None:
     mend = "plan to keep it (`only=` leaves it out)"
     kind = type(module)
     if isinstance(module, nn.Embedding):
+        if any(True for _ in module.children()):
+            raise HprError(f"{path} is a {kind.__name__} with modules of its own, which a shared table has not: {mend}")
         if module.max_norm is not None:
             raise HprError(f"{path} renormalises its rows (max_norm), which factors cannot: {mend}")
         if kind.forward is not nn.Embedding.forward and not _delegates(kind):
@@ -136,10 +138,13 @@ def _read_past(kind: Any, parameter: str) -> frozenset[str]:
 
 
 def _harmless(tree: ast.AST) -> set[ast.AST]:
-    """Nodes of whose value only the type, device or shape is asked: ``x`` in ``x.dtype`` and in ``isinstance(x, Tensor)``."""
+    """Nodes of whose value only the type or device is asked: ``x`` in ``x.dtype`` and in ``isinstance(x, Tensor)``.
+
+    A shape is more: that of a placeholder is another.
+    """
     found: set[ast.AST] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape"):
+        if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device"):
             found.add(node.value)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             found.add(node.args[0])

@@ -62,8 +62,9 @@ def ready(student: nn.Module, teacher: nn.Module | LoadedModel, data: Any, recip
         teacher = replace(teacher, objective=objective_for(teacher.model, goal).name)
     sources, shares = _sources(data)
     batches, validation = batches_of(sources, teacher, recipe.weights.labels > 0, shares)
-    for read in (*batches.values(), validation):
-        check_batches(teacher.model, read, teacher.goal)
+    if recipe.weights.outputs or recipe.weights.relations:  # else nothing reads the teacher's outputs
+        for read in (*batches.values(), validation):
+            check_batches(teacher.model, read, teacher.goal)
     augment = recipe.augment
     if augment == "auto":
         augment = None if recipe.weights.labels else changes_for(teacher)  # a label says nothing about changed inputs

@@ -43,7 +43,7 @@ def alignment_targets(
     names = [operator.name for operator in tried]
     all_targets: list[AlignTarget] = []
     for symmetries in symmetry_groups(profile.symmetries):
-        pairs = _middle_pairs(anatomy, symmetries, chosen)
+        pairs = [] if _unlike(anatomy, symmetries) else _middle_pairs(anatomy, symmetries, chosen)
         if not pairs:
             continue
         layers = [site.layer for site in pairs[0] if site.layer is not None]
@@ -78,6 +78,16 @@ def _middle_pairs(anatomy: Anatomy, symmetries: SymmetryGroup, chosen: Set[str])
         return []
     lower, upper = couples[(len(couples) - 1) // 2]
     return [(sites[lower][slot], sites[upper][slot]) for slot in sites[lower] if slot in sites[upper]]
+
+
+def _unlike(anatomy: Anatomy, symmetries: SymmetryGroup) -> bool:
+    """Whether a slot has several shapes, as in hierarchical and pruned models: such layers cannot be made like one another."""
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    for symmetry in symmetries:
+        for slots in layers_of(anatomy, symmetry).values():
+            for slot, site in slots.items():
+                shapes.setdefault(slot, set()).add((site.out_features, site.in_features))
+    return any(len(several) > 1 for several in shapes.values())
 
 
 def _alone(group: Sequence[Measured], operators: Set[str]) -> np.ndarray:
