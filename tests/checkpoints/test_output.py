@@ -13,7 +13,7 @@ from torch import nn
 import hpr
 from hpr.checkpoints import save
 from hpr.errors import CheckpointError
-from hpr.plans.plan import Plan
+from hpr.plans.plan import Plan, is_plan
 from hpr.runtime.files import check_file, write_text
 
 Build = Callable[..., nn.Module]
@@ -139,12 +139,12 @@ def test_a_disk_that_fills_up_while_saving(build: Build, tmp_path: Path, monkeyp
 def test_files_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"plan\.json cannot be written"):
-        check_file(tmp_path / "file" / "plan.json")
+        check_file(tmp_path / "file" / "plan.json", "a plan", is_plan)
     with pytest.raises(CheckpointError, match="is a folder: give the path of a file"):
-        check_file(tmp_path)
+        check_file(tmp_path, "a plan", is_plan)
     with pytest.raises(CheckpointError, match=r"plan\.json cannot be written"):
         write_text(tmp_path / "file" / "plan.json", "{}")
-    check_file(tmp_path / "new" / "plan.json")
+    check_file(tmp_path / "new" / "plan.json", "a plan", is_plan)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

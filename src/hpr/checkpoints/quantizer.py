@@ -65,6 +65,16 @@ class HprConfig(QuantizationConfigMixin):
             raise CheckpointError(
                 f"{CONFIG} has {sorted(unknown)[0]!r} in quantization_config, which hpr does not know: remove it"
             )
+        given = {"sites": sites, "factors": factors, "aliases": aliases or {}, "layers": layers or {}, "coded": coded or {}}
+        for key, value in given.items():
+            if not isinstance(value, Mapping):
+                raise CheckpointError(
+                    f"{key} in quantization_config of {CONFIG} is {value!r:.80}, not a mapping: save the model again with hpr"
+                )
+        if not isinstance(objective, str | None):
+            raise CheckpointError(
+                f"objective in quantization_config of {CONFIG} is {objective!r:.80}, not a name: save the model again with hpr"
+            )
         self.quant_method = quant_method  # type: ignore[assignment]  # an open set of names, typed as a closed one
         self.format = format
         self.hpr_version = hpr_version

@@ -14,6 +14,8 @@ from hpr.runtime.files import CONFIG, WEIGHTS, read_json
 from hpr.sharing.specification import is_specification
 
 INDEX = f"{WEIGHTS}.index.json"
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+_DEEPEST = 10_000  # the deepest Transformers have about a thousand layers
 _LFS = b"version https://git-lfs"
 _RESAVE = "load it with the library that wrote it, and save it with save_pretrained, which writes model.safetensors"
 _FORMATS = {  # patterns of files that hold weights in other formats, and what these are
@@ -42,6 +44,7 @@ def check_readable(folder: Path) -> None:
     config = read_json(folder / CONFIG)
     _check_quantisation(folder, config)
     _check_code(folder, config)
+    _check_depth(folder, config)
     _check_weights(folder)
 
 
@@ -83,6 +86,14 @@ def _without_config(folder: Path) -> str:
     held = f", and its weights ({found[0]}) are {found[1]}" if found else ""
     mend = found[2] if found else "give a folder that save_pretrained wrote"
     return f"{folder} has no {CONFIG}{held}: {mend}"
+
+
+def _check_depth(folder: Path, config: Mapping[str, Any]) -> None:
+    """Building a model takes time and memory for each layer, so a damaged number would not end."""
+    for key in _DEPTHS:
+        layers = config.get(key)
+        if isinstance(layers, int) and layers > _DEEPEST:
+            raise CheckpointError(f"{key} in {folder / CONFIG} is {layers:,}, above {_DEEPEST:,}: correct it")
 
 
 def _check_quantisation(folder: Path, config: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from hpr.checkpoints.weights import brief
 from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
-from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, partial_folder, replace, writing
+from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, parse_json, partial_folder, replace, resolved, writing
 from hpr.sharing.specification import coded_specification, is_specification, specification
 
 _TEXTS = 1 << 18  # bytes that the plan, the metrics and the report take, about
@@ -72,7 +72,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"the output folder is {folder!r}, a {type(folder).__name__}: give a path")
     if "\0" in str(folder):
         raise CheckpointError(f"the output folder {str(folder)!r} has a zero byte in its name: give another path")
-    target = Path(folder).expanduser().resolve()
+    target = resolved(folder)
     with writing(target):
         if target.exists() and not _may_replace(target):
             raise CheckpointError(
@@ -144,9 +144,9 @@ def _may_replace(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         return False
     try:
-        if is_specification(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("quantization_config")):
+        if is_specification(parse_json((folder / CONFIG).read_text(encoding="utf-8")).get("quantization_config")):
             return True
-        listed = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        listed = parse_json((folder / MARKER).read_text(encoding="utf-8"))
     except (AttributeError, OSError, ValueError):  # damaged, or of another kind: not from HPR
         return False
     return bool(listed) and listed == _weight_hashes(folder)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hpr.errors import CheckpointError
-from hpr.runtime.files import CONFIG, read_json
+from hpr.runtime.files import CONFIG, parse_json, read_json
 
 MODULES = "modules.json"
 EMBEDDINGS = "feature-extraction"  # the task of a Transformer whose hidden states are read
@@ -49,13 +49,13 @@ def sentence_folder(folder: Path) -> SentenceFolder | None:
     if not (folder / MODULES).is_file():
         return None
     try:
-        modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        modules = parse_json((folder / MODULES).read_text(encoding="utf-8"))
         types = [str(part["type"]) for part in modules]
         outside = [part["path"] for part in modules if not _is_inside(PurePosixPath(part["path"]))]
         transformer = folder / modules[0]["path"]
         pooled = len(modules) > 1 and _name(types[1]) == "Pooling"  # behind anything else it reads no hidden states
         pooling = folder / modules[1]["path"] / CONFIG if pooled else None
-        mode = _pooling_mode(json.loads(pooling.read_text(encoding="utf-8"))) if pooling else ""
+        mode = _pooling_mode(parse_json(pooling.read_text(encoding="utf-8"))) if pooling else ""
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{folder} is no complete sentence encoder ({error}): copy or download it again") from error
     if outside:

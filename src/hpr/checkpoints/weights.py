@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel
 
@@ -18,9 +19,10 @@ from hpr.checkpoints.model_class import classes_with
 from hpr.checkpoints.sentence_folder import SentenceFolder
 from hpr.errors import CheckpointError, HprError
 from hpr.runtime.batch import example_batch
-from hpr.runtime.files import CONFIG
+from hpr.runtime.files import CONFIG, read_json
 from hpr.runtime.hooks import run
 from hpr.runtime.torch_errors import lacks_memory
+from hpr.sharing.specification import is_specification
 
 _log = logging.getLogger(__name__)
 _POOLED = "pooler_output"
@@ -48,6 +50,7 @@ def read_weights(kind: Any, folder: Path, shown: Path, sentence: SentenceFolder 
             model, report = _loaded(type(model), folder, shown, **{_WITHOUT_POOLER: False})
     if unexpected := sorted(report["unexpected_keys"]):
         _name_leftover(kind is AutoModel and sentence is None, model, unexpected, folder, shown)
+    _check_kinds(model, folder, shown)
     for key, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise CheckpointError(f"{shown}: the weight {key} is not finite: copy or download the model again")
@@ -81,6 +84,23 @@ def _same_draws() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+def _check_kinds(model: nn.Module, folder: Path, shown: Path) -> None:
+    """Raise for weights in whole or complex numbers, which transformers would turn into others without a word."""
+    if is_specification(read_json(folder / CONFIG).get("quantization_config")):  # codes are whole numbers
+        return
+    floating = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    prefix = base_of(model)[1]
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # not a mapping
+                kind = file.get_slice(key).get_dtype()
+                if not kind.startswith(("F", "BF")) and {key, prefix + key, key.removeprefix(prefix)} & floating:
+                    raise CheckpointError(
+                        f"{shown}: the weight {key} is stored as {kind}, not in floating point: give the original, which no "
+                        f"other tool has quantised or converted"
+                    )
 
 
 def _needed(model: nn.Module, missing: Sequence[str], reads_pooler: bool) -> list[str]:

@@ -67,10 +67,11 @@ def profile(
     from hpr.checkpoints.open import open_model
     from hpr.cli import tables
     from hpr.data.splits import open_data
+    from hpr.profiling.profile import is_profile
     from hpr.profiling.run import profile as profile_batches
     from hpr.runtime.files import check_file
 
-    check_file(output)
+    check_file(output, "a profile", is_profile)
     loaded = open_model(model, device, objective=objective)
     batches, _ = open_data(mixture(data, column, label), loaded, "calibration", examples)
     with bars():
@@ -105,10 +106,11 @@ def plan(
     from hpr.planning import planner
     from hpr.planning.options import PlanOptions
     from hpr.plans.budget import byte_limit, parse_budget
+    from hpr.plans.plan import is_plan
     from hpr.profiling.profile import Profile
     from hpr.runtime.files import check_file
 
-    check_file(output)
+    check_file(output, "a plan", is_plan)
     measured = Profile.load(profile)
     loaded = open_model(model, device)
     options = PlanOptions(only=only, operators=operator_names(operators), align=align, bits=bits, bytes=file_bytes)
@@ -193,7 +195,7 @@ def evaluate(
     from hpr.pipeline.record import check_original, note_metrics
 
     student = open_model(folder, device)
-    original = open_model(teacher, device, objective=objective or recorded_objective(student.model))
+    original = open_model(teacher, device, objective=recorded_objective(student.model) if objective is None else objective)
     check_original(folder, original)
     batches, source = open_data(mixture(data, column, label), original, "heldout", examples)
     with err.status("evaluating"):

@@ -48,9 +48,12 @@ def heal(
     from hpr.data.splits import prepare
     from hpr.healing.heal import heal as healed
     from hpr.healing.recipe import Recipe
+    from hpr.healing.resume import check_place
 
     target = output or folder
     recipe = Recipe(duration=duration, checkpoints=checkpoints, learning_rate=learning_rate, seed=seed)
+    if checkpoints is not None:
+        check_place(checkpoints, target)
     student, original = _opened(folder, teacher, target, device)
     splits = prepare(mixture(data, column, label), original)
     with bars():
@@ -74,7 +77,7 @@ def online(
     learning_rate: Annotated[
         float, typer.Option(min=0, metavar="RATE", help="The learning rate, relative to the scale of each factor.")
     ] = 1e-4,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Lines in a batch.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, max=65536, metavar="N", help="Lines in a batch.")] = 16,
     every: Annotated[int, typer.Option(min=1, metavar="N", help="Batches between two checks on the validation text.")] = 8,
     replay: Annotated[int, typer.Option(min=0, metavar="N", help="Past batches that are kept and learnt from again.")] = 64,
     tolerance: Annotated[
@@ -93,9 +96,13 @@ def online(
     from hpr.healing.loss import Weights
     from hpr.healing.online.healer import OnlineHealer
     from hpr.healing.online.options import OnlineOptions
+    from hpr.healing.resume import check_place
+    from hpr.runtime.files import resolved
 
-    if output.resolve() == folder.resolve():
+    if resolved(output) == resolved(folder):
         raise HprError(f"{folder} is the model that learning starts from: write the result to another folder")
+    check_place(state, output)
+    _check_stream(data)
     known, stream = with_columns([str(validation), _STREAM], column, label)  # the stream is JSON lines, whatever its name
     fields = (str(stream.column or "text"), str(stream.label or "label"))
     weights = Weights(outputs=0.0, labels=1.0) if labels else None
@@ -184,6 +191,16 @@ def _written(
     }
     record.write(student.model, target, Plan.load(folder / "plan.json"), metrics, original)
     return metrics | {"output": str(target)}
+
+
+def _check_stream(data: Path | None) -> None:
+    """Raise ``HprError`` for a stream that cannot be read to its end. A pipe can."""
+    if data is None:
+        return
+    if not data.exists():
+        raise HprError(f"no file at {data}: check the path of --data, or leave it out to read standard input")
+    if data.is_dir() or data.is_char_device() or data.is_block_device():
+        raise HprError(f"--data {data} is a folder or a device, not a file: give a file of JSON lines")
 
 
 def _incoming(data: Path | None) -> Iterator[str]:

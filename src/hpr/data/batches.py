@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hpr.data.files import Source, read_array
 from hpr.errors import DataError, HprError
 from hpr.runtime.batch import IGNORED, POSITIONAL, Batch, BatchLike, as_batch, examples_in
+from hpr.runtime.torch_errors import lacks_memory
 
 _log = logging.getLogger(__name__)
 
@@ -110,13 +111,16 @@ def text_batches(
             raise DataError(f"text {index} is a {type(text).__name__}, not a string: convert or remove it")
     if not len(texts):
         raise DataError("there are no texts: give at least one")
-    limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
+    longest = getattr(tokenizer, "model_max_length", max_length)
+    if not (isinstance(longest, int | float) and longest >= 1):
+        raise HprError(f"the tokenizer's model_max_length is {longest!r}: correct it to the number of tokens the model takes")
+    limit = int(min(max_length, longest))
     if windows is None:
-        rows = dict(tokenizer(list(texts), truncation=True, max_length=limit))
+        rows = _tokenized(tokenizer, texts, truncation=True, max_length=limit)
         if full := sum(len(ids) >= limit for ids in rows["input_ids"]):
             _log.info("%d of %d texts have %d tokens or more: the tokenizer cuts off the rest", full, len(texts), limit)
     else:
-        rows = _windows(dict(tokenizer(list(texts), truncation=False, verbose=False)), limit, windows)
+        rows = _windows(_tokenized(tokenizer, texts, truncation=False, verbose=False), limit, windows)
         _log.info("%d texts are read as %d examples of at most %d tokens", len(texts), len(rows["input_ids"]), limit)
     lengths = [len(ids) for ids in rows["input_ids"]]
     if 0 in lengths:
@@ -130,6 +134,18 @@ def text_batches(
     rows = {key: row for key, row in rows.items() if [len(values) for values in row] == lengths}
     batches = [{key: _padded([row[i] for i in group], padding.get(key, 0)) for key, row in rows.items()} for group in groups]
     return Batches(batches, [index for group in groups for index in group])
+
+
+def _tokenized(tokenizer: Any, texts: Sequence[str], **options: Any) -> dict[str, list[list[int]]]:
+    try:
+        return dict(tokenizer(list(texts), **options))
+    except Exception as error:  # tokenizers raises the bare class, for a vocabulary without its own unknown token for one
+        if lacks_memory(error):
+            raise
+        message = " ".join(str(error).split())
+        raise DataError(
+            f"{type(tokenizer).__name__} cannot read the texts ({message:.200}): give a tokenizer that does, or save it again"
+        ) from error
 
 
 def labelled(batches: Batches, labels: Sequence[float]) -> Batches:

@@ -17,13 +17,14 @@ from hpr.runtime.hooks import eval_mode, to_device_of
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|s|min|h)?")
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_MOST = 10**9  # steps or seconds
 _TIMED = 3  # passes that are timed, after one that is not
 
 
 def parse_duration(text: str | int) -> tuple[int | None, float | None]:
     """Return ``(steps, None)`` or ``(None, seconds)``.
 
-    Raises ``HprError`` for text that is neither, and for less than one step.
+    Raises ``HprError`` for text that is neither, for less than one step, and for more than a thousand million.
 
     >>> parse_duration("500steps"), parse_duration("1.5h")
     ((500, None), (None, 5400.0))
@@ -32,6 +33,8 @@ def parse_duration(text: str | int) -> tuple[int | None, float | None]:
     if match is None or not float(match[1]) > 0:
         raise HprError(f"{str(text)!r} is no amount of healing: say '500steps', '90s', '10min' or '2h'")
     number, unit = float(match[1]), match[2] or "steps"
+    if number * _SECONDS.get(unit, 1.0) > _MOST:
+        raise HprError(f"{str(text).strip()[:40]!r} is more than {_MOST:,} steps or seconds: give less")
     if unit in _SECONDS:
         return None, number * _SECONDS[unit]
     if number != int(number):

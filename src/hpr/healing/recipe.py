@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -80,10 +81,11 @@ class Recipe:
         object.__setattr__(self, "seed", check_seed(self.seed))
         if min(self.accumulate, self.checks) < 1:
             raise HprError(f"accumulate {self.accumulate} and checks {self.checks} must be at least 1")
-        if not (self.learning_rate > 0 and self.shared_rate >= 0 and self.delta_decay >= 0 and 0 <= self.warmup < 1):
+        finite = all(map(math.isfinite, (self.learning_rate, self.shared_rate, self.delta_decay)))
+        if not (finite and self.learning_rate > 0 and min(self.shared_rate, self.delta_decay) >= 0 and 0 <= self.warmup < 1):
             raise HprError(
-                f"learning_rate {self.learning_rate} must be above 0, shared_rate {self.shared_rate} and delta_decay "
-                f"{self.delta_decay} not below 0, warmup {self.warmup} from 0 to below 1"
+                f"learning_rate {self.learning_rate} must be a finite number above 0, shared_rate {self.shared_rate} and "
+                f"delta_decay {self.delta_decay} not below 0, warmup {self.warmup} from 0 to below 1"
             )
         if self.checkpointing and not self.dropout:
             raise HprError(

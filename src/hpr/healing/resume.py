@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hpr.anatomy.describe import describe
 from hpr.errors import CheckpointError
 from hpr.healing.setup import TrainingSetup
 from hpr.runtime.batch import Batch
-from hpr.runtime.files import write_text
+from hpr.runtime.files import parse_json, partial_folder, resolved, write_text, writing
 
 FACTS = "recipe.json"  # beside the checkpoints: the facts of the run that they belong to
 
@@ -57,6 +58,25 @@ def _joint_hash(batches: Sequence[Batch]) -> str:
     return hashlib.sha256("".join(map(hash_of, batches)).encode()).hexdigest()
 
 
+def check_place(folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> None:
+    """Raise ``CheckpointError`` if checkpoints could not be written into a folder, or if its content is not of such a run.
+
+    ``output``: the folder that the run will write, in whose place checkpoints must not appear before it.
+    """
+    target = resolved(folder)
+    if output is not None and target.is_relative_to(resolved(output)) and not resolved(output).exists():
+        raise CheckpointError(f"{target} lies in {output}, where the result is written at the end: choose a folder beside it")
+    with writing(target):
+        if target.exists() and not target.is_dir():
+            raise CheckpointError(f"{target} is a file: choose a folder")
+        if target.exists() and any(target.iterdir()) and not (target / FACTS).is_file():
+            raise CheckpointError(
+                f"{target} has content that is not of a run that could continue: choose another folder, or empty this one"
+            )
+        with partial_folder(target / FACTS):
+            pass
+
+
 def check_resume(folder: Path, facts: dict[str, Any]) -> None:
     """Check that a folder's checkpoints belong to the run with these facts; write the facts if the folder has none yet.
 
@@ -66,6 +86,7 @@ def check_resume(folder: Path, facts: dict[str, Any]) -> None:
     if begun is None:
         if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
             raise CheckpointError(f"{folder} holds checkpoints of something else: choose another folder")
+        check_place(folder)
         write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
     elif different := _differences(begun, json.loads(json.dumps(facts))):
         raise CheckpointError(
@@ -84,9 +105,11 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     """Return what ``check_resume`` wrote into a folder, None if nothing. Raises ``CheckpointError`` for damaged facts."""
     path = folder / FACTS
     try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): remove the folder to start anew") from error
+    if not (isinstance(facts, dict) and isinstance(facts.get("recipe"), dict)):
+        raise CheckpointError(f"{path} does not say which run it belongs to: remove the folder to start anew")
     return facts

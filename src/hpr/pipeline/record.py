@@ -26,7 +26,7 @@ from hpr.reporting.card import render_card
 from hpr.reporting.report import render_report
 from hpr.runtime import files
 from hpr.runtime.environment import versions
-from hpr.runtime.files import write_text
+from hpr.runtime.files import parse_json, write_text
 
 
 def write(student: nn.Module, output: str | Path, plan: Plan, metrics: dict[str, Any], loaded: LoadedModel) -> Path:
@@ -116,6 +116,7 @@ def check_original(folder: Path, original: LoadedModel) -> None:
     if not (folder / "plan.json").is_file():
         return
     plan, found = Plan.load(folder / "plan.json"), describe(original.model)
+    _metrics(folder)  # raises now, not after minutes of training
     if plan.fingerprint != found.fingerprint:
         raise CheckpointError(
             f"{folder} was made from a {plan.model_class} with fingerprint {plan.fingerprint}, {original.label} has "
@@ -132,10 +133,20 @@ def note_metrics(folder: Path, original: LoadedModel, figures: Mapping[str, Any]
 def with_figures(folder: Path, original: LoadedModel, figures: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of a folder with new figures. A measurement on the same data replaces the older one."""
     plan = Plan.load(folder / "plan.json")
-    metrics = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else heading(original, plan)
+    metrics = _metrics(folder) or heading(original, plan)
     measured = {(row["name"], row["data"]) for row in figures["quality"]}
     older = [row for row in metrics.get("quality", []) if (row.get("name"), row.get("data")) not in measured]
     return metrics | {**figures, "quality": [*older, *figures["quality"]]}
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    """What metrics.json holds, nothing if there is none. Raises ``CheckpointError`` if no figures can be added to it."""
+    path = folder / "metrics.json"
+    metrics = _read(path) if path.is_file() else {}
+    rows = metrics.get("quality", [])
+    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise CheckpointError(f"quality in {path} is {rows!r:.80}, not a list of objects: undo the edit, or remove the file")
+    return metrics
 
 
 def write_report(folder: Path) -> Path:
@@ -147,7 +158,7 @@ def write_report(folder: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         mend = "`hpr compress` writes one" if path.name == "plan.json" else "`hpr eval` writes one"
         raise CheckpointError(f"no {path.name} in {path.parent}: {mend}") from error

@@ -191,7 +191,7 @@ def evaluate(
     >>> sorted(hpr.evaluate(student, loaded, texts, repeats=0))
     ['parts', 'quality', 'sizes']
     """
-    loaded = open_model(teacher, objective=objective or recorded_objective(inside(student)))
+    loaded = open_model(teacher, objective=recorded_objective(inside(student)) if objective is None else objective)
     examples = EVALUATED if labels is None else max(EVALUATED, len(labels))
     batches, label = open_data(data, loaded, "heldout", examples)
     return measured_on(evaluate_batches(student, loaded.model, batches, loaded.goal, labels, repeats), label)

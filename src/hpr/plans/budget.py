@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from hpr.anatomy.model import Anatomy
 from hpr.errors import BudgetError
@@ -25,6 +26,13 @@ class Budget:
     parameters: int
 
 
+def _checked(text: Any) -> str:
+    """The text of a budget. Raises ``BudgetError`` for anything else: 0.5 may mean a half, or half a parameter."""
+    if not isinstance(text, str):
+        raise BudgetError(f"the budget is {text!r:.40}, a {type(text).__name__}: give a text such as '50%', '11M' or '8MB'")
+    return text
+
+
 def byte_limit(text: str, model_bytes: int) -> int | None:
     """The bytes that ``8MB``, ``8MiB`` or ``10%bytes`` allows, None for a budget in parameters (``50%``, ``11M``).
 
@@ -33,7 +41,7 @@ def byte_limit(text: str, model_bytes: int) -> int | None:
     >>> byte_limit("8MB", 90_900_000), byte_limit("10%bytes", 90_900_000), byte_limit("50%", 90_900_000)
     (8000000, 9090000, None)
     """
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(_checked(text))
     if match is None:
         return None
     value, unit = float(match[1]), (match[2] or "").upper()
@@ -61,7 +69,7 @@ def parse_budget(text: str, anatomy: Anatomy, bytes_per_parameter: float, only: 
     >>> parse_budget("45MB", anatomy, bytes_per_parameter(model))
     Budget(text='45MB', parameters=11233616)
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGB]?|[KMG]i?B)\s*", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[KMGB]?|[KMG]i?B)\s*", _checked(text), flags=re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise BudgetError(f"{text!r} is no budget: write a share (50%), parameters (11M) or a size on disk (45MB)")
     value, unit = float(match[1]), match[2].upper()

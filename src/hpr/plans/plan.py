@@ -19,7 +19,7 @@ from hpr.plans.owners import owners
 from hpr.plans.rounding import Rounding
 from hpr.plans.terms import KEEP, Entry, FactorShape, entry_from_dict, entry_to_dict, spelled, validate_entry
 from hpr.plans.text_table import plan_text
-from hpr.runtime.files import write_text
+from hpr.runtime.files import parse_json, write_text
 
 FORMAT = 2
 
@@ -100,6 +100,11 @@ class Plan:
                 f"the plan was made for a {self.model_class} with fingerprint {self.fingerprint}, this is a "
                 f"{anatomy.model_class} with {anatomy.fingerprint}: plan this model anew, or load the one it was made for"
             )
+        counts = ("dense_parameters", self.dense_parameters, anatomy.total_parameters)
+        others = ("other_parameters", self.other_parameters, anatomy.other_parameters)
+        for key, count, found in (counts, others):
+            if count != found:
+                raise PlanError(f"the plan says {key} {count:,}, this model has {found:,}: correct it, or plan anew")
         names = {site.name for site in anatomy.sites}
         if missing := sorted(names - set(self.entries)):
             raise PlanError(f"the plan has no entry for {missing[0]} ({len(missing)} missing): add one, {KEEP!r} if in doubt")
@@ -152,6 +157,8 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of ``to_dict``. Raises ``PlanError`` naming the key that is missing or of the wrong kind."""
+        if not isinstance(data, Mapping):
+            raise PlanError(f"not a plan, but a {type(data).__name__}: give what `hpr plan` wrote")
         if data.get("format") != FORMAT:
             raise PlanError(f"plan format {data.get('format')!r} is not the {FORMAT} that this version reads: plan anew")
         try:
@@ -185,11 +192,22 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that ``save`` wrote. Raises ``PlanError`` for a file that is missing or is not a plan."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(parse_json(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError as error:
             raise PlanError(f"no plan at {path}: write one with `hpr plan`") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except HprError:
+            raise
+        except ValueError as error:
             raise PlanError(f"{path} is not JSON ({error}): undo the edit or plan anew") from error
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan, of this version or another."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"format", "budget", "sites"} <= content.keys()
 
 
 def keep_all(anatomy: Anatomy) -> Plan:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hpr.errors import PlanError
 
+_LARGEST = 1e6  # of a step or damping, far above any that a plan needs
 BITS = (8, 4)  # integer types that runtimes have kernels for
 
 
@@ -32,8 +33,8 @@ class Rounding:
         check_bits(self.bits)
         for name in ("step", "output_damping", "input_damping"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise PlanError(f"the rounding's {name} is {value!r}: give a positive number")
+            if type(value) not in (int, float) or not 0 < value < _LARGEST:
+                raise PlanError(f"the rounding's {name} is {value!r}: give a number above 0 and below {_LARGEST:g}")
 
 
 def check_bits(bits: int | None) -> None:

@@ -195,7 +195,7 @@ def validate_entry(site: Site, entry: Entry) -> None:
             raise PlanError(f"{site.name}: rank {term.rank!r} is not a whole number from 1 to {limit}")
         if term.identity not in ("", "u", "v") or (term.identity and term.rank is None):
             raise PlanError(f"{site.name}: identity {term.identity!r} is neither 'u' nor 'v' of a term with a rank: correct it")
-        for factor in (*term.factors, *routers_of([term])):
+        for factor in (term.u, *term.factors, *routers_of([term])):
             if not (isinstance(factor, str) and factor):
                 raise PlanError(f"{site.name}: {factor!r} is no factor name: give a text that is not empty")
         if term.route is not None:

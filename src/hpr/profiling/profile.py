@@ -24,9 +24,10 @@ from torch import Tensor
 from hpr.anatomy.model import Anatomy
 from hpr.anatomy.symmetry import Symmetry
 from hpr.errors import HprError
-from hpr.runtime.files import writing
+from hpr.runtime.files import parse_json, writing
 
 FORMAT = 1
+_HEADER = "hpr_profile"  # the key of everything but tensors, as JSON
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Profile:
     others: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raise ``HprError`` if this profile is of another model, or lacks one of its sites."""
+        """Raise ``HprError`` if this profile is of another model, lacks one of its sites, or has moments that do not fit it."""
         if self.fingerprint != anatomy.fingerprint:
             raise HprError(
                 f"the profile was taken of a model with fingerprint {self.fingerprint}, this one has {anatomy.fingerprint}: "
@@ -116,6 +117,15 @@ class Profile:
             )
         if missing := [site.name for site in anatomy.sites if site.name not in self.sites]:
             raise HprError(f"the profile lacks {missing[0]} ({len(missing)} sites): profile this model anew")
+        for site in anatomy.sites:
+            moments = self.sites[site.name]
+            sides = (("left", moments.left, site.out_features), ("right", moments.right, site.in_features))
+            for side, moment, size in sides:
+                if tuple(moment.shape) not in ((size,), (size, size)) or not torch.isfinite(moment).all():
+                    raise HprError(
+                        f"the profile's {side} moment of {site.name}, {tuple(moment.shape)}, should have {size} or {size} x "
+                        f"{size} finite numbers: the file is damaged; profile this model anew"
+                    )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file atomically. Sites with the same moment, such as query, key and value, store it once."""
@@ -145,7 +155,7 @@ class Profile:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(tensors, partial, metadata={"hpr_profile": json.dumps(header)})
+                save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
                 os.replace(partial, target)
             finally:
                 partial.unlink(missing_ok=True)
@@ -157,9 +167,9 @@ class Profile:
             raise HprError(f"no profile at {path}: `hpr profile` writes one")
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["hpr_profile"])
+                header = parse_json((file.metadata() or {})[_HEADER])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error
         try:
             if header["format"] != FORMAT:
@@ -171,6 +181,18 @@ class Profile:
             layers = {name: LayerFeatures(**features) for name, features in header["layers"].items()}
             symmetries = tuple(Symmetry.from_list(values) for values in header.get("symmetries", ()))
             interventions, others = header.get("interventions", {}), header.get("others", {})
+            for key, value in (("about", header["about"]), ("interventions", interventions), ("others", others)):
+                if not isinstance(value, dict):
+                    raise ValueError(f"{key} is {value!r:.80}, not a mapping")
             return cls(header["fingerprint"], sites, layers, header["about"], symmetries, interventions, others)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error
+
+
+def is_profile(path: Path) -> bool:
+    """Whether a file is a profile, of this version or another."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _HEADER in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,18 @@ MARKER = "hpr.json"  # marks a folder that hpr wrote, if its weights have no sha
 _WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md", MARKER)  # out of date beside a new model
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ``ValueError`` for whatever is no JSON, lists in lists without end included."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its lists or mappings lie in one another too deeply") from error
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The mapping in a JSON file. Raises ``CheckpointError`` if it cannot be read or holds no mapping."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
     if not isinstance(content, dict):
@@ -58,13 +66,31 @@ def partial_folder(target: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def check_file(path: str | os.PathLike[str]) -> None:
-    """Raise ``CheckpointError`` if a file could not be written. Leaves nothing behind."""
+def check_file(path: str | os.PathLike[str], what: str, is_one: Callable[[Path], bool]) -> None:
+    """Raise ``CheckpointError`` if a file could not be written, or if one is there that is not ``what``. Leaves nothing behind.
+
+    ``is_one`` tells whether a file is one of ``what`` (``a plan``), which may be replaced; so may an empty file.
+    """
     target = Path(path)
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder: give the path of a file")
-    with writing(target), partial_folder(target) as partial:
-        (partial / target.name).touch()
+    with writing(target):
+        if target.is_dir():
+            raise CheckpointError(f"{target} is a folder: give the path of a file")
+        if target.is_symlink() and not target.exists():
+            raise CheckpointError(f"{target} is a link to nothing: remove it, or give another path")
+        if target.exists() and not target.is_file():
+            raise CheckpointError(f"{target} is a device or a pipe, not a file: give the path of a file")
+        if target.exists() and target.stat().st_size and not is_one(target):
+            raise CheckpointError(f"{target} is there already and is not {what}: give another path, or remove it")
+        with partial_folder(target) as partial:
+            (partial / target.name).touch()
+
+
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """The absolute path without links. Raises ``CheckpointError`` for a loop of links, or a home of nobody."""
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # pathlib says RuntimeError for both
+        raise CheckpointError(f"{path} cannot be found ({error}): give another path") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

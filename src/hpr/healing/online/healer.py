@@ -122,8 +122,8 @@ class OnlineHealer:
         0
         """
         healer = cls(student, validation, teacher, options, moments)
+        check_resume(Path(folder), healer._facts())
         journal = Journal(Path(folder))
-        check_resume(journal.folder, healer._facts())
         healer._resume(journal)
         return healer
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hpr.errors import CheckpointError
 from hpr.healing.teacher_cache import storable
 from hpr.runtime.batch import Batch
+from hpr.runtime.files import parse_json
 from hpr.runtime.torch_errors import does_not_fit
 
 _WEIGHTS, _TENSORS, _NUMBERS = "weights.safetensors", "tensors.safetensors", "numbers.json"
@@ -70,7 +71,7 @@ class Journal:
         try:
             load_model(model, found[-1] / _WEIGHTS)
             tensors = load_file(found[-1] / _TENSORS)
-            return tensors, json.loads((found[-1] / _NUMBERS).read_text(encoding="utf-8"))
+            return tensors, parse_json((found[-1] / _NUMBERS).read_text(encoding="utf-8"))
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not does_not_fit(error):  # nobody should remove a snapshot for that
                 raise

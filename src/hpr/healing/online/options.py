@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,10 +38,10 @@ class OnlineOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", check_seed(self.seed))
-        if self.every < 1 or self.replay < 0 or not self.learning_rate > 0 or self.tolerance < 0:
+        if not (self.every >= 1 and self.replay >= 0 and 0 < self.learning_rate < math.inf and self.tolerance >= 0):
             raise HprError(
-                f"every {self.every} must be at least 1, replay {self.replay} and tolerance {self.tolerance} 0, "
-                f"learning_rate {self.learning_rate} above 0"
+                f"every {self.every} must be at least 1, replay {self.replay} and tolerance {self.tolerance} 0 or more, "
+                f"learning_rate {self.learning_rate} a finite number above 0"
             )
 
     def weights_for(self, teacher: Any) -> Weights:
