@@ -23,7 +23,7 @@ from hpr.profiling.other_parameters import Sensitivity
 from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
 from hpr.profiling.weight_reads import Record, WeightsRead, experts_one_by_one, with_graph
 from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in
-from hpr.runtime.hooks import _frozen, run, uncached
+from hpr.runtime.hooks import _frozen, forget_computed, run, uncached
 from hpr.runtime.progress import progress
 from hpr.runtime.torch_errors import does_not_fit
 
@@ -68,6 +68,7 @@ def measure_curvature(
             last = others if stage == 2 else None
             with _hooks(model, anatomy, moments), last.measured() if last else nullcontext():
                 for index, batch in enumerate(part):
+                    forget_computed(model)  # a graph can be run backwards once
                     loss = objective.loss(run(model, batch), batch, generator)
                     if not torch.isfinite(loss):
                         raise HprError(

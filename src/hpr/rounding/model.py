@@ -23,6 +23,7 @@ from hpr.rounding.others import round_others
 from hpr.rounding.products import Factoring
 from hpr.rounding.sites import THRESHOLD, powers, round_sites
 from hpr.rounding.whitening import Roots, Whitened
+from hpr.runtime.hooks import forget_computed
 from hpr.runtime.progress import progress
 
 _TOGETHER = 1 << 23  # numbers that are rounded at once, which bounds the memory
@@ -119,6 +120,7 @@ class Rounder:
             for tensor in student.state_dict(keep_vars=True).values():
                 if not isinstance(tensor, nn.Parameter):  # a buffer that is saved
                     tensor.copy_(stored(tensor))
+        forget_computed(student)
         if coded is not None:
             attach_codes(student, coded, self.profile.about.get("objective"), others)
         return student

@@ -67,6 +67,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def forget_computed(model: nn.Module) -> None:
+    """Let modules give up what they have computed from weights that changed since; the mode of each module stays.
+
+    Levit keeps its attention biases so. Such modules give up the values when they are put into training mode.
+    """
+    with eval_mode(model):  # restores the modes
+        model.train()
+
+
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
     """Switch off the caches of keys, values and states in every configuration of the model; restore the settings at the end."""
