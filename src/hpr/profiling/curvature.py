@@ -29,6 +29,7 @@ from hpr.runtime.torch_errors import does_not_fit
 
 DIAGONAL_ABOVE = 8192
 _SIZES = ("gradients", "inputs", "changes")  # traces that bring the parts of a sum to one scale
+_LEAST = torch.finfo(torch.float32).tiny  # of a trace whose inverse float32 can hold
 _FLUSH = 8  # batches added up in float32 before they go into float64
 
 
@@ -161,7 +162,8 @@ class _Moments:
         if stage == 1:
             centred = self.site.has_bias and "mean" in self.sums
             return _Moments(self.site, (self.sums["mean"] / self.rows).float() if centred else None, head=head)
-        sizes = {name: float(self.sums[name]) or 1.0 if name in self.sums else 1.0 for name in _SIZES}
+        seen = {name: float(self.sums[name]) if name in self.sums else 0.0 for name in _SIZES}
+        sizes = {name: size if size > _LEAST else 1.0 for name, size in seen.items()}
         return _Moments(self.site, self.centre, sizes, head=head)
 
     def finish(self, examples: int) -> SiteStatistics:

@@ -40,6 +40,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         with torch.enable_grad(), eval_mode(model):
             yield
     finally:
+        forget_computed(model)  # what hangs on a graph cannot be copied
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
