@@ -25,7 +25,7 @@ def test_sts_and_labelled_tables(tmp_path: Path) -> None:
     labelled.write_text('sentence\tlabel\na "quoted \t1\nb\t0\n')
     assert labelled_texts(labelled) == (['a "quoted', "b"], [1, 0])
     labelled.write_text("sentence\tlabel\na\tgood\n")
-    with pytest.raises(HprError, match="example 1: the label 'good'"):
+    with pytest.raises(HprError, match="row 2, column 'label': the label 'good'"):
         labelled_texts(labelled)
 
 

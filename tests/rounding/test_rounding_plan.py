@@ -246,7 +246,7 @@ def test_a_coded_plan_without_a_profile_is_an_error(bert: nn.Module, profile: hp
 
 @pytest.mark.parametrize("step", [0, -1, float("nan"), "1"])
 def test_a_step_that_is_no_positive_number_is_an_error(step: float) -> None:
-    with pytest.raises(hpr.errors.PlanError, match="positive"):
+    with pytest.raises(hpr.errors.PlanError, match="give a number above 0"):
         Rounding(step)
 
 
