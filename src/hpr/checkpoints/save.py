@@ -20,11 +20,11 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hpr.anatomy.wrappers import unwrapped
 from hpr.checkpoints.side_files import copy_side_files
-from hpr.checkpoints.weights import brief
 from hpr.errors import CheckpointError
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
 from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, parse_json, partial_folder, replace, resolved, writing
+from hpr.runtime.torch_errors import brief, does_not_fit
 from hpr.sharing.specification import coded_specification, is_specification, specification
 
 _TEXTS = 1 << 18  # bytes that the plan, the metrics and the report take, about
@@ -131,6 +131,8 @@ def _check_ties(model: PreTrainedModel) -> None:
     try:
         remove_tied_weights_from_state_dict(model.state_dict(), model)
     except RuntimeError as error:
+        if not does_not_fit(error):
+            raise
         raise CheckpointError(
             f"this {type(model).__name__} has tied weights that its class does not declare, so it cannot be saved "
             f"({brief(error)}): name them in _tied_weights_keys, or give each module a copy of its own"

@@ -18,10 +18,11 @@ from hpr.anatomy.lookup import base_of
 from hpr.checkpoints.model_class import classes_with
 from hpr.checkpoints.sentence_folder import SentenceFolder
 from hpr.errors import CheckpointError, HprError
+from hpr.profiling.first_pass import not_finite
 from hpr.runtime.batch import example_batch
 from hpr.runtime.files import CONFIG, read_json
 from hpr.runtime.hooks import run
-from hpr.runtime.torch_errors import lacks_memory
+from hpr.runtime.torch_errors import brief, lacks_memory
 from hpr.sharing.specification import is_specification
 
 _log = logging.getLogger(__name__)
@@ -51,9 +52,8 @@ def read_weights(kind: Any, folder: Path, shown: Path, sentence: SentenceFolder 
     if unexpected := sorted(report["unexpected_keys"]):
         _name_leftover(kind is AutoModel and sentence is None, model, unexpected, folder, shown)
     _check_kinds(model, folder, shown)
-    for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CheckpointError(f"{shown}: the weight {key} is not finite: copy or download the model again")
+    if (key := not_finite(model)) is not None:
+        raise CheckpointError(f"{shown}: the weight {key} is not finite: copy or download the model again")
     return model.eval()
 
 
@@ -158,9 +158,3 @@ def _name_leftover(guessed: bool, model: nn.Module, unexpected: Sequence[str], f
 def needs_package(what: str, error: ImportError) -> str:
     """A message for a package that is not installed."""
     return f"{what} needs a package that is not installed ({brief(error)}): install it"
-
-
-def brief(error: BaseException) -> str:
-    """The first sentence or line of what others say at length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0].split(". ")[0] if lines else type(error).__name__)[:200].rstrip(".: ")

@@ -9,6 +9,7 @@ from typing import Any
 from hpr.data.contents import Source, text_of
 from hpr.data.tables import MISSING, TEXT_COLUMNS, Column, Table
 from hpr.errors import DataError
+from hpr.runtime.files import parse_json
 
 _SHAPES = "a list of objects, a list of strings, or an object of lists of equal length"
 
@@ -121,12 +122,10 @@ def _value(text: str) -> Any:
 def _parsed(text: str) -> Any:
     """The value of a JSON text. Raises ``ValueError`` if it is damaged, nested too deeply or gives a field twice."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return parse_json(text, _object)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text else ""
         raise ValueError(f"{error.msg} at {line}character {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

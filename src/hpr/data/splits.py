@@ -168,9 +168,12 @@ class Splits:
         return (self.calibration, self.rescoring) if self.more is None else self.more()
 
     def check(self, model: LoadedModel) -> None:
-        """Raise ``DataError`` if a model cannot read the batches that a plan is measured on. A few examples are run."""
+        """Raise ``DataError`` if a model cannot read the batches beside those of the profile, which looks at its own.
+
+        A few examples are run.
+        """
         for part in self.parts.values() or (self,):
-            for batches in (part.calibration, part.rescoring, part.heldout):
+            for batches in (part.rescoring, part.heldout):
                 check_batches(model.model, batches, model.goal)
 
     @property

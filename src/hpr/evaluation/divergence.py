@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hpr.data.batches import in_input_order
 from hpr.errors import HprError
 from hpr.profiling.objectives import Objective
+from hpr.profiling.outputs import first_not_finite
 from hpr.runtime.batch import IGNORED, POSITIONAL, Batch, BatchLike
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 
@@ -210,9 +211,7 @@ def _correlation(first: Tensor | None, second: Tensor | None) -> float | None:
 
 def _check_finite(predictions: Tensor, weight: Tensor, owner: str, index: int) -> None:
     """Raise ``HprError`` if an output is not finite. Positions of weight 0 (padding) are not checked."""
-    finite = torch.isfinite(predictions).all(-1) | (weight == 0)
-    if not finite.all():
-        example = int((~finite).nonzero()[0][0])
+    if (example := first_not_finite(predictions, weight)) is not None:
         raise HprError(
             f"the {owner}'s output is not finite on batch {index}, example {example}: check this input and the weights"
         )

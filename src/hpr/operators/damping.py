@@ -1,7 +1,8 @@
 """Damping: what is added to the diagonal of a second moment, always as a share of its own mean diagonal.
 
 A moment of few or of equal inputs is singular, and rounding can even make it slightly indefinite. ``damped`` makes it positive
-definite for any data, and ``cholesky`` and ``solve`` cannot fail for a finite matrix. All shares stand here.
+definite for any data, and ``cholesky`` and ``solve`` cannot fail for a finite matrix. All shares stand here, but
+those of rounding, which are chosen by measurement (``rounding.choice``).
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from hpr.errors import DataError, HprError
 from hpr.profiling.objectives import Objective
+from hpr.profiling.outputs import first_not_finite
 from hpr.runtime.batch import POSITIONAL, Batch, first_examples
 from hpr.runtime.hooks import eval_mode, run, to_device_of
-from hpr.runtime.torch_errors import lacks_memory
+from hpr.runtime.torch_errors import brief, lacks_memory
 
 _REFUSALS = (  # what models of transformers and torch raise for inputs that do not fit
     RuntimeError,
@@ -31,14 +32,20 @@ _TRIED = 2  # examples of a batch that are run: some models refuse more than one
 
 def check_weights(model: nn.Module) -> None:
     """Raise ``HprError`` for a weight that is not finite, or that is on the meta device."""
-    for name, parameter in model.named_parameters():
+    for path, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise HprError(f"the weight {name} has no numbers (it is on the meta device): load the model's weights first")
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            place = tuple(int(part) for part in (~torch.isfinite(parameter)).nonzero()[0])
-            raise HprError(
-                f"the weight {name} is not finite at {list(place)} ({float(parameter[place])}): load or train the model again"
-            )
+            raise HprError(f"the weight {path} has no numbers (it is on the meta device): load the model's weights first")
+    if (name := not_finite(model)) is not None:
+        parameter = model.get_parameter(name)
+        place = tuple(int(part) for part in (~torch.isfinite(parameter)).nonzero()[0])
+        raise HprError(
+            f"the weight {name} is not finite at {list(place)} ({float(parameter[place])}): load or train the model again"
+        )
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter with a number that is not finite, None if there is none."""
+    return next((name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())), None)
 
 
 def check_batches(model: nn.Module, batches: Sequence[Batch], objective: Objective) -> None:
@@ -70,10 +77,9 @@ def _try(model: nn.Module, batch: Batch, index: int, objective: Objective) -> No
             f"objective {objective.name!r} does not fit the outputs of {type(model).__name__}, of shape "
             f"{tuple(predictions.shape)}: give another objective"
         )
-    finite = torch.isfinite(predictions).all(-1) | (weight == 0)
-    if not bool(finite.all()):
+    if (example := first_not_finite(predictions, weight)) is not None:
         check_weights(model)
-        example, dtype = int((~finite).nonzero()[0][0]), next(model.parameters()).dtype
+        dtype = next(model.parameters()).dtype
         mend = "remove the example" if dtype == torch.float32 else f"load the model in float32 instead of {dtype}"
         raise DataError(
             f"the output of {type(model).__name__} is not finite on batch {index}, example {example}, although its inputs and "
@@ -92,7 +98,7 @@ def reading(model: nn.Module, batch: Batch, index: int) -> Iterator[None]:
         if lacks_memory(error):
             raise
         why = _outside(model, batch) or (
-            f"{type(error).__name__}, {_brief(error)}: give inputs as the forward method of {type(model).__name__} takes them"
+            f"{type(error).__name__}, {brief(error)}: give inputs as the forward method of {type(model).__name__} takes them"
         )
         raise DataError(f"the model cannot read batch {index} ({_described(batch)}): {why}") from error
 
@@ -160,9 +166,3 @@ def _described(batch: Batch) -> str:
         )
         parts.append(kind if name == POSITIONAL else f"{name} {kind}")
     return ", ".join(parts)
-
-
-def _brief(error: BaseException) -> str:
-    """The first line of what others say at length; a KeyError says its key alone."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else "without a message")[:200].rstrip(".: ")

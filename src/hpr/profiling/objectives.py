@@ -125,14 +125,8 @@ def _mappings(*kinds: str) -> tuple[str, ...]:
     return tuple(f"MODEL_FOR_{kind}_MAPPING_NAMES" for kind in kinds)
 
 
-_CLASSIFIERS = _mappings(
-    "SEQUENCE_CLASSIFICATION",
-    "IMAGE_CLASSIFICATION",
-    "AUDIO_CLASSIFICATION",
-    "VIDEO_CLASSIFICATION",
-    "NEXT_SENTENCE_PREDICTION",
-    "MULTIPLE_CHOICE",
-)
+_CLASSIFIERS = _mappings("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION")
+_CHOICES = _mappings("NEXT_SENTENCE_PREDICTION", "MULTIPLE_CHOICE")  # their number of outputs has another meaning
 
 # The order matters: the first objective that lists a model's class is its default. BART's class is a masked LM, too.
 OBJECTIVES: dict[str, Objective] = {
@@ -151,7 +145,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective("causal-lm", read_tokens, CATEGORICAL, labels="tokens", shifts_labels=True, classes=_mappings("CAUSAL_LM")),
         Objective("masked-lm", read_tokens, CATEGORICAL, labels="tokens", classes=_mappings("MASKED_LM")),
-        Objective("classification", read_scores, CATEGORICAL, labels="classes", classes=_CLASSIFIERS),
+        Objective("classification", read_scores, CATEGORICAL, labels="classes", classes=_CLASSIFIERS + _CHOICES),
         Objective("multi-label", read_scores, BERNOULLI),
         Objective("score", read_scores, GAUSSIAN),
         Objective("token-classification", read_tokens, CATEGORICAL, labels="tokens", classes=_mappings("TOKEN_CLASSIFICATION")),
@@ -177,18 +171,15 @@ def objective_for(model: nn.Module, name: str | None = None) -> Objective:
     class_name = type(model).__name__
     for objective in OBJECTIVES.values():
         if any(class_name in _classes(mapping) for mapping in objective.classes):
-            return OBJECTIVES[_problem(model) or "classification"] if objective.classes is _CLASSIFIERS else objective
+            return OBJECTIVES[_problem(model) or objective.name]
     _log.info("the objective is hidden states, because %s has no known task head", class_name)
     return OBJECTIVES["hidden"]
 
 
 def _problem(model: nn.Module) -> str | None:
-    """The objective that a classifier's configuration asks for instead of one choice; None if it asks for no other.
-
-    A choice between several inputs (multiple choice) and next-sentence prediction have a fixed number of outputs.
-    """
+    """The objective that a classifier's configuration asks for instead of one choice; None for any other model."""
     config = getattr(model, "config", None)
-    if type(model).__name__ in _classes(_CLASSIFIERS[-1]) | _classes(_CLASSIFIERS[-2]):
+    if not any(type(model).__name__ in _classes(mapping) for mapping in _CLASSIFIERS):
         return None
     if getattr(config, "problem_type", None) == "multi_label_classification":
         return "multi-label"

@@ -92,6 +92,12 @@ def read_pair(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return pair, _ones(pair)
 
 
+def first_not_finite(predictions: Tensor, weight: Tensor) -> int | None:
+    """The first example with predictions that are not finite; positions of weight 0 (padding) do not count."""
+    wrong = ~torch.isfinite(predictions).all(-1) & (weight != 0)
+    return int(wrong.nonzero()[0][0]) if bool(wrong.any()) else None
+
+
 def _ones(predictions: Tensor) -> Tensor:
     return torch.ones(predictions.shape[:-1], device=predictions.device)
 

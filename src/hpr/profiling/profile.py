@@ -121,10 +121,10 @@ class Profile:
             moments = self.sites[site.name]
             sides = (("left", moments.left, site.out_features), ("right", moments.right, site.in_features))
             for side, moment, size in sides:
-                if tuple(moment.shape) not in ((size,), (size, size)) or not torch.isfinite(moment).all():
+                if tuple(moment.shape) not in ((size,), (size, size)):
                     raise HprError(
                         f"the profile's {side} moment of {site.name}, {tuple(moment.shape)}, should have {size} or {size} x "
-                        f"{size} finite numbers: the file is damaged; profile this model anew"
+                        f"{size} numbers: the file is damaged; profile this model anew"
                     )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -178,6 +178,7 @@ class Profile:
             for name, site in header["sites"].items():
                 parts = {part: tensors[site[part]] for part in ("left", "right", "mean") if part in site}
                 sites[name] = SiteStatistics(rows=site["rows"], **parts)
+                _check_moments(name, sites[name])
             layers = {name: LayerFeatures(**features) for name, features in header["layers"].items()}
             symmetries = tuple(Symmetry.from_list(values) for values in header.get("symmetries", ()))
             interventions, others = header.get("interventions", {}), header.get("others", {})
@@ -187,6 +188,16 @@ class Profile:
             return cls(header["fingerprint"], sites, layers, header["about"], symmetries, interventions, others)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise HprError(f"{path} is no profile or is damaged ({error}): profile the model anew") from error
+
+
+def _check_moments(name: str, statistics: SiteStatistics) -> None:
+    """Raise ``ValueError`` for moments that no measurement gives: they would end in the middle of planning."""
+    for side in ("left", "right"):
+        moment = getattr(statistics, side)
+        if not moment.is_floating_point() or not bool(torch.isfinite(moment).all()):
+            raise ValueError(f"the {side} moment of {name} has numbers that are not finite, or no floating point")
+        if statistics.has_gradient and not bool(moment.any()):
+            raise ValueError(f"the {side} moment of {name} is 0, although the objective depends on it")
 
 
 def is_profile(path: Path) -> bool:

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hpr.runtime.hooks import configs_of
+
 _IMPLEMENTATION = "_experts_implementation"  # the setting of a transformers configuration that selects how experts run
 Record = Callable[[Tensor, Tensor], None]  # takes the input, and the gradient of the output
 
@@ -54,8 +56,7 @@ class WeightsRead(TorchFunctionMode):
 @contextmanager
 def experts_one_by_one(model: nn.Module) -> Iterator[None]:
     """Run each expert by its own ``F.linear``. Other implementations of transformers multiply by all experts at once."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    chosen = [(config, config._experts_implementation) for config in configs.values() if hasattr(config, _IMPLEMENTATION)]
+    chosen = [(config, config._experts_implementation) for config in configs_of(model) if hasattr(config, _IMPLEMENTATION)]
     try:
         for config, _ in chosen:
             config._experts_implementation = "eager"

@@ -11,6 +11,7 @@ from hpr.coding.codes import Codes, Product, parts_of
 from hpr.coding.record import Coded
 from hpr.nn.bank import bank_of, terms_of
 from hpr.nn.site import SharedSite
+from hpr.operators.damping import DERIVED
 from hpr.operators.fitting import Fits
 from hpr.plans.plan import Plan
 from hpr.plans.product import product
@@ -24,8 +25,6 @@ from hpr.rounding.plan import CodedPlan
 from hpr.rounding.search import Rounded, coded, round_to
 from hpr.rounding.whitening import damage, damped_moments
 
-_NEGLIGIBLE = 1e-9  # of the mean diagonal: the moments of factors are damped already
-
 
 class FactorRounder(Rounder):
     """A shared model prepared for rounding: what it stores is rounded, factors in the metric of all sites that read them.
@@ -37,7 +36,7 @@ class FactorRounder(Rounder):
         self, student: nn.Module, profile: Profile, output_damping: float, input_damping: float, bits: int | None = None
     ):
         dampings = output_damping, input_damping
-        super().__init__(student, factor_profile(student, profile, dampings), _NEGLIGIBLE, _NEGLIGIBLE, bits)
+        super().__init__(student, factor_profile(student, profile, dampings), DERIVED, DERIVED, bits)
         self.dampings = dampings
         self._means = {
             path: (terms, statistics.mean)

@@ -20,12 +20,15 @@ MARKER = "hpr.json"  # marks a folder that hpr wrote, if its weights have no sha
 _WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md", MARKER)  # out of date beside a new model
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ``ValueError`` for whatever is no JSON, lists in lists without end included."""
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text; ``pairs`` makes an object of its fields.
+
+    Raises ``ValueError`` for whatever is no JSON, lists in lists without end included.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError as error:
-        raise ValueError("its lists or mappings lie in one another too deeply") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -77,11 +77,16 @@ def forget_computed(model: nn.Module) -> None:
         model.train()
 
 
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configurations of a model and of all modules in it, each once."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if config is not None}.values())
+
+
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
     """Switch off the caches of keys, values and states in every configuration of the model; restore the settings at the end."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    chosen = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    chosen = [(config, config.use_cache) for config in configs_of(model) if hasattr(config, "use_cache")]
     try:
         for config, _ in chosen:
             config.use_cache = False

@@ -1,4 +1,4 @@
-"""Tell torch's errors apart: it has no class of its own for those of shapes, nor for lack of a processor's memory."""
+"""Tell errors of torch apart, since it has no class for shapes nor for a processor's memory, and say long errors briefly."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def lacks_memory(error: BaseException) -> bool:
 def does_not_fit(error: RuntimeError) -> bool:
     """Whether an error says that names, types or shapes do not fit. Errors of memory and of devices are others."""
     return type(error) in (RuntimeError, NotImplementedError) and not lacks_memory(error) and _DEVICE not in str(error)
+
+
+def brief(error: BaseException) -> str:
+    """The first sentence or line of what others say at length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0].split(". ")[0] if lines else type(error).__name__)[:200].rstrip(".: ")

@@ -45,9 +45,8 @@ class RegressionSums:
         rounding = damping.FLOAT32 * float(second.diagonal().mean()) + damping.NOTHING  # inputs that never vary leave no more
         inputs = damping.damped(second - (torch.outer(x, x) if centred else 0), 0.0) + rounding * torch.eye(len(x)).to(x)
         cross = self.tx / self.rows - (torch.outer(t, x) if centred else 0)
-        ridge = damping.REGRESSION * float(inputs.diagonal().mean())
-        pull = (ridge + rounding) * one.weight  # towards the original
-        weight = damping.solve(inputs + ridge * torch.eye(len(x)).to(x), (cross + pull).T).T
+        pull = damping.REGRESSION * float(inputs.diagonal().mean()) + rounding  # towards the original weight
+        weight = damping.solve(damping.damped(inputs, damping.REGRESSION), (cross + pull * one.weight).T).T
         return Measured(one.site, weight, one.left, Side(inputs), one.rows, one.mean)
 
 
