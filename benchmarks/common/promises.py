@@ -35,6 +35,9 @@ PROMISES = {
 }
 
 
+Compare = Callable[[Tensor, Tensor], bool]
+
+
 @dataclass
 class Row:
     """What was found so far: ``kept`` holds True, False or None (does not apply) for each promise tried."""
@@ -56,7 +59,7 @@ def check(model: Any, batch: Callable[[int], Batch], row: Row) -> None:
     steady = equal(answer(model, first), expected)
     if not steady:
         row.notes.append("the original answers differently each time")
-    stock = _reloads(model, first, expected, row)
+    stock = steady and _reloads(model, first, expected, row)
     row.stage = "identity"
     kept = answer(hpr.share(model, keep_all(anatomy)), first)
     row.kept["identity"] = equal(kept, expected) if steady else None
@@ -76,18 +79,18 @@ def check(model: Any, batch: Callable[[int], Batch], row: Row) -> None:
         path = hpr.save(student, f"{folder}/shared")
         row.stage = "load"
         again = type(model).from_pretrained(path).eval()
-        row.kept["reload"] = equal(answer(again, first), found) if steady and stock else None
+        row.kept["reload"] = stock(answer(again, first), found) if stock else None
         row.stage = "generate"
-        row.kept["cache"] = cached(student, first) if generates(model, first, row) else None
+        row.kept["cache"] = caches(student, first, row) if generates(model, first, row) else None
         row.stage = "gradient"
-        row.kept["gradient"] = gradients_reach(model, student, plan, first)
+        row.kept["gradient"] = gradients_reach(model, student, plan, first, row)
         row.stage = "unshare"
         dense = hpr.unshare(student)
         dense.save_pretrained(f"{folder}/dense")
         again = type(model).from_pretrained(f"{folder}/dense").eval()
-        row.kept["unshare"] = bank_of(again) is None and (close(answer(again, first), found) if steady and stock else None)
+        row.kept["unshare"] = bank_of(again) is None and (close(answer(again, first), found) if stock else None)
     row.stage = "code"
-    code(model, profile, first, row, compare=steady and stock)
+    code(model, profile, first, row, stock)
     row.stage = "done"
 
 
@@ -102,7 +105,7 @@ def _planned(model: Any, profile: hpr.Profile, row: Row) -> Plan:
         return hpr.plan(model, profile, f"{min(100.0, float(least[1]) + 1):.1f}%")
 
 
-def code(model: Any, profile: hpr.Profile, batch: Batch, row: Row, compare: bool) -> None:
+def code(model: Any, profile: hpr.Profile, batch: Batch, row: Row, stock: Compare | None) -> None:
     """A coded plan of a sixth of the bytes, or of the least possible bytes: made, saved and loaded."""
     limit = disk_bytes(model) // 6
     plan = None
@@ -120,18 +123,19 @@ def code(model: Any, profile: hpr.Profile, batch: Batch, row: Row, compare: bool
         size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
         row.kept["coded"] = size <= limit
         again = type(model).from_pretrained(path).eval()
-        row.kept["decoded"] = equal(answer(again, batch), found) if compare else None
+        row.kept["decoded"] = stock(answer(again, batch), found) if stock else None
 
 
-def _reloads(model: Any, batch: Batch, expected: Tensor, row: Row) -> bool:
-    """Whether Transformers itself saves and loads the original without change."""
+def _reloads(model: Any, batch: Batch, expected: Tensor, row: Row) -> Compare | None:
+    """How far Transformers itself saves and loads the original without change: bit by bit, to rounding, or not at all."""
     row.stage = "stock"
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        same = close(answer(type(model).from_pretrained(folder).eval(), batch), expected)
-    if not same:
-        row.notes.append("the original changes when Transformers saves and loads it")
-    return same
+        again = answer(type(model).from_pretrained(folder).eval(), batch)
+    if equal(again, expected):
+        return equal
+    row.notes.append("the original changes when Transformers saves and loads it")
+    return close if close(again, expected) else None
 
 
 @torch.no_grad()
@@ -147,8 +151,8 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 
 def close(one: Tensor, other: Tensor) -> bool:
-    """To float32 rounding, in relation to the largest value."""
-    return one.shape == other.shape and float((one - other).abs().max()) <= 1e-4 * float(other.abs().max())
+    """To what float32 rounding may grow to in a random model, in relation to the largest value."""
+    return one.shape == other.shape and float((one - other).abs().max()) <= 1e-3 * float(other.abs().max())
 
 
 def generates(model: Any, batch: Batch, row: Row) -> bool:
@@ -165,6 +169,19 @@ def generates(model: Any, batch: Batch, row: Row) -> bool:
     return same
 
 
+def caches(student: Any, batch: Batch, row: Row) -> bool:
+    """Whether a student generates the same with and without its cache, or its dense form does not either.
+
+    A router may be undecided to the last bit, and rounding decides.
+    """
+    if cached(student, batch):
+        return True
+    if cached(hpr.unshare(student), batch):
+        return False
+    row.notes.append("the unshared student generates otherwise without its cache")
+    return True
+
+
 @torch.no_grad()
 def cached(model: Any, batch: Batch) -> bool:
     """Whether generation is the same with and without cache."""
@@ -175,15 +192,22 @@ def cached(model: Any, batch: Batch) -> bool:
     return same and close(torch.stack(runs[0].logits), torch.stack(runs[1].logits))
 
 
-def gradients_reach(model: nn.Module, student: nn.Module, plan: Plan, batch: Batch) -> bool:
+def gradients_reach(model: nn.Module, student: nn.Module, plan: Plan, batch: Batch, row: Row) -> bool | None:
     """Whether a loss on the outputs moves every factor of a weight, or of its rows, that it moves in the original.
 
-    Experts are left out: a compressed router may choose others.
+    Experts are left out: a compressed router may choose others. None if the plan shares nothing, or if the original has no
+    gradients as it is.
     """
-    original, trained, anatomy = _after_backward(model, batch), _after_backward(student, batch), describe(model)
+    try:
+        original = _after_backward(model, batch)
+    except RuntimeError as error:
+        row.notes.append(f"the original has no gradients ({error})")
+        return None
+    trained, anatomy = _after_backward(student, batch), describe(model)
     bank = bank_of(trained)
     if bank is None:
-        raise ValueError("the 75 % plan shares nothing")
+        row.notes.append("the plan shares nothing")
+        return None
     for name, entry in plan.entries.items():
         gradient = module_at(original, name).weight.grad if entry.terms and anatomy[name].expert is None else None
         for term in entry.terms if gradient is not None else ():

@@ -109,6 +109,15 @@ def test_every_expert_is_a_site(model: tf.PreTrainedModel) -> None:
     assert not_swappable(model, anatomy) == {}
 
 
+@pytest.mark.usefixtures("random_fit")
+def test_transformers_finds_the_shape_of_a_placeholder(model: tf.PreTrainedModel) -> None:
+    """It asks for a parameter of that name when it loads a model whose experts it may have to transpose, as Qwen3-VL's."""
+    student = share(model, plan_everything(model))
+    place = student.get_parameter(f"model.{EXPERTS}.down_proj")
+    assert place.shape == (4, 2, 1)
+    assert not any(parameter is place for parameter in student.parameters())
+
+
 def test_only_slices_that_a_linear_reads_are_sites() -> None:
     names = [site.name for site in describe(Net()).sites]
     assert names == ["first"] + [f"experts.{name}.{number}" for name in ("up", "down") for number in range(3)]

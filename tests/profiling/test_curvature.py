@@ -134,6 +134,31 @@ def test_sums_are_those_of_autograd_example_by_example(
     assert bare or found["first"].rows == 5  # of each three examples one has three rows of padding
 
 
+class Turned(Net):
+    """The same with positions first inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_rows_belong_to_their_examples_where_positions_come_first() -> None:
+    batches = batches_with_padding()
+    expected, _ = measure_curvature(Net(), describe(Net()), batches, fixed())
+    found, _ = measure_curvature(Turned(), describe(Turned()), batches, fixed())
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name].left, one.left, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found[name].right, one.right, rtol=1e-5, atol=1e-7)
+
+
+def test_a_linear_that_reads_one_vector() -> None:
+    class OneVector(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + super().forward(torch.ones(5))
+
+    found, _ = measure_curvature(OneVector(), describe(OneVector()), [drawn(3, 5)], OBJECTIVES["hidden"])
+    assert found["first"].rows == 4 / 3  # three examples, and the vector
+
+
 def test_sites_without_gradient_have_no_rows() -> None:
     found, _ = measure_curvature(Net(), describe(Net()), batches_with_padding(), fixed())
     dead = found["unused"]

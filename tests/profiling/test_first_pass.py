@@ -166,6 +166,29 @@ def test_an_objective_without_any_gradient_is_an_error() -> None:
         hpr.profile(Constant(), [torch.randn(3, 4)])
 
 
+def test_a_batch_that_cannot_be_cut_is_read_whole() -> None:
+    class Packed(nn.Module):
+        """Reads the patches of all its pictures as one sequence, whose lengths stand in another input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
+
+        def forward(self, patches: Tensor, lengths: Tensor) -> Tensor:
+            x = torch.stack([part.mean(0) for part in patches.split(lengths.tolist())])
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    batch = {"patches": torch.randn(9, 4), "lengths": torch.tensor([2] * 3 + [3])}
+    model = Packed()
+    student = hpr.share(model, hpr.plan(model, hpr.profile(model, [batch]), "100%"))
+    assert torch.equal(student(**batch), model(**batch))
+    with pytest.raises(DataError, match=r"cannot read batch 0 \(patches float32 \(8, 4\)"):
+        hpr.profile(model, [batch | {"patches": torch.randn(8, 4)}])
+
+
 def test_a_fault_of_another_kind_is_not_taken_for_a_refused_batch() -> None:
     class Broken(nn.Module):
         def __init__(self, error: BaseException) -> None:

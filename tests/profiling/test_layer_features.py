@@ -54,8 +54,9 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            y = block(x)
-            x = y if isinstance(y, Tensor) else y[0]
+            x = block(x)
+            while not isinstance(x, Tensor):
+                x = x[0]
         return x
 
 
@@ -83,7 +84,14 @@ def test_cka_ignores_rotation_scale_and_shift() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda y: y, lambda y: (y, None), lambda y: [y], lambda y: BaseModelOutput(last_hidden_state=y)]
+    "wrap",
+    [
+        lambda y: y,
+        lambda y: (y, None),
+        lambda y: [y],
+        lambda y: BaseModelOutput(last_hidden_state=y),
+        lambda y: ((y, None), 3, 3),
+    ],
 )
 def test_plain_modules_and_what_blocks_may_return(wrap: Callable) -> None:
     torch.manual_seed(0)
@@ -215,12 +223,42 @@ def test_errors() -> None:
     model = Plain(Block(), Block())
     with pytest.raises(HprError, match="no calibration batches"):
         measure_layers(model, describe(model), [])
-    odd = Plain(Block(lambda y: {"x": None}), Block())
-    with pytest.raises(HprError, match="without hidden states"):
-        measure_layers(odd, describe(odd), [drawn(2, 3, 6)])
     unused = Plain(Block(), Block())
     unused.more = Plain(Block(), Block())
     assert set(measure_layers(unused, describe(unused), [drawn(2, 3, 6)])) == {"blocks"}
+
+
+class Turned(nn.Module):
+    """A model whose blocks get positions first, (T, B, D)."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_positions_may_come_first() -> None:
+    torch.manual_seed(0)
+    plain = Plain(Block(), Block(), Block())
+    batches = [drawn(5, 7, 6), drawn(3, 7, 6, seed=1)]
+    expected = measure_layers(plain, describe(plain), batches)
+    turned = Turned(plain)
+    found = measure_layers(turned, describe(turned), batches)
+    assert list(found.values()) == list(expected.values())
+
+
+def test_states_that_are_not_those_of_examples_have_no_features() -> None:
+    torch.manual_seed(0)
+    whole = Plain(Block(), Block())
+    whole.blocks[0].forward = lambda x: x.mean((0, 1), keepdim=True)  # one row for the whole batch
+    assert measure_layers(whole, describe(whole), [drawn(4, 3, 6)]) == {}
+    odd = Plain(Block(), Block())
+    odd.forward = lambda x: [block(x) for block in odd.blocks] and x
+    for block in odd.blocks:
+        block.wrap = lambda y: {"x": None}
+    assert measure_layers(odd, describe(odd), [drawn(4, 3, 6)]) == {}
 
 
 def test_a_block_that_is_run_twice_counts_once() -> None:

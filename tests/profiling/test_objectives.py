@@ -30,14 +30,15 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def outputs_of(name: str, seed: int = 0) -> SimpleNamespace:
     values = drawn(3, 4, seed=seed) if name in BY_EXAMPLE else drawn(3, 5, 4, seed=seed)
-    return as_outputs(values)
+    return as_outputs(values, name)
 
 
-def as_outputs(values: Tensor) -> SimpleNamespace:
-    """Outputs of any kind that hold these values: start and end of a span, both towers of a pair."""
+def as_outputs(values: Tensor, name: str) -> SimpleNamespace:
+    """Outputs of any kind that hold these values: start and end of a span, both towers of a pair, classes before pixels."""
     halves = {"start_logits": values[..., 0], "end_logits": values[..., 1]} if values.dim() == 3 else {}
     pair = {"image_embeds": values[:, 0], "text_embeds": values[:, -1]} if values.dim() == 3 else {}
-    return SimpleNamespace(logits=values, last_hidden_state=values, **halves, **pair)
+    logits = values.movedim(-1, 1)[..., None] if name == "segmentation" else values
+    return SimpleNamespace(logits=logits, values=values, last_hidden_state=values, **halves, **pair)
 
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
@@ -56,7 +57,7 @@ def test_equal_outputs_diverge_by_nothing(name: str) -> None:
 def test_categorical_divergence_is_torchs(name: str) -> None:
     batch = {**BATCH, "decoder_attention_mask": MASK}
     teacher, student = outputs_of(name), outputs_of(name, 1)
-    log_p, log_q = teacher.logits.log_softmax(-1), student.logits.log_softmax(-1)
+    log_p, log_q = teacher.values.log_softmax(-1), student.values.log_softmax(-1)
     expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     if name == "spans":
         log_p, log_q = (
@@ -67,7 +68,7 @@ def test_categorical_divergence_is_torchs(name: str) -> None:
         )
         expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").nansum((0, 2))
     elif name not in BY_EXAMPLE:
-        expected = (expected * MASK).sum(1)
+        expected = (expected if name == "segmentation" else expected * MASK).sum(1)  # a picture has no padding
     torch.testing.assert_close(OBJECTIVES[name].divergence(teacher, student, batch), expected)
 
 
@@ -90,11 +91,11 @@ def test_masked_positions_count_for_nothing(name: str) -> None:
     teacher, student, other = outputs_of(name), outputs_of(name, 1), outputs_of(name, 1)
     values = other.logits.clone()
     values[MASK == 0] = 100
-    other = as_outputs(values)
+    other = as_outputs(values, name)
     objective = OBJECTIVES[name]
     assert torch.equal(objective.divergence(teacher, student, BATCH), objective.divergence(teacher, other, BATCH))
     values = values.clone().requires_grad_()
-    outputs = as_outputs(values)
+    outputs = as_outputs(values, name)
     objective.loss(outputs, BATCH, torch.Generator().manual_seed(0)).backward()
     assert (values.grad[MASK == 0] == 0).all()
     assert (values.grad[MASK == 1] != 0).any(-1).all()
@@ -114,6 +115,8 @@ def test_mask_of() -> None:
     assert torch.equal(mask_of({"input_ids": MASK}, hidden), torch.ones(3, 5))
     assert torch.equal(mask_of(as_batch(torch.zeros(3, 5)), hidden), torch.ones(3, 5))
     assert torch.equal(mask_of(BATCH, torch.zeros(3, 6, 4)), torch.ones(3, 6))  # of another sequence
+    assert torch.equal(mask_of(BATCH, torch.zeros(5, 3, 4)), MASK.T.float())  # positions first
+    assert torch.equal(mask_of(BATCH, torch.zeros(6, 3, 4)), torch.ones(6, 3))  # two choices of each example
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -125,13 +128,13 @@ def test_the_loss_has_the_fisher_matrix_of_the_divergence(name: str) -> None:
     size = raw.numel()
 
     def divergence(values: Tensor) -> Tensor:
-        return objective.divergence(as_outputs(raw), as_outputs(values), batch).sum()
+        return objective.divergence(as_outputs(raw, name), as_outputs(values, name), batch).sum()
 
     hessian = torch.autograd.functional.hessian(divergence, raw.clone()).reshape(size, size)
     generator, total = torch.Generator().manual_seed(0), torch.zeros(size, size)
     for _ in range(400):
         values = raw.clone().requires_grad_()
-        objective.loss(as_outputs(values), batch, generator).backward()
+        objective.loss(as_outputs(values, name), batch, generator).backward()
         total += torch.outer(values.grad.flatten(), values.grad.flatten()) / 400
     assert (total - hessian).norm() < 0.25 * hessian.norm()
 
@@ -196,6 +199,10 @@ def test_the_loss_is_a_sum_over_examples_and_reproducible() -> None:
         (tf.Wav2Vec2ForAudioFrameClassification, "frames"),
         (tf.CLIPModel, "contrastive"),
         (tf.SiglipModel, "contrastive"),
+        (tf.LlavaForConditionalGeneration, "causal-lm"),
+        (tf.ImageGPTForCausalImageModeling, "causal-lm"),
+        (tf.SegformerForSemanticSegmentation, "segmentation"),
+        (type("Mine", (tf.BertForTokenClassification,), {}), "token-classification"),
         (nn.Linear, "hidden"),
     ],
 )
@@ -228,6 +235,36 @@ def test_a_classifier_is_read_as_its_configuration_says(settings: dict, expected
     assert objective_for(choice).name == "classification"
 
 
+def test_a_model_that_writes_is_read_by_where_its_inputs_are() -> None:
+    """Transformers lists models of pictures and sounds together, with an encoder of their own or without."""
+    for kind, config, expected in (
+        (tf.Florence2ForConditionalGeneration, tf.Florence2Config(), "seq2seq"),
+        (tf.LlavaForConditionalGeneration, tf.LlavaConfig(), "causal-lm"),
+        (tf.AudioFlamingo3ForConditionalGeneration, tf.AudioFlamingo3Config(), "causal-lm"),
+        (tf.WhisperForConditionalGeneration, tf.WhisperConfig(), "seq2seq"),
+    ):
+        model = kind.__new__(kind)
+        nn.Module.__init__(model)
+        model.config = config
+        assert objective_for(model).name == expected
+
+
+def test_a_head_over_the_vocabulary_is_read_as_tokens_in_a_class_without_a_task() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    assert objective_for(tf.BertForPreTraining(tf.BertConfig(**sizes))).name == "masked-lm"
+    double = tf.GPT2DoubleHeadsModel(tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64))
+    assert objective_for(double).name == "causal-lm"
+    assert objective_for(tf.BertModel(tf.BertConfig(**sizes))).name == "hidden"
+
+
+def test_a_backbone_is_read_by_all_its_maps() -> None:
+    maps = (drawn(3, 4, 6, 6), drawn(3, 8, 3, 3))
+    read, weight = OBJECTIVES["hidden"].read(SimpleNamespace(feature_maps=maps), {"pixel_values": drawn(3, 3, 9, 9)})
+    assert read.shape == (3, 1, 4 * 36 + 8 * 9)
+    assert weight.shape == (3, 1)
+    assert torch.equal(read[1, 0, 144:], maps[1][1].flatten())
+
+
 def test_frames_take_the_part_of_the_mask_that_they_stand_for() -> None:
     samples = torch.zeros(2, 40)
     mask = torch.ones(2, 40, dtype=torch.long)
@@ -246,7 +283,7 @@ def test_the_ends_of_an_answer_are_never_in_the_padding() -> None:
     assert weight.tolist() == [[1.0, 1.0]]
 
 
-@pytest.mark.parametrize("name", ["spans", "contrastive", "classification", "hidden"])
+@pytest.mark.parametrize("name", ["spans", "contrastive", "classification", "segmentation", "hidden"])
 def test_outputs_that_an_objective_cannot_read(name: str) -> None:
     with pytest.raises(HprError, match="another objective"):
         OBJECTIVES[name].read(SimpleNamespace(loss=None) if name != "hidden" else (torch.tensor(1.0),), BATCH)

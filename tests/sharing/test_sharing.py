@@ -279,3 +279,12 @@ def test_a_tie_that_is_declared_but_does_not_hold(build: Build, random_fit: None
 def test_another_models_plan_is_refused(build: Build) -> None:
     with pytest.raises(HprError, match="plan this model anew"):
         share(build("bert"), keep_all(describe(build("gpt2"))))
+
+
+def test_a_model_inside_that_does_not_tell_its_ties(build: Build, random_fit: None) -> None:
+    """Some models of transformers hold another whose code leaves out ``post_init``: it has no ``all_tied_weights_keys``."""
+    model = build("bert")
+    del model.all_tied_weights_keys
+    student = share(model, plan_everything(model))
+    assert not hasattr(student, "all_tied_weights_keys")
+    assert not hasattr(unshare(student), "all_tied_weights_keys")

@@ -82,7 +82,7 @@ def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[BatchLike]
             divergences.append(objective.divergence(outputs[0], outputs[1], batch).double())
             matching.add(_match(expected, predicted, objective), weight)
             targets = _targets(batch, objective)
-            if targets is not None:
+            if targets is not None and targets.shape == expected.shape[:2]:  # some models put a picture's positions in between
                 for share, logits in zip(losses, (expected, predicted), strict=True):
                     share.add(*_token_losses(logits, targets, objective))
             if expected.dim() == 2:
@@ -240,5 +240,6 @@ def _token_losses(logits: Tensor, targets: Tensor, objective: Objective) -> tupl
     """The loss of each position in nats, and its weight: 1, or 0 for a position without a target."""
     if objective.shifts_labels:
         logits, targets = logits[:, :-1], targets[:, 1:]
+    targets = targets.masked_fill(targets >= logits.shape[-1], IGNORED)  # the place of a picture may have an id without logit
     losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return losses, (targets != IGNORED).double()

@@ -45,7 +45,10 @@ class SharedExperts(BankReader):
         self._parameters = {name: value for name, value in source._parameters.items() if name not in self.slices}
         dtype = bank.dtype
         for name, experts in self.slices.items():
-            self.register_buffer(name, torch.zeros(len(experts), 2, 1, dtype=dtype))
+            zeros = torch.zeros(len(experts), 2, 1, dtype=dtype)
+            self.register_buffer(
+                name, nn.Parameter(zeros, requires_grad=False)
+            )  # transformers asks for its shape as for a weight
         for name, value in vars(source).items():  # its settings: the module around it may read them
             vars(self).setdefault(name, value)
 

@@ -22,7 +22,7 @@ from hpr.profiling.objectives import Objective
 from hpr.profiling.other_parameters import Sensitivity
 from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
 from hpr.profiling.weight_reads import Record, WeightsRead, experts_one_by_one, with_graph
-from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in
+from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in, has_positions_first
 from hpr.runtime.hooks import _frozen, forget_computed, run, uncached
 from hpr.runtime.progress import progress
 from hpr.runtime.torch_errors import does_not_fit
@@ -67,15 +67,16 @@ def measure_curvature(
             if stage:
                 moments = {name: earlier.next(stage) for name, earlier in moments.items()}
             last = others if stage == 2 else None
-            with _hooks(model, anatomy, moments), last.measured() if last else nullcontext():
+            with last.measured() if last else nullcontext():
                 for index, batch in enumerate(part):
                     forget_computed(model)  # a graph can be run backwards once
-                    loss = objective.loss(run(model, batch), batch, generator)
-                    if not torch.isfinite(loss):
-                        raise HprError(
-                            f"the loss of calibration batch {index} is {loss.item()}: remove non-finite inputs from it"
-                        )
-                    _differentiate(loss, model, index)
+                    with _hooks(model, anatomy, moments, batch):
+                        loss = objective.loss(run(model, batch), batch, generator)
+                        if not torch.isfinite(loss):
+                            raise HprError(
+                                f"the loss of calibration batch {index} is {loss.item()}: remove non-finite inputs from it"
+                            )
+                        _differentiate(loss, model, index)
                     if last:
                         last.add()
                     done += 1
@@ -204,7 +205,7 @@ def _combined(table: SiteStatistics, head: SiteStatistics) -> SiteStatistics:
 
 
 @contextmanager
-def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> Iterator[None]:
+def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments], batch: Batch) -> Iterator[None]:
     handles = []
     tables: dict[int, Record] = {}
     experts: dict[int, Record] = {}
@@ -223,7 +224,7 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> 
             if site.kind == "embedding":  # a tied head is another use
                 target.head = target.head or _Moments(site)
                 target = target.head
-            handles.append(module.register_forward_hook(_recorder(target)))
+            handles.append(module.register_forward_hook(_recorder(target, batch)))
     try:
         with experts_one_by_one(model), WeightsRead(tables, experts):
             yield
@@ -232,13 +233,14 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments]) -> 
             handle.remove()
 
 
-def _recorder(target: _Moments) -> Callable:
+def _recorder(target: _Moments, batch: Batch) -> Callable:
     def record(module: nn.Module, inputs: tuple, output: Any) -> Any:
         if not torch.is_grad_enabled():  # some models run a part of their blocks without gradients
             return output
         x = inputs[0].detach()
+        turned = has_positions_first(x, batch)
         output = with_graph(output)
-        output.register_hook(lambda gradient: _add_linear(target, x, gradient))
+        output.register_hook(lambda gradient: _add_linear(target, _by_example(x, turned), _by_example(gradient, turned)))
         return output
 
     return record
@@ -256,9 +258,8 @@ def _mirrored(total: Tensor) -> Tensor:
     return total if total.dim() < 2 else total.triu() + total.triu(1).T
 
 
-def _add_linear(target: _Moments, x: Tensor, gradient: Tensor) -> None:
-    g = _by_example(gradient.detach().float())  # B: examples, T: rows of one example, O: out, I: in
-    x = _by_example(x.float())
+def _add_linear(target: _Moments, x: Tensor, g: Tensor) -> None:
+    """Add the rows of one call. B: examples, T: rows of one example, O: out, I: in."""
     flat_g, flat_x = g.flatten(0, 1), x.flatten(0, 1)
     weight = flat_g.square().sum(1)
     reached = _has_gradient(weight)
@@ -331,6 +332,7 @@ def _add_expert(target: _Moments, x: Tensor, gradient: Tensor) -> None:
         target.add(rows, changes=[(weighted * x).sum()], left=[(g, g)], right=[(weighted, x)])
 
 
-def _by_example(rows: Tensor) -> Tensor:
-    """Reshape (B, …, d) to (B, T, d). In (B, d), each example has one row."""
-    return rows.reshape(len(rows), -1, rows.shape[-1])
+def _by_example(rows: Tensor, positions_first: bool) -> Tensor:
+    """Reshape (B, …, d), or (T, B, d), to (B, T, d) in float32. In (B, d), each example has one row; (d,) is one row."""
+    rows = torch.atleast_2d(rows.detach().float())
+    return rows.transpose(0, 1) if positions_first else rows.reshape(len(rows), -1, rows.shape[-1])

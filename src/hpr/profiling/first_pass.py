@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from hpr.errors import DataError, HprError
 from hpr.profiling.objectives import Objective
 from hpr.profiling.outputs import first_not_finite
-from hpr.runtime.batch import POSITIONAL, Batch, first_examples
+from hpr.runtime.batch import POSITIONAL, Batch, examples_in, first_examples
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 from hpr.runtime.torch_errors import brief, lacks_memory
 
@@ -39,7 +40,7 @@ def check_weights(model: nn.Module) -> None:
         parameter = model.get_parameter(name)
         place = tuple(int(part) for part in (~torch.isfinite(parameter)).nonzero()[0])
         raise HprError(
-            f"the weight {name} is not finite at {list(place)} ({float(parameter[place])}): load or train the model again"
+            f"the weight {name} is not finite at {list(place)} ({float(parameter.detach()[place])}): load or train the model again"
         )
 
 
@@ -64,14 +65,28 @@ def check_batches(model: nn.Module, batches: Sequence[Batch], objective: Objecti
             if outside and any(parameter.device.type != "cpu" for parameter in model.parameters()):
                 raise DataError(f"the model cannot read batch {index}: {outside}")  # on a device this would end the process
             if outside or index in (0, longest):
-                few = batch if outside else first_examples(batch, _TRIED)
-                _try(model, to_device_of(few, model), index, objective)
+                count = examples_in(batch) if outside else _TRIED
+                _try(model, to_device_of(batch, model), index, objective, count)
 
 
-def _try(model: nn.Module, batch: Batch, index: int, objective: Objective) -> None:
+def readable_part(model: nn.Module, batch: Batch, count: int) -> tuple[Batch, Any]:
+    """The first examples of a batch, at most ``count``, and the model's outputs for them.
+
+    Some inputs are packed in ways that only their model knows: if it cannot read a part, it gets the whole batch.
+    """
+    part = first_examples(batch, count)
+    try:
+        return part, run(model, part)
+    except _REFUSALS as error:
+        if lacks_memory(error):
+            raise
+    return batch, run(model, batch)
+
+
+def _try(model: nn.Module, batch: Batch, index: int, objective: Objective, count: int) -> None:
     with reading(model, batch, index):
-        outputs = run(model, batch)
-    predictions, weight = objective.read(outputs, batch)
+        part, outputs = readable_part(model, batch, count)
+    predictions, weight = objective.read(outputs, part)
     if weight.shape != predictions.shape[:-1]:
         raise HprError(
             f"objective {objective.name!r} does not fit the outputs of {type(model).__name__}, of shape "

@@ -15,6 +15,7 @@ Suffixes of names: B examples, T positions, D width, N pooled examples, L layers
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,11 +29,13 @@ from torch import Tensor, nn
 from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Anatomy, Stack
 from hpr.errors import HprError
+from hpr.profiling.first_pass import readable_part
 from hpr.profiling.profile import LayerFeatures
-from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in, first_examples, mask_of
+from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in, has_positions_first, mask_of
 from hpr.runtime.hooks import entering, eval_mode, run
 from hpr.runtime.progress import progress
 
+_log = logging.getLogger(__name__)
 POOLED_EXAMPLES = 512
 CONTEXT_BATCHES = 8
 CONTEXT_EXAMPLES = 16  # of each of those batches: all layers' hidden states are held at once
@@ -42,9 +45,11 @@ Visit = Callable[[int, Tensor, Tensor], None]  # layer, its input and its output
 def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLike], seed: int = 0) -> dict[str, LayerFeatures]:
     """Return the features of every stack whose blocks the model calls, by stack name. The model does not change.
 
+    A stack is left out if the states of its blocks cannot be told apart by example.
+
     The function reads at most 512 examples, from evenly spread batches because batches may be sorted by length. Context
     dependence reads 16 examples of at most 8 batches; ``seed`` draws the positions to replace. Raises ``HprError`` for no
-    batches, for hidden states that are not finite (naming layer and batch), and for outputs that hold no hidden states.
+    batches, and for hidden states that are not finite (naming layer and batch).
     """
     if not batches:
         raise HprError("no calibration batches: give at least one")
@@ -59,7 +64,8 @@ def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLi
             _pool(model, watched, batches[index], index)
             progress("features", done, total)
         for done, index in enumerate(context, len(chosen) + 1):
-            _replace(model, watched, first_examples(batches[index], CONTEXT_EXAMPLES), generator)
+            part, _ = readable_part(model, batches[index], CONTEXT_EXAMPLES)
+            _replace(model, watched, part, generator)
             progress("features", done, total)
     return {name: stack.features() for name, stack in watched.items() if all(stack.pooled)}
 
@@ -135,7 +141,7 @@ def _pool(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, index: 
 
         return visit
 
-    with _visiting(watched, examples_in(batch), visitor):
+    with _visiting(watched, batch, visitor):
         run(model, batch)
 
 
@@ -143,7 +149,6 @@ def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, gene
     """Two forward passes, the second with half of the positions replaced where hidden states enter each stack."""
     original: dict[tuple[str, int], Tensor] = {}
     stays: dict[str, Tensor] = {}
-    examples = examples_in(batch)
 
     def remember(stack: _Stack) -> Visit:
         return lambda layer, x, y: original.update({(stack.stack.name, layer): y})
@@ -161,20 +166,22 @@ def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, gene
             if stack.stack.name in stays:
                 return None  # a block that is run several times is entered once
             raw = entering(args, kwargs)
-            x_BTD = _as_positions(raw, examples, stack.stack, 0)
+            x_BTD = _as_positions(raw, batch)
+            if x_BTD is None:
+                return None
             swapped, kept = _swap(x_BTD, real_positions(batch, stack.stack, x_BTD), generator)
             stays[stack.stack.name] = kept
-            swapped = swapped.reshape(raw.shape)
+            swapped = swapped.transpose(0, 1) if has_positions_first(raw, batch) else swapped.reshape(raw.shape)
             changed = tuple(swapped if value is raw else value for value in args)
             return changed, {key: swapped if value is raw else value for key, value in kwargs.items()}
 
         return swap
 
-    with _visiting(watched, examples, remember):
+    with _visiting(watched, batch, remember):
         run(model, batch)
     handles = [stack.blocks[0].register_forward_pre_hook(entrance(stack), with_kwargs=True) for stack in watched.values()]
     try:
-        with _visiting(watched, examples, compare):
+        with _visiting(watched, batch, compare):
             run(model, batch)
     finally:
         for handle in handles:
@@ -221,13 +228,13 @@ def _blocks(model: nn.Module, stack: Stack) -> list[nn.Module]:
 
 
 @contextmanager
-def _visiting(watched: Mapping[str, _Stack], examples: int, visitor: Callable[[_Stack], Visit]) -> Iterator[None]:
+def _visiting(watched: Mapping[str, _Stack], batch: Batch, visitor: Callable[[_Stack], Visit]) -> Iterator[None]:
     """Call a visitor for every layer during a forward pass."""
     handles = []
     for stack in watched.values():
         visit = visitor(stack)
         for layer, block in enumerate(stack.blocks):
-            handles.append(block.register_forward_hook(_caller(visit, layer, stack.stack, examples), with_kwargs=True))
+            handles.append(block.register_forward_hook(_caller(visit, layer, stack.stack, batch), with_kwargs=True))
     try:
         yield
     finally:
@@ -235,7 +242,7 @@ def _visiting(watched: Mapping[str, _Stack], examples: int, visitor: Callable[[_
             handle.remove()
 
 
-def _caller(visit: Visit, layer: int, stack: Stack, examples: int) -> Callable:
+def _caller(visit: Visit, layer: int, stack: Stack, batch: Batch) -> Callable:
     called = False
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -243,25 +250,29 @@ def _caller(visit: Visit, layer: int, stack: Stack, examples: int) -> Callable:
         if called:
             return  # a block that is run several times counts as it is run first
         called = True
-        parts = tuple(output.values()) if isinstance(output, Mapping) else output
-        hidden = parts[0] if isinstance(parts, tuple | list) and parts else parts
-        if not isinstance(hidden, Tensor):
-            raise HprError(
-                f"layer {layer} of {stack.name} returns {type(output).__name__} without hidden states first: "
-                "return a tensor, or a tuple that starts with one"
-            )
-        given = _as_positions(entering(args, kwargs), examples, stack, layer)
-        visit(layer, given, _as_positions(hidden, examples, stack, layer))
+        given, returned = (_as_positions(value, batch) for value in (entering(args, kwargs), _first(output)))
+        if given is not None and returned is not None:
+            visit(layer, given, returned)
+        elif not layer:
+            _log.info("no features of the layers of %s: their states are not those of the batch's examples", stack.name)
 
     return hook
 
 
-def _as_positions(hidden: Tensor, examples: int, stack: Stack, layer: int) -> Tensor:
-    """(B, D), (B·T, D), (B, T, D) or (B, H, W, D) as (B, T, D)."""
-    time_first = hidden.dim() == 3 and hidden.shape[0] != examples == hidden.shape[1]
-    if hidden.dim() < 2 or time_first or hidden[..., 0].numel() % examples:
-        shape = tuple(hidden.shape)
-        raise HprError(f"layer {layer} of {stack.name} has states of shape {shape} for {examples} examples: put examples first")
+def _first(output: Any) -> Any:
+    """What a block returns first: its hidden states. Some blocks return their tuple inside another."""
+    while isinstance(output, Mapping | tuple | list) and output:
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return output
+
+
+def _as_positions(hidden: Any, batch: Batch) -> Tensor | None:
+    """(B, D), (B·T, D), (B, T, D), (T, B, D) or (B, H, W, D) as (B, T, D); None for anything else."""
+    examples = examples_in(batch)
+    if not isinstance(hidden, Tensor) or hidden.dim() < 2 or hidden[..., 0].numel() % examples:
+        return None
+    if has_positions_first(hidden, batch):
+        return hidden.transpose(0, 1)
     return hidden.reshape(examples, -1, hidden.shape[-1])
 
 

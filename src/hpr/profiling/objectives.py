@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hpr.errors import HprError
@@ -40,6 +41,7 @@ from hpr.profiling.outputs import (
     read_hidden,
     read_mean_pooled,
     read_pair,
+    read_pixels,
     read_scores,
     read_spans,
     read_tokens,
@@ -126,6 +128,7 @@ def _mappings(*kinds: str) -> tuple[str, ...]:
 
 
 _CLASSIFIERS = _mappings("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION")
+_WRITERS = _mappings("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_IMAGE_MODELING")
 _CHOICES = _mappings("NEXT_SENTENCE_PREDICTION", "MULTIPLE_CHOICE")  # their number of outputs has another meaning
 
 # The order matters: the first objective that lists a model's class is its default. BART's class is a masked LM, too.
@@ -143,7 +146,7 @@ OBJECTIVES: dict[str, Objective] = {
             upper_stack_predicts=True,
             classes=_mappings("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
         ),
-        Objective("causal-lm", read_tokens, CATEGORICAL, labels="tokens", shifts_labels=True, classes=_mappings("CAUSAL_LM")),
+        Objective("causal-lm", read_tokens, CATEGORICAL, labels="tokens", shifts_labels=True, classes=_WRITERS),
         Objective("masked-lm", read_tokens, CATEGORICAL, labels="tokens", classes=_mappings("MASKED_LM")),
         Objective("classification", read_scores, CATEGORICAL, labels="classes", classes=_CLASSIFIERS + _CHOICES),
         Objective("multi-label", read_scores, BERNOULLI),
@@ -153,6 +156,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("ctc", read_frames, CATEGORICAL, classes=_mappings("CTC")),
         Objective("frames", read_frames, BERNOULLI, classes=_mappings("AUDIO_FRAME_CLASSIFICATION")),
         Objective("contrastive", read_pair, GAUSSIAN, classes=_mappings("ZERO_SHOT_IMAGE_CLASSIFICATION")),
+        Objective("segmentation", read_pixels, CATEGORICAL, classes=_mappings("SEMANTIC_SEGMENTATION")),
         Objective("hidden", read_hidden, GAUSSIAN),
     )
 }
@@ -168,18 +172,38 @@ def objective_for(model: nn.Module, name: str | None = None) -> Objective:
         if name not in OBJECTIVES:
             raise HprError(f"no objective {name!r}: use one of {', '.join(OBJECTIVES)}")
         return OBJECTIVES[name]
-    class_name = type(model).__name__
-    for objective in OBJECTIVES.values():
-        if any(class_name in _classes(mapping) for mapping in objective.classes):
-            return OBJECTIVES[_problem(model) or objective.name]
-    _log.info("the objective is hidden states, because %s has no known task head", class_name)
+    for kind in type(model).__mro__:  # a class of one's own has the head of its parent
+        for objective in OBJECTIVES.values():
+            if any(kind.__name__ in _classes(mapping) for mapping in objective.classes):
+                return OBJECTIVES[_problem(model, kind) or _writing(model, objective.name)]
+    if _predicts_tokens(model):
+        writes = type(model).can_generate()  # type: ignore[attr-defined]
+        return OBJECTIVES[_writing(model, "causal-lm" if writes else "masked-lm")]
+    _log.info("the objective is hidden states, because %s has no known task head", type(model).__name__)
     return OBJECTIVES["hidden"]
 
 
-def _problem(model: nn.Module) -> str | None:
+def _writing(model: Any, name: str) -> str:
+    """The objective of a model that writes: ``seq2seq`` if it has an encoder, else ``causal-lm``; others keep their ``name``.
+
+    Transformers lists models of pictures and sounds together, whether they read them by an encoder of the text's decoder or as
+    a part of the text.
+    """
+    separate = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    if name not in ("causal-lm", "seq2seq") or separate is None:
+        return name
+    return "seq2seq" if separate else "causal-lm"
+
+
+def _predicts_tokens(model: nn.Module) -> bool:
+    """Whether a model of transformers has a head over the tokens of a vocabulary."""
+    return isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+def _problem(model: nn.Module, kind: type) -> str | None:
     """The objective that a classifier's configuration asks for instead of one choice; None for any other model."""
     config = getattr(model, "config", None)
-    if not any(type(model).__name__ in _classes(mapping) for mapping in _CLASSIFIERS):
+    if not any(kind.__name__ in _classes(mapping) for mapping in _CLASSIFIERS):
         return None
     if getattr(config, "problem_type", None) == "multi_label_classification":
         return "multi-label"

@@ -66,6 +66,17 @@ def read_decoder(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits, _ones(logits) if mask is None else mask.float()
 
 
+def read_pixels(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The logits of each pixel, (batch, height, width, d); models give (batch, d, height, width)."""
+    logits = _logits(outputs)
+    if logits.dim() != 4:
+        raise HprError(
+            f"the logits have shape {tuple(logits.shape)}, not (batch, classes, height, width): give another objective"
+        )
+    logits = logits.movedim(1, -1)
+    return logits, _ones(logits)
+
+
 def read_spans(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Start and end of an answer: two distributions over positions, (batch, 2, positions). Padding is no position."""
     start, end = (getattr(outputs, name, None) for name in ("start_logits", "end_logits"))
@@ -106,6 +117,9 @@ def _hidden(outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     hidden = getattr(outputs, "last_hidden_state", None)
+    maps = getattr(outputs, "feature_maps", None)
+    if hidden is None and maps:  # a backbone: whoever reads it may read every map, of any shape
+        return torch.cat([one.flatten(1) for one in maps], dim=1)[:, None]
     first = hidden if isinstance(hidden, Tensor) else outputs[0]
     if not isinstance(first, Tensor) or first.dim() < 2:
         raise HprError(f"a {type(outputs).__name__} has no hidden states of shape (batch, …, d): give another objective")

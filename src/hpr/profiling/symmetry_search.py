@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from hpr.anatomy.lookup import module_at, weight_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import AxisSlice, Symmetry, layers_of, transform_site
+from hpr.profiling.trial_pass import TrialPass, of_block, repeatable
 from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batches, first_examples
-from hpr.runtime.hooks import eval_mode, run
+from hpr.runtime.hooks import eval_mode, run, uncached
 from hpr.runtime.torch_errors import does_not_fit
 
 _log = logging.getLogger(__name__)
@@ -32,9 +33,9 @@ EXACT = 1e-6  # what rounding may leave, as a share of what a weight transformed
 def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLike], seed: int = 0) -> tuple[Symmetry, ...]:
     """Return the symmetries of every stack of two or more layers. The model does not change.
 
-    Each candidate is tried in one layer first, then in all layers at once. This takes about a hundred passes over two short
-    examples. The result is empty if the model cannot run in float64, if its outputs differ from run to run, or if the examples
-    have fewer than 4 positions.
+    Each candidate is tried in the block of one layer first, then in all layers at once. This takes a few hundred passes of a
+    block over two short examples. The result is empty if the model cannot run in float64, if its outputs differ from run to
+    run, or if the examples have fewer than 4 positions.
     """
     batches = as_batches(batches)
     long_enough = [batch for batch in batches if _positions(batch) >= POSITIONS]
@@ -44,7 +45,7 @@ def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchL
         return ()
     batch = _double(first_examples(chosen, EXAMPLES))
     trial = _Trial(copy.deepcopy(model).double(), anatomy, seed)
-    with torch.no_grad(), eval_mode(trial.model):
+    with torch.no_grad(), eval_mode(trial.model), uncached(trial.model):
         if not (trial.start(_shortened(batch)) or trial.start(first_examples(batch, 1))):
             _log.info("symmetries are not looked for: in float64 the model fails, or differs from run to run")
             return ()
@@ -58,20 +59,27 @@ class _Trial:
     def __init__(self, model: nn.Module, anatomy: Anatomy, seed: int):
         self.model, self.anatomy = model, anatomy
         self.draw = torch.Generator().manual_seed(seed)
-        self.batch: Batch = {}
-        self.expected = torch.empty(0)
+        self.whole = TrialPass(lambda: None, torch.empty(0))
+        self.blocks: dict[str, TrialPass] = {}
 
     def start(self, batch: Batch) -> bool:
         """Return whether the model runs on a batch in float64 and gives equal outputs in two runs."""
-        self.batch = batch
         try:
-            self.expected = self._run()
+            whole = repeatable(lambda: run(self.model, batch))
         except RuntimeError as error:
             if not does_not_fit(error):
                 raise
             _log.info("the model does not run on a trial batch in float64: %s", error)
             return False
-        return bool(self.expected.numel()) and torch.equal(self.expected, self._run())
+        self.whole = whole or self.whole
+        return whole is not None
+
+    def block(self, stack: str, layer: int) -> TrialPass:
+        """What a trial in one layer runs: its block, which costs a small part of the model; or the model."""
+        path = next(one for one in self.anatomy.stacks if one.name == stack).block(layer)
+        if path not in self.blocks:
+            self.blocks[path] = of_block(module_at(self.model, path), self.whole.call) or self.whole
+        return self.blocks[path]
 
     def sites(self, stack: str) -> list[Site]:
         """The matrices of the first of those layers that have the most."""
@@ -85,10 +93,11 @@ class _Trial:
         """Return whether a transform keeps the outputs, although each of its slices alone changes them."""
         layers = layers_of(self.anatomy, symmetry)
         chosen = layers if layer is None else {layer: layers[layer]}
-        together = self._change(chosen, symmetry.slices, transform)
-        if not together < 1e-2 * float(self.expected.norm()):  # most guesses end here
+        tried = self.whole if layer is None else self.block(symmetry.stack, layer)
+        together = self._change(tried, chosen, symmetry.slices, transform)
+        if not together < 1e-2 * float(tried.expected.norm()):  # most guesses end here
             return False
-        return all(together < EXACT * self._change(chosen, (part,), transform) for part in symmetry.slices)
+        return all(together < EXACT * self._change(tried, chosen, (part,), transform) for part in symmetry.slices)
 
     def holds(self, symmetry: Symmetry) -> bool:
         """Return whether a symmetry works in all of its layers at once, at least two."""
@@ -110,14 +119,16 @@ class _Trial:
         signs[0] = -1
         return signs * torch.eye(size, dtype=torch.float64)
 
-    def _change(self, layers: Mapping[int, Mapping[str, Site]], slices: Sequence[AxisSlice], transform: Tensor) -> float:
+    def _change(
+        self, tried: TrialPass, layers: Mapping[int, Mapping[str, Site]], slices: Sequence[AxisSlice], transform: Tensor
+    ) -> float:
         touched = [(sites[one.slot], one) for sites in layers.values() for one in slices]
         values = [value for site in {site for site, _ in touched} for value in self._values(site)]
         before = [value.clone() for value in values]
         try:
             for site, one in touched:
                 transform_site(self.model, site, one, transform)
-            return float((self._run() - self.expected).norm())
+            return float((tried.outputs() - tried.expected).norm())
         finally:
             for value, old in zip(values, before, strict=True):
                 value.copy_(old)
@@ -126,12 +137,6 @@ class _Trial:
         yield weight_at(self.model, site).data
         if site.has_bias:
             yield module_at(self.model, site.name).bias.data  # type: ignore[union-attr, misc]
-
-    def _run(self) -> Tensor:
-        outputs = run(self.model, self.batch)
-        parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else (outputs,)
-        floats = [part.double().flatten() for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
-        return torch.cat(floats) if floats else self.expected
 
 
 def _guesses(trial: _Trial, stack: str) -> Iterator[Symmetry]:

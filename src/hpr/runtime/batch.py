@@ -90,12 +90,27 @@ def examples_in(batch: Batch) -> int:
 def mask_of(batch: Batch, positions: Shaped[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """The weight of each vector of ``positions``: 1 for a real token, 0 for padding.
 
-    Reads the attention mask (batch, positions). All weights are 1 if the batch has no mask of that shape.
+    Reads the attention mask (batch, positions). All weights are 1 if the batch has no mask of that shape, whichever of the two
+    the vectors have first.
     """
     mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and has_positions_first(positions, batch):
+        mask = mask.T
     if mask is None or positions.dim() != 3 or mask.shape != positions.shape[:2]:
         return torch.ones(positions.shape[:-1], device=positions.device)
     return mask.float()
+
+
+def has_positions_first(states: Tensor, batch: Batch) -> bool:
+    """Whether hidden states are (positions, batch, d), as inside XLNet and FSMT, and not (batch, positions, d).
+
+    Only states that have as many positions as an input of the batch are taken for such: blocks that read several choices or
+    patches of an example as examples of their own have the batch first, with more examples.
+    """
+    examples = examples_in(batch)
+    if states.dim() != 3 or not len(states) != examples == states.shape[1]:
+        return False
+    return any(isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == len(states) for value in batch.values())
 
 
 def first_examples(batch: Batch, count: int) -> Batch:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hpr.errors import HprError
 from hpr.nn.site import BankReader
-from hpr.runtime.batch import Batch, first_examples
+from hpr.profiling.first_pass import readable_part
+from hpr.runtime.batch import Batch
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 
 _EXAMPLES = 2
@@ -22,9 +23,9 @@ def check_reads(student: nn.Module, batch: Batch) -> None:
 
     Raises ``HprError``, with the path of the site, if an output is not finite then but is otherwise.
     """
-    few = to_device_of(first_examples(batch, _EXAMPLES), student)
     readers = [module for module in student.modules() if isinstance(module, BankReader)]
     with torch.no_grad(), eval_mode(student):
+        few, _ = readable_part(student, to_device_of(batch, student), _EXAMPLES)
         if not readers or _finite(student, few, readers) or not _finite(student, few, ()):
             return
         path = next((reader.path for reader in readers if not _finite(student, few, (reader,))), readers[0].path)

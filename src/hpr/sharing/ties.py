@@ -33,17 +33,21 @@ def resolved(declared: Declared) -> list[Tie]:
 def drop_ties(declared: Declared) -> None:
     """Take the ties of shared weights off the instances, so that ``tie_weights`` passes them by; all others stay."""
     for model, ties in declared:
-        setattr(model, _BEFORE, (model._tied_weights_keys, model.all_tied_weights_keys))
+        all_keys = getattr(model, "all_tied_weights_keys", None)  # missing where a model's code leaves out its post_init
+        setattr(model, _BEFORE, (model._tied_weights_keys, all_keys))
         if ties:
             model._tied_weights_keys = _without_shared(model, ties)
-        model.all_tied_weights_keys = _without_shared(model, model.all_tied_weights_keys)
+        if all_keys is not None:
+            model.all_tied_weights_keys = _without_shared(model, all_keys)
 
 
 def restore_ties(model: nn.Module) -> None:
     """Undo ``drop_ties``."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module, _BEFORE):
-            module._tied_weights_keys, module.all_tied_weights_keys = getattr(module, _BEFORE)
+            module._tied_weights_keys, all_keys = getattr(module, _BEFORE)
+            if all_keys is not None:
+                module.all_tied_weights_keys = all_keys
             delattr(module, _BEFORE)
 
 
