@@ -1,5 +1,11 @@
 """Errors that a user can mend. Each message names the value, the limit and what to do."""
 
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any
+
 
 class HprError(ValueError):
     """The base class: bad input of any kind. The command line prints the message and exits with code 2."""
@@ -19,3 +25,31 @@ class DataError(HprError):
 
 class CheckpointError(HprError):
     """A folder or file that is not what it should be, or that must not be written."""
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], mend: str) -> None:
+    """Raise ``HprError`` if an argument is of another type than a function takes; ``mend`` says what to give."""
+    if not isinstance(value, kind):
+        raise HprError(f"{name} is of type {type(value).__name__}: give {mend}")
+
+
+def check_settings(settings: Any) -> None:
+    """Raise ``HprError`` if a field of a dataclass is of another type than it declares, so that its own checks can compare it.
+
+    Fields of types that are no classes (a ``Literal``, a function) are left to those checks.
+    """
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        kinds, value = _kinds(hint), getattr(settings, name)
+        if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            known = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            kind = type(settings).__name__
+            raise HprError(f"{name} of {kind} is {value!r:.60}, of type {type(value).__name__}: give {known}")
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The classes whose instances a type hint allows; empty if one of its alternatives is no class."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [typing.get_origin(one) or one for one in (typing.get_args(hint) if union else (hint,))]
+    if not all(isinstance(kind, type) for kind in kinds):
+        return ()
+    return (*kinds, *((int,) if float in kinds else ()), *((list,) if tuple in kinds else ()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hpr.errors import HprError
+from hpr.errors import HprError, check_kind
 
 _INNER = {  # wrappers of torch, and where each keeps the model
     "DataParallel": "module",
@@ -41,7 +41,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile; any other stays as it is.
 
     The caller's module does not change. Raises ``HprError`` for a model that cannot be taken out, or has no plain weights: one
-    that is sharded, scripted, adapted by PEFT, offloaded or quantised.
+    that is sharded, scripted, adapted by PEFT, offloaded or quantised; and for what is no module.
     """
     model = inside(model)
     if model._compiled_call_impl is not None or _compiled(vars(model).get("forward")):
@@ -55,7 +55,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def inside(model: nn.Module) -> nn.Module:
-    """The same without any check: a model that is run as it is may be of any kind."""
+    """The same without any check of the module: a model that is run as it is may be of any kind."""
+    check_kind("the model", model, nn.Module, "a torch.nn.Module, such as what hpr.share or from_pretrained returns")
     while (inner := _inner(model)) is not None:
         model = inner
     return model

@@ -16,7 +16,7 @@ from hpr.checkpoints.quantizer import HprConfig, rebuild
 from hpr.checkpoints.save import check_checkpoint, check_hashes
 from hpr.coding.pack import Pack
 from hpr.coding.record import Coded
-from hpr.errors import CheckpointError
+from hpr.errors import CheckpointError, check_kind
 from hpr.nn.coded import attach_codes, unchained
 from hpr.runtime.files import CONFIG, WEIGHTS, read_json
 from hpr.runtime.torch_errors import does_not_fit
@@ -32,6 +32,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     >>> folder = hpr.save(student, folder / "plain")
     >>> loaded = hpr.load(copy.deepcopy(model), folder)
     """
+    check_kind("the model", model, nn.Module, "a module of the architecture that was saved")
+    check_kind("the folder", folder, (str, os.PathLike), "a path")
     path = Path(folder)
     if not (path / CONFIG).is_file():
         raise CheckpointError(f"{path} has no {CONFIG}: give a folder that hpr wrote")

@@ -88,7 +88,7 @@ def _device(name: str | None) -> torch.device:
         if torch.device(name).type == "meta":
             raise RuntimeError("it holds no numbers")
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # torch says each of these
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:  # torch says each of these
         raise HprError(f"device {name!r} is not available ({brief(error)}): use cpu, or cuda if there is a GPU") from error
 
 

@@ -20,7 +20,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hpr.anatomy.wrappers import unwrapped
 from hpr.checkpoints.side_files import copy_side_files
-from hpr.errors import CheckpointError
+from hpr.errors import CheckpointError, check_kind
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
 from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, parse_json, partial_folder, replace, resolved, writing
@@ -50,6 +50,12 @@ def save(
     'out'
     """
     student = unwrapped(student)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise CheckpointError(f"a {type(tokenizer).__name__} has no save_pretrained: give another tokenizer, or None")
+    if not (files is None or callable(files)):
+        check_kind("files", files, Mapping, "names and texts as a mapping, or a function that returns them")
+        for name, text in files.items():
+            check_kind(f"the text of {name!r} in files", text, str, "a string")
     target = check_folder(folder)
     with writing(target), partial_folder(target) as partial:
         _write_model(student, partial)

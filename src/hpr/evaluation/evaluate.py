@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe
-from hpr.errors import HprError
+from hpr.errors import HprError, check_kind
 from hpr.evaluation.cost import parts, sizes
 from hpr.evaluation.divergence import Comparison, accuracy, compare, neighbour_agreement
 from hpr.evaluation.latency import latency, peak_memory
@@ -36,6 +36,7 @@ def evaluate(
 
     Raises ``HprError`` for no batches, outputs that are not finite or differ in shape, and labels that do not fit.
     """
+    check_kind("repeats", repeats, int, "a whole number, 0 to leave latency and memory out")
     objective, batches = objective or objective_for(teacher, recorded_objective(student)), as_batches(batches)
     if labels is not None and objective.labels != "classes":
         raise HprError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hpr.anatomy.lookup import has_module
 from hpr.anatomy.model import Anatomy
-from hpr.errors import DataError, HprError
+from hpr.errors import DataError, HprError, check_settings
 from hpr.evaluation.divergence import Estimate, divergence
 from hpr.healing.teacher_cache import TeacherTargets
 from hpr.nn.bank import bank_of
@@ -53,6 +53,7 @@ class Weights:
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         parts = (self.outputs, self.hidden, self.relations, self.labels)
         if min(*parts, self.routing) < 0 or not sum(parts) > 0 or not self.temperature > 0:
             raise HprError(f"{self}: weights must not be negative, one must be above 0, and so must the temperature")

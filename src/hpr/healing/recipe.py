@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from hpr.errors import HprError
+from hpr.errors import HprError, check_settings
 from hpr.healing.augmentation import Augmentation
 from hpr.healing.duration import parse_duration
 from hpr.healing.history import VALIDATION
@@ -77,6 +77,7 @@ class Recipe:
     original: nn.Module | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         parse_duration(self.duration)
         object.__setattr__(self, "seed", check_seed(self.seed))
         if min(self.accumulate, self.checks) < 1:

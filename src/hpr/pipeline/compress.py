@@ -18,7 +18,7 @@ from hpr.coding.tables import ans
 from hpr.data.batches import first_batches
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import Splits, prepare
-from hpr.errors import BudgetError
+from hpr.errors import BudgetError, check_kind
 from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.divergence import Comparison, divergence
 from hpr.evaluation.evaluate import evaluate, measured_on
@@ -116,7 +116,8 @@ def compress(
     >>> made.metrics["budget"]["text"]
     '60%'
     """
-    options = options or PlanOptions()
+    options = PlanOptions() if options is None else options
+    check_kind("options", options, PlanOptions, "hpr.PlanOptions(...)")
     loaded = open_model(model)
     if (limit := byte_limit(budget, disk_bytes(loaded.model))) is not None:
         recipe = _recipe(heal, options)
@@ -201,10 +202,13 @@ def _checked(
 
 def _recipe(heal: Recipe | str | None, options: PlanOptions) -> Recipe | None:
     """The recipe that ``heal`` says."""
-    if heal is None or not isinstance(heal, str):
-        return heal
+    if heal is None:
+        return None
     from hpr.healing.recipe import Recipe
 
+    if not isinstance(heal, str):
+        check_kind("heal", heal, Recipe, "hpr.Recipe(...), or a duration such as '500steps'")
+        return heal
     return Recipe(duration=heal, seed=options.seed)
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe as describe_module
@@ -20,7 +21,7 @@ from hpr.anatomy.wrappers import inside, unwrapped
 from hpr.checkpoints.open import open_model
 from hpr.data.loaded_model import LoadedModel
 from hpr.data.splits import EVALUATED, PROFILED, open_data
-from hpr.errors import PlanError
+from hpr.errors import PlanError, check_kind
 from hpr.evaluation.cost import disk_bytes
 from hpr.evaluation.evaluate import evaluate as evaluate_batches
 from hpr.evaluation.evaluate import measured_on
@@ -73,6 +74,8 @@ def plan(model: AnyModel, profile: Profile, budget: str = "50%", options: PlanOp
     encoder · attention.self.query ...
     """
     module = module_of(model)
+    check_kind("the profile", profile, Profile, "what hpr.profile or Profile.load returns")
+    check_kind("options", options, PlanOptions, "hpr.PlanOptions(...)")
     if (limit := byte_limit(budget, disk_bytes(module))) is not None:
         check_options(options, budget)
         return plan_bytes(module, profile, budget.strip(), limit, bits=options.bits).plan
@@ -97,6 +100,10 @@ def share(model: AnyModel, plan: Plan | Rule, profile: Profile | None = None) ->
     >>> type(student) is type(model)
     True
     """
+    if not (hasattr(plan, "plan") and hasattr(plan, "fit")):  # a rule of one's own needs no base class
+        check_kind("the plan", plan, Plan, "what hpr.plan or Plan.load returns, or a rule of hpr.presets")
+    if profile is not None:
+        check_kind("the profile", profile, Profile, "what hpr.profile or Profile.load returns")
     if isinstance(plan, Plan) and plan.rounding is not None:
         return _rounded(module_of(model), plan, profile)
     return share_module(module_of(model), plan, profile)
@@ -141,6 +148,8 @@ def refit(student: nn.Module, teacher: AnyModel, data: Any, plan: Plan, profile:
 
     >>> hpr.refit(student, loaded, texts, plan, profile)
     """
+    check_kind("the plan", plan, Plan, "what hpr.plan or Plan.load returns")
+    check_kind("the profile", profile, Profile, "what hpr.profile or Profile.load returns")
     loaded = open_model(teacher)
     batches, _ = open_data(data, loaded, "calibration", REFITTED)
     refit_batches(unwrapped(student), loaded.model, plan, profile, batches)
@@ -159,7 +168,10 @@ def heal(student: nn.Module, teacher: AnyModel, data: Any = None, recipe: Recipe
     True
     """
     from hpr.healing.heal import heal as heal_data
+    from hpr.healing.recipe import Recipe
 
+    if recipe is not None:
+        check_kind("the recipe", recipe, Recipe, "hpr.Recipe(...)")
     return heal_data(unwrapped(student), open_model(teacher), data, recipe)
 
 
@@ -192,6 +204,8 @@ def evaluate(
     ['parts', 'quality', 'sizes']
     """
     loaded = open_model(teacher, objective=recorded_objective(inside(student)) if objective is None else objective)
+    if labels is not None:
+        check_kind("labels", labels, (Sequence, Tensor, np.ndarray), "one class for each example, as a list")
     examples = EVALUATED if labels is None else max(EVALUATED, len(labels))
     batches, label = open_data(data, loaded, "heldout", examples)
     return measured_on(evaluate_batches(student, loaded.model, batches, loaded.goal, labels, repeats), label)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpr.errors import BudgetError, PlanError
+from hpr.errors import BudgetError, PlanError, check_kind, check_settings
 from hpr.plans.budget import byte_limit
 from hpr.plans.rounding import check_bits
 from hpr.runtime.seeds import check_seed
@@ -49,10 +49,13 @@ class PlanOptions:
     bytes: str | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_bits(self.bits)
         object.__setattr__(self, "seed", check_seed(self.seed))
-        if isinstance(self.operators, list):
+        if self.operators is not None:
             object.__setattr__(self, "operators", tuple(self.operators))
+            for name in self.operators:
+                check_kind("one of the operators", name, str, "names of operators, such as 'low rank'")
         for name, least in (("longest_group", 1), ("plans", 1), ("examples", 1), ("routers", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hpr.anatomy.model import Anatomy, Stack
 from hpr.anatomy.symmetry import AlignTarget, layers_of
-from hpr.errors import HprError, PlanError
+from hpr.errors import HprError, PlanError, check_kind
 from hpr.plans.budget import Budget
 from hpr.plans.layer_states import check_entries, check_states
 from hpr.plans.owners import owners
@@ -191,10 +191,13 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that ``save`` wrote. Raises ``PlanError`` for a file that is missing or is not a plan."""
+        check_kind("the path of a plan", path, (str, os.PathLike), "a path")
         try:
             return cls.from_dict(parse_json(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError as error:
             raise PlanError(f"no plan at {path}: write one with `hpr plan`") from error
+        except IsADirectoryError as error:
+            raise PlanError(f"{path} is a folder: give the plan.json in it") from error
         except HprError:
             raise
         except ValueError as error:

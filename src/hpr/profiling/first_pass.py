@@ -39,9 +39,8 @@ def check_weights(model: nn.Module) -> None:
     if (name := not_finite(model)) is not None:
         parameter = model.get_parameter(name)
         place = tuple(int(part) for part in (~torch.isfinite(parameter)).nonzero()[0])
-        raise HprError(
-            f"the weight {name} is not finite at {list(place)} ({float(parameter.detach()[place])}): load or train the model again"
-        )
+        value = float(parameter.detach()[place])
+        raise HprError(f"the weight {name} is not finite at {list(place)} ({value}): load or train the model again")
 
 
 def not_finite(model: nn.Module) -> str | None:

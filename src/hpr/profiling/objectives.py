@@ -169,7 +169,7 @@ def objective_for(model: nn.Module, name: str | None = None) -> Objective:
     are numbers or it has one output. Raises ``HprError`` for a name that is not in ``OBJECTIVES``.
     """
     if name is not None:
-        if name not in OBJECTIVES:
+        if not isinstance(name, str) or name not in OBJECTIVES:
             raise HprError(f"no objective {name!r}: use one of {', '.join(OBJECTIVES)}")
         return OBJECTIVES[name]
     for kind in type(model).__mro__:  # a class of one's own has the head of its parent

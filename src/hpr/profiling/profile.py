@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hpr.anatomy.model import Anatomy
 from hpr.anatomy.symmetry import Symmetry
-from hpr.errors import HprError
+from hpr.errors import HprError, check_kind
 from hpr.runtime.files import parse_json, writing
 
 FORMAT = 1
@@ -163,6 +163,7 @@ class Profile:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Return the profile in a file. Raises ``HprError`` if the file is missing, damaged or no profile."""
+        check_kind("the path of a profile", path, (str, os.PathLike), "a path")
         if not Path(path).is_file():
             raise HprError(f"no profile at {path}: `hpr profile` writes one")
         try:
