@@ -1,6 +1,7 @@
 """Malformed and hostile inputs: exit code 2, a message with the value and the mend, no traceback, nothing left on disk."""
 
 import json
+import os
 import shutil
 import zipfile
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 import hpr
@@ -51,6 +53,26 @@ def with_file(home, folder, name, content, drop=()):
         (target / gone).unlink()
     (target / name).write_bytes(content)
     return target
+
+
+def as_type(home, folder, dtype):
+    weights = load_file(home / "model" / "model.safetensors")
+    return with_file(home, folder, "model.safetensors", save({name: value.to(dtype) for name, value in weights.items()}))
+
+
+def tokenizer(home, folder, **settings):
+    known = json.loads((home / "model" / "tokenizer_config.json").read_text())
+    return with_file(home, folder, "tokenizer_config.json", json.dumps(known | settings).encode())
+
+
+def pipe(folder):
+    os.mkfifo(folder / "pipe")
+    return folder / "pipe"
+
+
+def dangling(folder):
+    (folder / "link").symlink_to(folder / "nowhere" / "file")
+    return folder / "link"
 
 
 def data(folder, name, content):
@@ -143,6 +165,25 @@ CASES = {
         "merge",
     ),
     "damaged tokenizer": (lambda home, folder: with_file(home, folder, "tokenizer.json", b"{}"), "tokenizer"),
+    "a configuration nested too deeply": (
+        lambda home, folder: with_file(home, folder, "config.json", b'{"a":' * 100_000),
+        "config.json",
+    ),
+    "a quantisation that is a number": (
+        lambda home, folder: edited(home, folder, quantization_config=4),
+        "is quantised already (4): give the original",
+    ),
+    "whole numbers for weights": (lambda home, folder: as_type(home, folder, torch.int32), "stored as I32"),
+    "yes and no for weights": (lambda home, folder: as_type(home, folder, torch.bool), "stored as BOOL"),
+    "complex weights": (lambda home, folder: as_type(home, folder, torch.complex64), "stored as C64"),
+    "a tokenizer for no position": (
+        lambda home, folder: tokenizer(home, folder, model_max_length=0),
+        "model_max_length",
+    ),
+    "a tokenizer for a number of positions in words": (
+        lambda home, folder: tokenizer(home, folder, model_max_length="long"),
+        "tokenizer",
+    ),
     # data
     "no file": (("compress", "MODEL", "--data", "/no/such.txt", "-o", "OUT"), "no file at /no/such.txt"),
     "a folder": (("compress", "MODEL", "--data", "MODEL", "-o", "OUT"), "folder"),
@@ -171,7 +212,17 @@ CASES = {
     "output is the model": (("compress", "MODEL", "--data", "TEXTS", "-o", "MODEL"), "not from HPR"),
     "output is a file": (("compress", "MODEL", "--data", "TEXTS", "-o", "TEXTS"), "texts.txt"),
     "output in /proc": (("compress", "MODEL", "--data", "TEXTS", "-o", "/proc/x/y"), "/proc"),
+    "profile over another file": (("profile", "MODEL", "--data", "TEXTS", "-o", "TEXTS"), "texts.txt"),
+    "profile over a pipe": (("profile", "MODEL", "--data", "TEXTS", "-o", lambda home, folder: pipe(folder)), "pipe"),
+    "profile over a link to nothing": (
+        ("profile", "MODEL", "--data", "TEXTS", "-o", lambda home, folder: dangling(folder)),
+        "link",
+    ),
+    "plan over another file": ((*PLAN[:-1], "TEXTS", "--budget", "90%"), "texts.txt"),
+    "plan over a pipe": ((*PLAN[:-1], lambda home, folder: pipe(folder), "--budget", "90%"), "pipe"),
+    "plan over a link to nothing": ((*PLAN[:-1], lambda home, folder: dangling(folder), "--budget", "90%"), "link"),
     # plans, profiles and reports
+    "a pipe for a profile": (("plan", "MODEL", "--profile", lambda home, folder: pipe(folder), "-o", "OUT"), "pipe"),
     "no profile": (("plan", "MODEL", "--profile", "/no/such", "-o", "OUT"), "no profile at"),
     "a profile that is none": (("plan", "MODEL", "--profile", "TEXTS", "-o", "OUT"), "is no profile"),
     "a plan that is none": (("share", "MODEL", "--plan", "TEXTS", "-o", "OUT"), "plan"),
@@ -201,7 +252,7 @@ CASES = {
 
 
 def tree(*folders):
-    return {str(path): path.stat().st_size for folder in folders for path in folder.rglob("*")}
+    return {str(path): path.lstat().st_size for folder in folders for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("name", CASES)

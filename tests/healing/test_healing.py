@@ -19,12 +19,13 @@ from torch import nn
 
 import hpr
 from hpr.anatomy.describe import describe
-from hpr.errors import HprError
+from hpr.errors import CheckpointError, HprError
 from hpr.healing.augmentation import augmentation, vary
 from hpr.healing.duration import parse_duration, steps_within
 from hpr.healing.loss import GlobalLoss, Weights, labelled, related, squared
 from hpr.healing.optimizer import parameter_groups
 from hpr.healing.recipe import Recipe
+from hpr.healing.resume import FACTS, check_place
 from hpr.healing.schedule import Schedule
 from hpr.healing.teacher_cache import TeacherTargets
 from hpr.healing.train import train
@@ -533,3 +534,22 @@ def test_half_a_checkpoint_is_removed_and_another_run_refused(pair, tmp_path: Pa
     (tmp_path / "recipe.json").unlink()
     with pytest.raises(HprError, match="checkpoints of something else"):
         healed_weights(pair, tmp_path, recipe)
+
+
+def test_checkpoints_go_where_nothing_is_lost(tmp_path) -> None:
+    """The place is looked at before a step is taken, and nothing is left in it."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for place, words in (
+        ("file", "is a file: choose a folder"),
+        ("file/below", "file"),
+        ("mine", "has content that is not of a run that could continue"),
+        ("out/checkpoints", "where the result is written at the end"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(CheckpointError, match=words):
+            check_place(tmp_path / place, tmp_path / "out")
+        assert sorted(tmp_path.rglob("*")) == before
+    check_place(tmp_path / "new", tmp_path / "out")
+    assert not (tmp_path / "new" / FACTS).exists()
