@@ -42,7 +42,7 @@ from common.promises import Row, check
 from common.tiny_batches import NoBatch, batch_for, fitting
 from common.tiny_models import tiny
 
-SECONDS = 60  # of a processor: a model that takes longer is recorded as such
+SECONDS = 180  # of a processor: a model that takes longer is recorded as such
 MEMORY = 6 * 2**30
 LARGEST = 6_000_000  # parameters of a tiny model: what is larger was not made small
 FIRST = ("causal_lm", "masked_lm", "seq_to_seq_causal_lm", "speech_seq_2_seq", "image_text_to_text")
@@ -145,7 +145,7 @@ def rows_of(chosen: list[Architecture], jobs: int) -> Iterator[dict[str, Any]]:
             process = context.Process(target=_child, args=(architecture, end))
             process.start()
             end.close()
-            running[pipe] = (architecture, process, time.monotonic() + 5 * SECONDS)
+            running[pipe] = (architecture, process, time.monotonic() + 3 * SECONDS)
         ready = wait(list(running), timeout=1)
         for pipe in list(running):
             architecture, process, limit = running[pipe]
@@ -163,7 +163,7 @@ def rows_of(chosen: list[Architecture], jobs: int) -> Iterator[dict[str, Any]]:
                         "reason": f"its process ended with code {process.exitcode}",
                     }
             else:
-                record |= {"outcome": "too slow", "reason": f"not done in {5 * SECONDS} seconds on a busy machine"}
+                record |= {"outcome": "too slow", "reason": f"not done in {3 * SECONDS} seconds on a busy machine"}
             process.kill()
             process.join()
             pipe.close()

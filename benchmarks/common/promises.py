@@ -184,8 +184,10 @@ def caches(student: Any, batch: Batch, row: Row) -> bool:
 
 @torch.no_grad()
 def cached(model: Any, batch: Batch) -> bool:
-    """Whether generation is the same with and without cache."""
-    inputs = {key: value[: len(value) * 2 // EXAMPLES] for key, value in batch.items() if not key.startswith("decoder_")}
+    """Whether generation is the same with and without cache. It gets copies, because Blip writes into its input."""
+    inputs = {
+        key: value[: len(value) * 2 // EXAMPLES].clone() for key, value in batch.items() if not key.startswith("decoder_")
+    }
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1, "return_dict_in_generate": True}
     runs = [model.generate(**inputs, **settings, output_logits=True, use_cache=use) for use in (True, False)]
     same = torch.equal(runs[0].sequences, runs[1].sequences)

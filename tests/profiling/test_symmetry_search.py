@@ -140,3 +140,25 @@ def test_lack_of_memory_is_no_lack_of_symmetries(fail) -> None:
 def test_a_model_that_needs_float32_has_no_symmetries() -> None:
     model = _FailsInFloat64(lambda x: x @ torch.eye(8))
     assert find_symmetries(model, describe(model), [torch.randn(4, 8)]) == ()
+
+
+class Whole(nn.Module):
+    """Reads its batch only as a whole: the number of rows stands in another input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block(False) for _ in range(2))
+
+    def forward(self, rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        if len(rows) != int(count):
+            raise ValueError(f"{len(rows)} rows, but {int(count)} were announced")
+        for layer in self.layers:
+            rows = layer(rows)
+        return rows
+
+
+def test_a_batch_that_cannot_be_cut_is_tried_whole() -> None:
+    model = Whole()
+    found = find_symmetries(model, describe(model), [{"rows": torch.randn(4, 20, 8), "count": torch.tensor(4)}])
+    assert len(found) == 1

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hpr.anatomy.lookup import has_module, slice_at
 from hpr.checkpoints.decode import Decode, Decoded, DecodeExperts, DecodePack, DecodeWeight, decodes
-from hpr.checkpoints.save import check_checkpoint, check_hashes
+from hpr.checkpoints.save import check_checkpoint, check_hashes, has_own_names, shapes_in
 from hpr.coding.tables import ans
 from hpr.errors import CheckpointError
 from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
@@ -90,6 +90,7 @@ class HprQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **options: Any):
         super().__init__(quantization_config, **options)
         self.decoded = Decoded()
+        self.own_names = False  # whether the files have the names of the model's modules
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -102,6 +103,9 @@ class HprQuantizer(HfQuantizer):
             model.initialize_weights = functools.partial(_initialise, model)  # type: ignore[method-assign]
         if bank is not None and checkpoint_files and not self.quantization_config.coded:  # coded files have hashes
             check_checkpoint(bank, checkpoint_files)
+        if checkpoint_files and has_own_names(model):  # but what transformers itself saves has the names of older files
+            coded = bool(self.quantization_config.coded)
+            self.own_names = coded or shapes_in(checkpoint_files).keys() <= model.state_dict().keys()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         bank = bank_of(model)
@@ -123,10 +127,17 @@ class HprQuantizer(HfQuantizer):
                 )
             attach_codes(model, self.decoded.coded, self.quantization_config.objective, self.decoded.others)
             _align(model)
-            conversions = getattr(model, "_weight_conversions", None) or []
-            others = [conversion for conversion in conversions if not decodes(conversion)]
-            model._weight_conversions = others  # type: ignore[assignment]  # a plain save reverses them
+        conversions = getattr(model, "_weight_conversions", None) or []
+        others = [conversion for conversion in conversions if not decodes(conversion)]
+        # a plain save reverses them; None stands for those of the class
+        model._weight_conversions = None if self.own_names else others  # type: ignore[assignment]
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Files in the model's own names need none of the conversions of its class, which may change such names once more."""
+        if self.own_names:
+            return self.get_weight_conversions()
+        return super().update_weight_conversions(weight_conversions, model)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """A coded weight becomes a plain one while it is loaded."""

@@ -170,17 +170,23 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def shapes_in(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The tensors in some files and their shapes. Raises ``CheckpointError`` for a damaged file."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in files:
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(name, framework="pt") as file:
+                    found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  # no mapping
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{name} is damaged ({error}): copy or download it again") from error
+    return found
+
+
 def check_checkpoint(bank: FactorBank | None, files: Iterable[str]) -> None:
     """Raise where a file is damaged, or a factor is missing or of another shape: transformers would only warn."""
-    found: dict[str, tuple[int, ...]] = {}
     names = [name for name in files if name.endswith(".safetensors")]
-    for name in names:
-        try:
-            with safe_open(name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  # not a mapping
-                    found[key[key.find(f"{BANK}.") :]] = tuple(file.get_slice(key).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{name} is damaged ({error}): copy or download it again") from error
+    found = {key[key.find(f"{BANK}.") :]: shape for key, shape in shapes_in(names).items() if f"{BANK}." in key}
     if not names or bank is None:
         return
     for name, tensor in bank.factors.state_dict().items():
@@ -197,7 +203,7 @@ def _write_model(student: nn.Module, folder: Path) -> None:
     if codes_of(student):
         _write_coded(student, folder)
     elif isinstance(student, PreTrainedModel):
-        student.save_pretrained(folder, save_original_format=bank_of(student) is None or not _converts(student))
+        student.save_pretrained(folder, save_original_format=bank_of(student) is None or not has_own_names(student))
     else:
         config = {} if bank_of(student) is None else {"quantization_config": specification(student)}
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -211,7 +217,7 @@ def _write_coded(student: nn.Module, folder: Path) -> None:
     """Streams in place of the weights, and a configuration that says how to read them, with the hash of every file."""
     state = coded_state(student)
     if isinstance(student, PreTrainedModel):
-        student.save_pretrained(folder, state_dict=state.tensors, save_original_format=not _converts(student))
+        student.save_pretrained(folder, state_dict=state.tensors, save_original_format=not has_own_names(student))
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     else:
         save_file(state.tensors, folder / WEIGHTS)
@@ -220,9 +226,12 @@ def _write_coded(student: nn.Module, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _converts(student: PreTrainedModel) -> bool:
-    """Whether older files of this class hold weights joined, divided or turned: streams and placeholders cannot be."""
-    return any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(student))
+def has_own_names(model: PreTrainedModel) -> bool:
+    """Whether files of this class are written in the names of its modules, and not in those of its older files.
+
+    Older files of some classes hold weights joined, divided or turned, as streams and placeholders cannot be.
+    """
+    return any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(model))
 
 
 def check_hashes(files: Iterable[str], hashes: Mapping[str, str]) -> None:

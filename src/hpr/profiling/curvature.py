@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hpr.anatomy.lookup import module_at, slice_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.errors import HprError
+from hpr.profiling.first_pass import reading
 from hpr.profiling.objectives import Objective
 from hpr.profiling.other_parameters import Sensitivity
 from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
@@ -71,7 +72,9 @@ def measure_curvature(
                 for index, batch in enumerate(part):
                     forget_computed(model)  # a graph can be run backwards once
                     with _hooks(model, anatomy, moments, batch):
-                        loss = objective.loss(run(model, batch), batch, generator)
+                        with reading(model, batch, index):
+                            outputs = run(model, batch)
+                        loss = objective.loss(outputs, batch, generator)
                         if not torch.isfinite(loss):
                             raise HprError(
                                 f"the loss of calibration batch {index} is {loss.item()}: remove non-finite inputs from it"

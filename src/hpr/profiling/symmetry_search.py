@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hpr.anatomy.lookup import module_at, weight_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.anatomy.symmetry import AxisSlice, Symmetry, layers_of, transform_site
+from hpr.errors import HprError
 from hpr.profiling.trial_pass import TrialPass, of_block, repeatable
 from hpr.runtime.batch import POSITIONAL, Batch, BatchLike, as_batches, first_examples
 from hpr.runtime.hooks import eval_mode, run, uncached
@@ -46,7 +47,7 @@ def find_symmetries(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchL
     batch = _double(first_examples(chosen, EXAMPLES))
     trial = _Trial(copy.deepcopy(model).double(), anatomy, seed)
     with torch.no_grad(), eval_mode(trial.model), uncached(trial.model):
-        if not (trial.start(_shortened(batch)) or trial.start(first_examples(batch, 1))):
+        if not (trial.start(_shortened(batch)) or trial.start(first_examples(batch, 1)) or trial.start(_double(chosen))):
             _log.info("symmetries are not looked for: in float64 the model fails, or differs from run to run")
             return ()
         stacks = [stack.name for stack in anatomy.stacks if stack.layers > 1]
@@ -66,8 +67,8 @@ class _Trial:
         """Return whether the model runs on a batch in float64 and gives equal outputs in two runs."""
         try:
             whole = repeatable(lambda: run(self.model, batch))
-        except RuntimeError as error:
-            if not does_not_fit(error):
+        except (RuntimeError, ValueError, IndexError) as error:  # some inputs cannot be cut
+            if isinstance(error, HprError) or (isinstance(error, RuntimeError) and not does_not_fit(error)):
                 raise
             _log.info("the model does not run on a trial batch in float64: %s", error)
             return False
