@@ -183,7 +183,7 @@ def main() -> None:
     tf.logging.disable_progress_bar()
     torch.set_num_threads(1)
     done = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
-    known = {row["name"] for row in done}
+    known, started = {row["name"] for row in done}, time.monotonic()
     chosen = [one for one in architectures() if fnmatch.fnmatch(one.name, given.only) and fnmatch.fnmatch(one.task, given.task)]
     with given.rows.open("a") as file:
         for row in rows_of([one for one in chosen if one.name not in known], given.jobs):
@@ -193,14 +193,10 @@ def main() -> None:
             print(f"{len(done)} {row['name']}: {row['outcome']} {row['reason'][:100]}", file=sys.stderr, flush=True)
     names = {one.name for one in chosen}
     rows = [row for row in done if row["name"] in names]
-    minutes = sum(row["seconds"] for row in rows) / 60
-    print(
-        table(
-            rows,
-            f"({minutes:.0f} minutes of one core with transformers {tf.__version__} and torch {torch.__version__})",
-            len(chosen),
-        )
-    )
+    minutes, clock = sum(row["seconds"] for row in rows) / 60, (time.monotonic() - started) / 60
+    wall = "" if known else f", {clock:.0f} minutes by the clock"
+    took = f"({minutes:.0f} minutes of one core{wall}, with transformers {tf.__version__} and torch {torch.__version__})"
+    print(table(rows, took, len(chosen)))
 
 
 if __name__ == "__main__":
