@@ -23,9 +23,7 @@ class Older(tf.BertModel):
 
 
 @pytest.mark.parametrize("budget", ["75%", "40%bytes"])
-def test_a_class_with_joined_weights_in_its_older_files(
-    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_with_joined_weights_in_its_older_files(budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conversion_mapping.get_checkpoint_conversion_mapping("bert")  # fills the table
     table = conversion_mapping._checkpoint_conversion_mapping_cache
     monkeypatch.setitem(table, "Older", OLDER)

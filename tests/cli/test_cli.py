@@ -18,7 +18,7 @@ from hpr.cli.program import app
 from hpr.data.files import suffixes
 from hpr.nn.bank import parameters
 
-VERBS = ("inspect", "profile", "plan", "share", "heal", "online", "eval", "report", "compress")
+VERBS = ("inspect", "profile", "plan", "share", "unshare", "heal", "online", "eval", "report", "compress")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(35))]
 FILES = {"config.json", "model.safetensors", "plan.json", "metrics.json", "report.html", "README.md"}
 
@@ -182,6 +182,30 @@ def test_plan_aligns_if_it_may(home, tmp_path):
     assert aligned["alignment"]
     assert aligned["predicted_damage"] < plain["predicted_damage"]
     run("share", home / "model", "--plan", target, "--profile", home / "profile.safetensors", "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("budget", ["60%", "40%bytes"])
+def test_unshare_writes_what_plain_transformers_loads(home, tmp_path, budget):
+    plan, out, dense = tmp_path / "plan.json", tmp_path / "out", tmp_path / "dense"
+    profile = home / "profile.safetensors"
+    run("plan", home / "model", "--profile", profile, "--budget", budget, "-o", plan)
+    run("share", home / "model", "--plan", plan, "--profile", profile, "-o", out)
+    said_of = json.loads(run("unshare", out, "-o", dense, "--json").stdout)
+    assert said_of["bytes"] == (dense / "model.safetensors").stat().st_size
+    code = (
+        "import sys, torch, transformers as tf\n"
+        f"model = tf.AutoModel.from_pretrained({str(dense)!r})\n"
+        f"tokens = tf.AutoTokenizer.from_pretrained({str(dense)!r})(['word1 word2'], return_tensors='pt')\n"
+        "assert 'hpr' not in sys.modules and 'quantization_config' not in model.config.to_dict()\n"
+        "torch.save(model(**tokens).last_hidden_state.detach(), sys.argv[1])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "outputs.pt")], check=True, timeout=120)
+    tokens = tf.AutoTokenizer.from_pretrained(out)(["word1 word2"], return_tensors="pt")
+    with torch.no_grad():
+        expected = tf.AutoModel.from_pretrained(out)(**tokens).last_hidden_state
+    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), expected, rtol=1e-4, atol=1e-5)
+    assert "is dense already" in said(run("unshare", dense, "-o", tmp_path / "again", code=2))
+    assert not (tmp_path / "again").exists()
 
 
 def test_share_eval_and_report(home, tmp_path):

@@ -173,6 +173,29 @@ def share(
     show({"output": str(folder), **counted}, as_json, lines(text, f"written: {output}"))
 
 
+def unshare(folder: Folder, output: Output = Path("out/dense"), device: Device = None, as_json: Json = False) -> None:
+    """Write a compressed model as a dense one, which transformers loads without hpr; it has the original's size again."""
+    quiet()
+    from hpr.checkpoints import save
+    from hpr.checkpoints.open import open_model
+    from hpr.errors import CheckpointError
+    from hpr.evaluation import cost
+    from hpr.nn import bank, coded
+    from hpr.reporting import formatting
+    from hpr.sharing.unshare import unshare as unshare_module
+
+    save.check_folder(output)
+    loaded = open_model(folder, device)
+    if bank.bank_of(loaded.model) is None and not coded.codes_of(loaded.model):
+        raise CheckpointError(f"{folder} is dense already: give a folder that `hpr share` or `hpr compress` wrote")
+    dense = unshare_module(loaded.model)
+    save.check_output(dense, output, loaded.tokenizer, loaded.folder)
+    written = save.save(dense, output, loaded.tokenizer, source=loaded.folder)
+    counted = {"parameters": bank.parameters(dense), "bytes": cost.file_bytes(written)}
+    text = f"{formatting.exact(counted['parameters'])} parameters, {formatting.byte_count(counted['bytes'])} on disk"
+    show({"output": str(written), **counted}, as_json, lines(text, f"written: {output}"))
+
+
 def evaluate(
     folder: Folder,
     teacher: Teacher = None,
