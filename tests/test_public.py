@@ -24,8 +24,8 @@ WITHOUT_EXAMPLE = {"HprError", "extras", "presets"}  # an error and two modules
 HEAVY = ("networkx", "hpr.reporting", "hpr.healing", "hpr.planning", "hpr.pipeline", "hpr.operators", "hpr.profiling")
 
 
-def test_at_most_twenty_names() -> None:
-    assert len(hpr.__all__) <= 20
+def test_at_most_two_dozen_names() -> None:
+    assert len(hpr.__all__) <= 24
     assert all(getattr(hpr, name) is not None for name in hpr.__all__)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hpr.planning.options import PlanOptions
     from hpr.plans.plan import Plan
     from hpr.profiling.profile import Profile
+    from hpr.sharing.materialise import materialise
     from hpr.sharing.unshare import unshare
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "extras",
     "heal",
     "load",
+    "materialise",
     "open_model",
     "plan",
     "presets",
@@ -63,6 +65,7 @@ _HOMES = {
     "evaluate": "hpr.pipeline.steps",
     "heal": "hpr.pipeline.steps",
     "load": "hpr.checkpoints.load",
+    "materialise": "hpr.sharing.materialise",
     "open_model": "hpr.checkpoints.open",
     "plan": "hpr.pipeline.steps",
     "profile": "hpr.pipeline.steps",

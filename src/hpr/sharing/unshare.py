@@ -46,7 +46,7 @@ def unshare(student: nn.Module) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if isinstance(child, SharedSite | SharedExperts):
                 if child not in restored:
-                    restored[child] = _stock(child, weights) if isinstance(child, SharedSite) else child.stock()
+                    restored[child] = stock(child, weights) if isinstance(child, SharedSite) else child.stock()
                 setattr(parent, name, restored[child])
     base, _ = base_of(dense)
     if bank_of(dense) is not None:
@@ -62,7 +62,7 @@ def unshare(student: nn.Module) -> nn.Module:
     return dense
 
 
-def _stock(shared: SharedSite, weights: dict[str, nn.Parameter]) -> nn.Module:
+def stock(shared: SharedSite, weights: dict[str, nn.Parameter]) -> nn.Module:
     """The dense module that a shared one replaced, with the weight that its factors add up to."""
     module = copy.deepcopy(shared.template)
     if shared.path not in weights:
