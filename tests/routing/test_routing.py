@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -137,6 +138,37 @@ def test_a_batch_of_mixed_lengths_is_one_by_one(made) -> None:
         alone["input_ids"] = alone["input_ids"][:, :length]
         count = 7 if kind == "bart" else length
         torch.testing.assert_close(whole[row : row + 1, :count], output(changed, **alone), atol=1e-5, rtol=1e-4)
+
+
+def test_many_threads_get_the_outputs_of_one(made) -> None:
+    """Each thread has masks of its own; sizes differ, so that one thread's mask would not fit another's input."""
+    kind, _, _, dynamic = made
+    changed = decided(dynamic)
+    batches = []
+    for seed in range(24):
+        batch = inputs(kind, rows=1 + seed % 3, seed=seed)
+        if "input_ids" in batch:
+            length = 4 + seed % 8
+            batch["input_ids"] = batch["input_ids"][:, :length]
+            batch["attention_mask"] = (torch.arange(length) < length - seed % 3).long().repeat(len(batch["input_ids"]), 1)
+        batches.append(batch)
+    expected = [output(changed, **batch) for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda batch: output(changed, **batch), batches * 4))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected * 4, strict=True))
+    assert bank_of(changed).routing.masks == []
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_is_seen_where_the_model_is_called_past_its_hooks(attention: str) -> None:
+    """As sentence-transformers calls it."""
+    _, _, dynamic = built("bert")
+    changed, batch = decided(dynamic), inputs("bert")
+    changed.set_attn_implementation(attention)
+    mask = (torch.arange(12) < torch.tensor([[12], [5], [9], [2]])).long()
+    with torch.no_grad():
+        past = changed.forward(**batch, attention_mask=mask)[0]
+    assert torch.equal(past, output(changed, **batch, attention_mask=mask))
 
 
 @pytest.mark.parametrize("kind", DECODERS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,15 +27,22 @@ _MASK = "attention_mask"
 Taken = dict[tuple[str, str], list[tuple[Tensor, Tensor | None]]]  # see ``Routing.taken``
 
 
-class Routing:
+class Routing(threading.local):
     """The masks of the current calls, the innermost last; and the outputs of routers while ``taken`` is a dict.
 
-    ``taken``: (site's path, router) → for each call α (…, experts) and which positions count (…), None if all do.
+    Each thread has its own, so that one model serves several. ``taken``: (site's path, router) → for each call α (…, experts)
+    and which positions count (…), None if all do.
     """
 
     def __init__(self) -> None:
         self.masks: list[Tensor | None] = []
         self.taken: Taken | None = None
+
+    def __deepcopy__(self, memo: Any) -> Routing:
+        return Routing()  # what belongs to a pass belongs to no copy
+
+    def __reduce__(self) -> tuple[type[Routing], tuple[()]]:
+        return Routing, ()
 
     def __call__(
         self, route: Route, router: Float[Tensor, "experts columns"], x: Float[Tensor, "*batch in"], path: str
@@ -95,8 +103,9 @@ class _Enter:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         around = self.routing.masks[-1] if self.routing.masks else None
         given = args[self.place] if len(args) > self.place else kwargs.get(_MASK, around)
-        squared = isinstance(given, Tensor) and given.dim() > 2  # made from the one around, for attention alone
-        self.routing.masks.append(around if squared else given)
+        if isinstance(given, Tensor) and given.dim() > 2:  # made for attention alone, from the mask around
+            given = _positions(given) if around is None else around
+        self.routing.masks.append(given)
 
 
 class _Leave:
@@ -106,6 +115,17 @@ class _Leave:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.routing.masks:
             self.routing.masks.pop()
+
+
+def _positions(attention: Tensor) -> Tensor | None:
+    """The positions (batch, keys) that any query may see, from an attention mask (batch, heads, queries, keys).
+
+    A caller of ``model.forward`` passes the model's hooks by, as sentence-transformers does, so this mask is all that is seen.
+    """
+    if attention.dim() != 4:
+        return None
+    seen = attention if attention.dtype == torch.bool else attention > torch.finfo(attention.dtype).min / 2
+    return seen.any(1).any(1)
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
