@@ -5,7 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,16 @@ def random_factors(model: nn.Module, anatomy: Anatomy, plan: Plan, profile: obje
             values[f"{name}.order"] = torch.randperm(max(shape.rows, shape.columns), generator=draw)
     changes = {name: torch.full((anatomy[name].out_features,), 0.1) for name, entry in plan.entries.items() if entry.terms}
     return fitting.Fitted(values, changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def log_as_before() -> Iterator[None]:
+    """The command line shows what HPR logs, for the rest of its process: not for that of other modules of tests."""
+    logger = logging.getLogger("hpr")
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.propagate, logger.handlers = propagate, handlers
 
 
 @pytest.fixture
