@@ -377,8 +377,13 @@ def test_the_model_is_left_as_it_was_and_a_bad_batch_is_named(bad: int | None) -
 def test_other_exceptions_leave_nothing_behind() -> None:
     model = Net().train()
     before = traces(model)
-    with pytest.raises(RuntimeError):
-        measure_curvature(model, describe(model), [torch.ones(2, 3)], fixed())
+    with pytest.raises(HprError, match=r"cannot read batch 1 \(float32 \(2, 3\)\)"):
+        measure_curvature(model, describe(model), [torch.ones(2, 5), torch.ones(2, 3)], fixed())
+    assert traces(model) == before
+    model.forward = lambda x: torch.empty(1 << 50)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="memory"):
+        measure_curvature(model, describe(model), [torch.ones(2, 5)], fixed())
+    del model.forward
     assert traces(model) == before
 
 

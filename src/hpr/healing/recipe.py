@@ -77,9 +77,9 @@ class Recipe:
     original: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self)
         parse_duration(self.duration)
         object.__setattr__(self, "seed", check_seed(self.seed))
+        check_settings(self)
         if min(self.accumulate, self.checks) < 1:
             raise HprError(f"accumulate {self.accumulate} and checks {self.checks} must be at least 1")
         finite = all(map(math.isfinite, (self.learning_rate, self.shared_rate, self.delta_decay)))

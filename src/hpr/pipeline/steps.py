@@ -102,7 +102,7 @@ def share(model: AnyModel, plan: Plan | Rule, profile: Profile | None = None) ->
     """
     if not (hasattr(plan, "plan") and hasattr(plan, "fit")):  # a rule of one's own needs no base class
         check_kind("the plan", plan, Plan, "what hpr.plan or Plan.load returns, or a rule of hpr.presets")
-    if profile is not None:
+    if profile is not None and isinstance(plan, Plan):
         check_kind("the profile", profile, Profile, "what hpr.profile or Profile.load returns")
     if isinstance(plan, Plan) and plan.rounding is not None:
         return _rounded(module_of(model), plan, profile)

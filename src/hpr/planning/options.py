@@ -49,9 +49,9 @@ class PlanOptions:
     bytes: str | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self)
         check_bits(self.bits)
         object.__setattr__(self, "seed", check_seed(self.seed))
+        check_settings(self)
         if self.operators is not None:
             object.__setattr__(self, "operators", tuple(self.operators))
             for name in self.operators:
