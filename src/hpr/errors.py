@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import types
 import typing
 from typing import Any
+
+import numpy as np
 
 
 class HprError(ValueError):
@@ -38,12 +41,22 @@ def check_settings(settings: Any) -> None:
 
     Fields of types that are no classes (a ``Literal``, a function) are left to those checks.
     """
-    for name, hint in typing.get_type_hints(type(settings)).items():
+    try:
+        hints = typing.get_type_hints(type(settings))
+    except NameError:  # a class of one's own whose types are not to be found here
+        return
+    for name, hint in hints.items():
         kinds, value = _kinds(hint), getattr(settings, name)
-        if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+        if kinds and (not isinstance(value, _allowed(kinds)) or (isinstance(value, bool) and bool not in kinds)):
             known = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
             kind = type(settings).__name__
             raise HprError(f"{name} of {kind} is {value!r:.60}, of type {type(value).__name__}: give {known}")
+
+
+def _allowed(kinds: tuple[type, ...]) -> tuple[type, ...]:
+    """The same and their kin: numbers of numpy are integers and reals."""
+    more = {int: numbers.Integral, float: numbers.Real, bool: np.bool_}
+    return (*kinds, *(more[kind] for kind in kinds if kind in more))
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:

@@ -369,3 +369,11 @@ def test_tables_cannot_be_routed() -> None:
     entry = replace(plan.entries[name], operator="low rank", terms=(Term("u", "v", 4, route=Route("r", 2)),))
     with pytest.raises(HprError, match="only Linear modules can"):
         replace(plan, entries={**plan.entries, name: entry}).validate(anatomy)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_routed_model_compiles_as_a_whole(kind) -> None:
+    _, _, dynamic = built(kind)
+    changed, batch = decided(dynamic), inputs(kind)
+    compiled = torch.compile(changed, backend="eager", fullgraph=True)
+    assert torch.equal(output(compiled, **batch), output(changed, **batch))

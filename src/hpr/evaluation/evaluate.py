@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from jaxtyping import Int
@@ -36,7 +37,7 @@ def evaluate(
 
     Raises ``HprError`` for no batches, outputs that are not finite or differ in shape, and labels that do not fit.
     """
-    check_kind("repeats", repeats, int, "a whole number, 0 to leave latency and memory out")
+    check_kind("repeats", repeats, Integral, "a whole number, 0 to leave latency and memory out")
     objective, batches = objective or objective_for(teacher, recorded_objective(student)), as_batches(batches)
     if labels is not None and objective.labels != "classes":
         raise HprError(

@@ -27,7 +27,15 @@ _MASK = "attention_mask"
 Taken = dict[tuple[str, str], list[tuple[Tensor, Tensor | None]]]  # see ``Routing.taken``
 
 
-class Routing(threading.local):
+class _Pass:
+    """What belongs to the passes of one thread."""
+
+    def __init__(self) -> None:
+        self.masks: list[Tensor | None] = []
+        self.taken: Taken | None = None
+
+
+class Routing:
     """The masks of the current calls, the innermost last; and the outputs of routers while ``taken`` is a dict.
 
     Each thread has its own, so that one model serves several. ``taken``: (site's path, router) → for each call α (…, experts)
@@ -35,8 +43,27 @@ class Routing(threading.local):
     """
 
     def __init__(self) -> None:
-        self.masks: list[Tensor | None] = []
-        self.taken: Taken | None = None
+        self._compiled = _Pass()
+        self._threads = threading.local()
+
+    def _pass(self) -> _Pass:
+        if torch.compiler.is_compiling():  # it traces in one thread, and cannot follow what belongs to a thread
+            return self._compiled
+        if not hasattr(self._threads, "passes"):
+            self._threads.passes = _Pass()
+        return self._threads.passes  # type: ignore[no-any-return]
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        return self._pass().masks
+
+    @property
+    def taken(self) -> Taken | None:
+        return self._pass().taken
+
+    @taken.setter
+    def taken(self, taken: Taken | None) -> None:
+        self._pass().taken = taken
 
     def __deepcopy__(self, memo: Any) -> Routing:
         return Routing()  # what belongs to a pass belongs to no copy
@@ -122,7 +149,7 @@ def _positions(attention: Tensor) -> Tensor | None:
 
     A caller of ``model.forward`` passes the model's hooks by, as sentence-transformers does, so this mask is all that is seen.
     """
-    if attention.dim() != 4:
+    if attention.dim() != 4 or not (attention.dtype == torch.bool or attention.is_floating_point()):
         return None
     seen = attention if attention.dtype == torch.bool else attention > torch.finfo(attention.dtype).min / 2
     return seen.any(1).any(1)

@@ -7,12 +7,11 @@ tokenizer, which a bare module does not have.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from hpr.anatomy.describe import describe as describe_module
@@ -204,8 +203,8 @@ def evaluate(
     ['parts', 'quality', 'sizes']
     """
     loaded = open_model(teacher, objective=recorded_objective(inside(student)) if objective is None else objective)
-    if labels is not None:
-        check_kind("labels", labels, (Sequence, Tensor, np.ndarray), "one class for each example, as a list")
+    if labels is not None and (isinstance(labels, Mapping) or not hasattr(labels, "__len__")):
+        check_kind("labels", labels, Sequence, "one class for each example, as a list")
     examples = EVALUATED if labels is None else max(EVALUATED, len(labels))
     batches, label = open_data(data, loaded, "heldout", examples)
     return measured_on(evaluate_batches(student, loaded.model, batches, loaded.goal, labels, repeats), label)

@@ -16,7 +16,7 @@ from hpr.runtime.batch import POSITIONAL, Batch, examples_in, first_examples
 from hpr.runtime.hooks import eval_mode, run, to_device_of
 from hpr.runtime.torch_errors import brief, lacks_memory
 
-_REFUSALS = (  # what models of transformers and torch raise for inputs that do not fit
+REFUSALS = (  # what models of transformers and torch raise for inputs that do not fit
     RuntimeError,
     IndexError,
     ValueError,
@@ -76,7 +76,7 @@ def readable_part(model: nn.Module, batch: Batch, count: int) -> tuple[Batch, An
     part = first_examples(batch, count)
     try:
         return part, run(model, part)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         if lacks_memory(error):
             raise
     return batch, run(model, batch)
@@ -108,7 +108,7 @@ def reading(model: nn.Module, batch: Batch, index: int) -> Iterator[None]:
         yield
     except HprError:
         raise
-    except _REFUSALS as error:
+    except REFUSALS as error:
         if lacks_memory(error):
             raise
         why = _outside(model, batch) or (

@@ -273,6 +273,8 @@ def _as_positions(hidden: Any, batch: Batch) -> Tensor | None:
         return None
     if has_positions_first(hidden, batch):
         return hidden.transpose(0, 1)
+    if hidden.dim() == 3 and len(hidden) != examples == hidden.shape[1] and len(hidden) % examples:
+        return None  # positions first, but not those of an input
     return hidden.reshape(examples, -1, hidden.shape[-1])
 
 

@@ -10,7 +10,9 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from hpr.runtime.torch_errors import does_not_fit
+from hpr.errors import HprError
+from hpr.profiling.first_pass import REFUSALS
+from hpr.runtime.torch_errors import lacks_memory
 
 
 @dataclass
@@ -52,8 +54,8 @@ def of_block(block: nn.Module, run_model: Callable[[], Any]) -> TrialPass | None
     args, kwargs = calls[0]
     try:
         return repeatable(lambda: block(*_copied(args), **_copied(kwargs)))
-    except RuntimeError as error:
-        if not does_not_fit(error):
+    except REFUSALS as error:
+        if isinstance(error, HprError) or lacks_memory(error):
             raise
         return None
 

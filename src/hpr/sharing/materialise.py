@@ -18,10 +18,10 @@ from hpr.nn.bank import Factor, FactorBank, bank_of, module_name, terms_of
 from hpr.nn.coded import attach_codes
 from hpr.nn.experts import SharedExperts
 from hpr.nn.linear import SharedLinear
-from hpr.nn.site import SharedSite
+from hpr.nn.site import BankReader, SharedSite
 from hpr.plans.terms import FactorShape, factors_of
 from hpr.sharing.specification import is_specification, specification
-from hpr.sharing.unshare import stock
+from hpr.sharing.unshare import stock, unshare
 
 POSITIONS = 128
 _RUNS = 7  # timed runs of each way to compute a product, of which the fastest counts
@@ -51,6 +51,8 @@ def materialise(student: nn.Module, positions: int = POSITIONS) -> nn.Module:
     attach_codes(copied, {}, bank.objective)  # whole factors have no codes
     _build(copied, bank)
     _make_dense(copied, positions)
+    if not bank.layers and not any(isinstance(module, BankReader) for module in copied.modules()):
+        return unshare(copied)  # everything became dense
     _forget_unused(copied, bank)
     config: Any = getattr(copied, "config", None)
     if is_specification(getattr(config, "quantization_config", None)):
@@ -77,6 +79,7 @@ def _make_dense(model: nn.Module, positions: int) -> None:
     weights: dict[str, nn.Parameter] = {}
     chosen: dict[nn.Module, nn.Module] = {}
     faster: dict[Any, bool] = {}
+    decided: dict[str, bool] = {}  # by site: all who read one weight read it in one way
     with torch.no_grad():
         for parent in list(model.modules()):
             for name, child in list(parent._modules.items()):
@@ -86,7 +89,7 @@ def _make_dense(model: nn.Module, positions: int) -> None:
                     shape = _shape(child)
                     if shape not in faster:
                         faster[shape] = dense_is_faster(child, positions)
-                    if faster[shape]:
+                    if decided.setdefault(child.path, faster[shape]):
                         chosen[child] = stock(child, weights)
                 if child in chosen:
                     setattr(parent, name, chosen[child])
