@@ -134,8 +134,9 @@ def _trial(what: str, part: Any, folder: Path) -> None:
 
 def _check_ties(model: PreTrainedModel) -> None:
     """Raise where parameters are tied that the class does not declare: transformers does not save such a model."""
+    state = model.state_dict()
     try:
-        remove_tied_weights_from_state_dict(model.state_dict(), model)
+        remove_tied_weights_from_state_dict(state, model)
     except RuntimeError as error:
         if not does_not_fit(error):
             raise

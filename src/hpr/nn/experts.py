@@ -46,9 +46,8 @@ class SharedExperts(BankReader):
         dtype = bank.dtype
         for name, experts in self.slices.items():
             zeros = torch.zeros(len(experts), 2, 1, dtype=dtype)
-            self.register_buffer(
-                name, nn.Parameter(zeros, requires_grad=False)
-            )  # transformers asks for its shape as for a weight
+            # a Parameter, though in a buffer: transformers asks for its shape as for that of a weight
+            self.register_buffer(name, nn.Parameter(zeros, requires_grad=False))
         for name, value in vars(source).items():  # its settings: the module around it may read them
             vars(self).setdefault(name, value)
 

@@ -31,7 +31,7 @@ from hpr.anatomy.model import Anatomy, Stack
 from hpr.errors import HprError
 from hpr.profiling.first_pass import readable_part
 from hpr.profiling.profile import LayerFeatures
-from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in, has_positions_first, mask_of
+from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in, first_examples, has_positions_first, mask_of
 from hpr.runtime.hooks import entering, eval_mode, run
 from hpr.runtime.progress import progress
 
@@ -63,8 +63,10 @@ def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLi
         for done, index in enumerate(chosen, 1):
             _pool(model, watched, batches[index], index)
             progress("features", done, total)
+        part, _ = readable_part(model, batches[context[0]], CONTEXT_EXAMPLES)
+        whole = part is batches[context[0]]  # such batches cannot be cut
         for done, index in enumerate(context, len(chosen) + 1):
-            part, _ = readable_part(model, batches[index], CONTEXT_EXAMPLES)
+            part = batches[index] if whole else first_examples(batches[index], CONTEXT_EXAMPLES)
             _replace(model, watched, part, generator)
             progress("features", done, total)
     return {name: stack.features() for name, stack in watched.items() if all(stack.pooled)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpr.errors import HprError
 from hpr.profiling.first_pass import REFUSALS
-from hpr.runtime.torch_errors import lacks_memory
+from hpr.runtime.torch_errors import does_not_fit
 
 
 @dataclass
@@ -55,8 +55,8 @@ def of_block(block: nn.Module, run_model: Callable[[], Any]) -> TrialPass | None
     try:
         return repeatable(lambda: block(*_copied(args), **_copied(kwargs)))
     except REFUSALS as error:
-        if isinstance(error, HprError) or lacks_memory(error):
-            raise
+        if isinstance(error, HprError) or (isinstance(error, RuntimeError) and not does_not_fit(error)):
+            raise  # lack of memory, and faults of a device
         return None
 
 
