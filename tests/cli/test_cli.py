@@ -18,7 +18,7 @@ from hpr.cli.program import app
 from hpr.data.files import suffixes
 from hpr.nn.bank import parameters
 
-VERBS = ("inspect", "profile", "plan", "share", "unshare", "heal", "online", "eval", "report", "compress")
+VERBS = ("inspect", "profile", "plan", "share", "unshare", "export", "heal", "online", "eval", "report", "compress")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(35))]
 FILES = {"config.json", "model.safetensors", "plan.json", "metrics.json", "report.html", "README.md"}
 
@@ -184,14 +184,17 @@ def test_plan_aligns_if_it_may(home, tmp_path):
     run("share", home / "model", "--plan", target, "--profile", home / "profile.safetensors", "-o", tmp_path / "out")
 
 
-@pytest.mark.parametrize("budget", ["60%", "40%bytes"])
-def test_unshare_writes_what_plain_transformers_loads(home, tmp_path, budget):
+@pytest.mark.parametrize(
+    ("budget", "verb"), [("60%", ["unshare"]), ("40%bytes", ["unshare"]), ("60%", ["export", "--to", "hf"])]
+)
+def test_unshare_and_export_write_what_plain_transformers_loads(home, tmp_path, budget, verb):
     plan, out, dense = tmp_path / "plan.json", tmp_path / "out", tmp_path / "dense"
     profile = home / "profile.safetensors"
     run("plan", home / "model", "--profile", profile, "--budget", budget, "-o", plan)
     run("share", home / "model", "--plan", plan, "--profile", profile, "-o", out)
-    said_of = json.loads(run("unshare", out, "-o", dense, "--json").stdout)
+    said_of = json.loads(run(*verb, out, "-o", dense, "--json").stdout)
     assert said_of["bytes"] == (dense / "model.safetensors").stat().st_size
+    assert said_of["bytes_before"] == (out / "model.safetensors").stat().st_size
     code = (
         "import sys, torch, transformers as tf\n"
         f"model = tf.AutoModel.from_pretrained({str(dense)!r})\n"
@@ -204,7 +207,7 @@ def test_unshare_writes_what_plain_transformers_loads(home, tmp_path, budget):
     with torch.no_grad():
         expected = tf.AutoModel.from_pretrained(out)(**tokens).last_hidden_state
     torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), expected, rtol=1e-4, atol=1e-5)
-    assert "is dense already" in said(run("unshare", dense, "-o", tmp_path / "again", code=2))
+    assert "is dense already" in said(run(*verb, dense, "-o", tmp_path / "again", code=2))
     assert not (tmp_path / "again").exists()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -176,6 +176,22 @@ def share(
 def unshare(folder: Folder, output: Output = Path("out/dense"), device: Device = None, as_json: Json = False) -> None:
     """Write a compressed model as a dense one, which transformers loads without hpr; it has the original's size again."""
     quiet()
+    _write_dense(folder, output, device, as_json)
+
+
+def export(
+    folder: Folder,
+    to: Annotated[Literal["hf"], typer.Option("--to", help="hf: a dense checkpoint of transformers, as `hpr unshare` writes.")],
+    output: Output = Path("out/export"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Write a compressed model in the format of another tool, and say how large it is there."""
+    quiet()
+    _write_dense(folder, output, device, as_json)
+
+
+def _write_dense(folder: Path, output: Path, device: str | None, as_json: bool) -> None:
     from hpr.checkpoints import save
     from hpr.checkpoints.open import open_model
     from hpr.errors import CheckpointError
@@ -191,8 +207,11 @@ def unshare(folder: Folder, output: Output = Path("out/dense"), device: Device =
     dense = unshare_module(loaded.model)
     save.check_output(dense, output, loaded.tokenizer, loaded.folder)
     written = save.save(dense, output, loaded.tokenizer, source=loaded.folder)
-    counted = {"parameters": bank.parameters(dense), "bytes": cost.file_bytes(written)}
-    text = f"{formatting.exact(counted['parameters'])} parameters, {formatting.byte_count(counted['bytes'])} on disk"
+    counted = {"parameters": bank.parameters(dense), "bytes": cost.file_bytes(written), "bytes_before": cost.file_bytes(folder)}
+    text = (
+        f"{formatting.exact(counted['parameters'])} parameters, {formatting.byte_count(counted['bytes'])} on disk; compressed, "
+        f"the model takes {formatting.byte_count(counted['bytes_before'])}"
+    )
     show({"output": str(written), **counted}, as_json, lines(text, f"written: {output}"))
 
 
