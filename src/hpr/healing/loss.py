@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpr.anatomy.lookup import has_module
+from hpr.anatomy.lookup import has_module, module_at
 from hpr.anatomy.model import Anatomy
 from hpr.errors import DataError, HprError, check_settings
 from hpr.evaluation.divergence import Estimate, divergence
 from hpr.healing.teacher_cache import TeacherTargets
 from hpr.nn.bank import bank_of
 from hpr.nn.router import Taken, recorded, spread
+from hpr.profiling.layout import turned_modules
 from hpr.profiling.objectives import Objective
-from hpr.runtime.batch import IGNORED, Batch, examples_in, mask_of
+from hpr.runtime.batch import IGNORED, Batch, examples_in, has_positions_first, is_square, mask_of
 from hpr.runtime.hooks import captured_hidden_states, eval_mode, run, to_device_of
 
 DECIDED = 0.5  # entropy that routers may keep at the end of a run, relative to even routes
@@ -81,6 +82,7 @@ class GlobalLoss:
         self.teacher, self.anatomy, self.objective, self.weights = teacher, anatomy, objective, weights
         upper = anatomy.stacks[1:] if objective.upper_stack_predicts else ()
         self._above = {path for stack in upper for path in stack.blocks}
+        self._turned: frozenset[nn.Module] | None = None  # see ``turned_modules``; not needed before there is a square batch
 
     def __call__(
         self, student: nn.Module, batch: Batch, progress: float = 0.0, targets: TeacherTargets | None = None
@@ -138,10 +140,15 @@ class GlobalLoss:
         return [(path, targets.hidden[path], hidden[path]) for path in layers]
 
     def mask(self, batch: Batch, path: str, states: Tensor) -> Tensor:
-        """The weight (batch, positions) of each hidden state. In a decoder only positions that predict something count."""
-        if path in self._above and (weight := _predicting(batch)) is not None and weight.shape == states.shape[:2]:
-            return weight.to(states.device)
-        return mask_of(batch, states)
+        """The weight (…) of each hidden state (…, d). In a decoder only positions that predict something count."""
+        if self._turned is None and is_square(batch):
+            self._turned = turned_modules(self.teacher, [to_device_of(batch, self.teacher)])
+        turned = self._turned is not None and module_at(self.teacher, path) in self._turned
+        if path in self._above and (weight := _predicting(batch)) is not None:
+            weight = weight.T if has_positions_first(states, batch, turned) else weight
+            if weight.shape == states.shape[:2]:
+                return weight.to(states.device)
+        return mask_of(batch, states, turned)
 
     def targets(self, batch: Batch, layers: Sequence[str] = ()) -> TeacherTargets:
         """Run the teacher on a batch, and return its predictions and the hidden states after ``layers``."""

@@ -6,7 +6,7 @@ gradient is not zero, so padding and positions that the objective never reads dr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from hpr.anatomy.lookup import module_at, slice_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.errors import HprError
 from hpr.profiling.first_pass import reading
+from hpr.profiling.layout import turned_modules
 from hpr.profiling.objectives import Objective
 from hpr.profiling.other_parameters import Sensitivity
 from hpr.profiling.profile import SiteStatistics, pooled, trace, unit
@@ -60,6 +61,7 @@ def measure_curvature(
     generator = torch.Generator().manual_seed(seed)
     batches = as_batches(batches)
     few = first_few(batches)
+    turned = turned_modules(model, batches)
     total = 2 * len(few) + len(batches)
     moments = {site.name: _Moments(site) for site in anatomy.sites}
     done = 0
@@ -71,7 +73,7 @@ def measure_curvature(
             with last.measured() if last else nullcontext():
                 for index, batch in enumerate(part):
                     forget_computed(model)  # a graph can be run backwards once
-                    with _hooks(model, anatomy, moments, batch):
+                    with _hooks(model, anatomy, moments, batch, turned):
                         with reading(model, batch, index):
                             outputs = run(model, batch)
                         loss = objective.loss(outputs, batch, generator)
@@ -208,7 +210,9 @@ def _combined(table: SiteStatistics, head: SiteStatistics) -> SiteStatistics:
 
 
 @contextmanager
-def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments], batch: Batch) -> Iterator[None]:
+def _hooks(
+    model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments], batch: Batch, turned: Collection[nn.Module]
+) -> Iterator[None]:
     handles = []
     tables: dict[int, Record] = {}
     experts: dict[int, Record] = {}
@@ -227,7 +231,7 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments], bat
             if site.kind == "embedding":  # a tied head is another use
                 target.head = target.head or _Moments(site)
                 target = target.head
-            handles.append(module.register_forward_hook(_recorder(target, batch)))
+            handles.append(module.register_forward_hook(_recorder(target, batch, module in turned)))
     try:
         with experts_one_by_one(model), WeightsRead(tables, experts):
             yield
@@ -236,14 +240,14 @@ def _hooks(model: nn.Module, anatomy: Anatomy, moments: dict[str, _Moments], bat
             handle.remove()
 
 
-def _recorder(target: _Moments, batch: Batch) -> Callable:
+def _recorder(target: _Moments, batch: Batch, turned: bool) -> Callable:
     def record(module: nn.Module, inputs: tuple, output: Any) -> Any:
         if not torch.is_grad_enabled():  # some models run a part of their blocks without gradients
             return output
         x = inputs[0].detach()
-        turned = has_positions_first(x, batch)
+        first = has_positions_first(x, batch, turned)
         output = with_graph(output)
-        output.register_hook(lambda gradient: _add_linear(target, _by_example(x, turned), _by_example(gradient, turned)))
+        output.register_hook(lambda gradient: _add_linear(target, _by_example(x, first), _by_example(gradient, first)))
         return output
 
     return record

@@ -16,7 +16,7 @@ Suffixes of names: B examples, T positions, D width, N pooled examples, L layers
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Anatomy, Stack
 from hpr.errors import HprError
 from hpr.profiling.first_pass import readable_part
+from hpr.profiling.layout import turned_modules
 from hpr.profiling.profile import LayerFeatures
 from hpr.runtime.batch import Batch, BatchLike, as_batches, examples_in, first_examples, has_positions_first, mask_of
 from hpr.runtime.hooks import entering, eval_mode, run
@@ -55,25 +56,28 @@ def measure_layers(model: nn.Module, anatomy: Anatomy, batches: Sequence[BatchLi
         raise HprError("no calibration batches: give at least one")
     batches = as_batches(batches)
     chosen = _spread(batches, POOLED_EXAMPLES)
-    watched = {stack.name: _Stack(stack, _blocks(model, stack)) for stack in anatomy.stacks}
     generator = torch.Generator().manual_seed(seed)
     context = chosen[:: -(-len(chosen) // CONTEXT_BATCHES)]
     total = len(chosen) + len(context)
     with torch.no_grad(), eval_mode(model):
+        part, _ = readable_part(model, batches[context[0]], CONTEXT_EXAMPLES)
+        whole = part is batches[context[0]]  # such batches cannot be cut
+        parts = [batches[index] if whole else first_examples(batches[index], CONTEXT_EXAMPLES) for index in context]
+        turned = turned_modules(model, [*(batches[index] for index in chosen), *parts])
+        watched = {stack.name: _Stack(stack, _blocks(model, stack), turned) for stack in anatomy.stacks}
         for done, index in enumerate(chosen, 1):
             _pool(model, watched, batches[index], index)
             progress("features", done, total)
-        part, _ = readable_part(model, batches[context[0]], CONTEXT_EXAMPLES)
-        whole = part is batches[context[0]]  # such batches cannot be cut
-        for done, index in enumerate(context, len(chosen) + 1):
-            part = batches[index] if whole else first_examples(batches[index], CONTEXT_EXAMPLES)
+        for done, part in enumerate(parts, len(chosen) + 1):
             _replace(model, watched, part, generator)
             progress("features", done, total)
     return {name: stack.features() for name, stack in watched.items() if all(stack.pooled)}
 
 
-def real_positions(batch: Batch, stack: Stack, hidden: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens"]:
-    """Return 1 for real positions and 0 for padding, in float64.
+def real_positions(
+    batch: Batch, stack: Stack, hidden: Float[Tensor, "batch tokens d"], turned: bool = False
+) -> Float[Tensor, "batch tokens"]:
+    """Return 1 for real positions and 0 for padding, in float64 (``turned``: see ``has_positions_first``).
 
     In an encoder-decoder model, the mask of the decoder comes from ``decoder_attention_mask`` or from the labels.
     """
@@ -84,15 +88,16 @@ def real_positions(batch: Batch, stack: Stack, hidden: Float[Tensor, "batch toke
             batch = {"attention_mask": batch["labels"] != -100}
         elif any(key.startswith("decoder_") for key in batch):
             batch = {}
-    return mask_of(batch, hidden).double()
+    return mask_of(batch, hidden, turned).double()
 
 
 @dataclass
 class _Stack:
-    """The measurements of one stack. ``pooled[layer]``: a list of (B, D), float64."""
+    """The measurements of one stack. ``turned``: see ``turned_modules``; ``pooled[layer]``: a list of (B, D), float64."""
 
     stack: Stack
     blocks: list[nn.Module]
+    turned: Collection[nn.Module]
     pooled: list[list[Tensor]] = field(init=False)
     influence: list[_Mean] = field(init=False)
     context: list[_Mean] = field(init=False)
@@ -168,12 +173,13 @@ def _replace(model: nn.Module, watched: Mapping[str, _Stack], batch: Batch, gene
             if stack.stack.name in stays:
                 return None  # a block that is run several times is entered once
             raw = entering(args, kwargs)
-            x_BTD = _as_positions(raw, batch)
+            first = stack.blocks[0] in stack.turned
+            x_BTD = _as_positions(raw, batch, first)
             if x_BTD is None:
                 return None
             swapped, kept = _swap(x_BTD, real_positions(batch, stack.stack, x_BTD), generator)
             stays[stack.stack.name] = kept
-            swapped = swapped.transpose(0, 1) if has_positions_first(raw, batch) else swapped.reshape(raw.shape)
+            swapped = swapped.transpose(0, 1) if has_positions_first(raw, batch, first) else swapped.reshape(raw.shape)
             changed = tuple(swapped if value is raw else value for value in args)
             return changed, {key: swapped if value is raw else value for key, value in kwargs.items()}
 
@@ -236,7 +242,7 @@ def _visiting(watched: Mapping[str, _Stack], batch: Batch, visitor: Callable[[_S
     for stack in watched.values():
         visit = visitor(stack)
         for layer, block in enumerate(stack.blocks):
-            handles.append(block.register_forward_hook(_caller(visit, layer, stack.stack, batch), with_kwargs=True))
+            handles.append(block.register_forward_hook(_caller(visit, layer, stack, batch), with_kwargs=True))
     try:
         yield
     finally:
@@ -244,19 +250,19 @@ def _visiting(watched: Mapping[str, _Stack], batch: Batch, visitor: Callable[[_S
             handle.remove()
 
 
-def _caller(visit: Visit, layer: int, stack: Stack, batch: Batch) -> Callable:
-    called = False
+def _caller(visit: Visit, layer: int, stack: _Stack, batch: Batch) -> Callable:
+    called, turned = False, stack.blocks[layer] in stack.turned
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         nonlocal called
         if called:
             return  # a block that is run several times counts as it is run first
         called = True
-        given, returned = (_as_positions(value, batch) for value in (entering(args, kwargs), _first(output)))
+        given, returned = (_as_positions(value, batch, turned) for value in (entering(args, kwargs), _first(output)))
         if given is not None and returned is not None:
             visit(layer, given, returned)
         elif not layer:
-            _log.info("no features of the layers of %s: their states are not those of the batch's examples", stack.name)
+            _log.info("no features of the layers of %s: their states are not those of the batch's examples", stack.stack.name)
 
     return hook
 
@@ -268,12 +274,12 @@ def _first(output: Any) -> Any:
     return output
 
 
-def _as_positions(hidden: Any, batch: Batch) -> Tensor | None:
+def _as_positions(hidden: Any, batch: Batch, turned: bool) -> Tensor | None:
     """(B, D), (B·T, D), (B, T, D), (T, B, D) or (B, H, W, D) as (B, T, D); None for anything else."""
     examples = examples_in(batch)
     if not isinstance(hidden, Tensor) or hidden.dim() < 2 or hidden[..., 0].numel() % examples:
         return None
-    if has_positions_first(hidden, batch):
+    if has_positions_first(hidden, batch, turned):
         return hidden.transpose(0, 1)
     if hidden.dim() == 3 and len(hidden) != examples == hidden.shape[1] and len(hidden) % examples:
         return None  # positions first, but not those of an input

@@ -16,6 +16,7 @@ from hpr.nn.bank import bank_of, terms_of
 from hpr.operators import damping
 from hpr.operators.fitting import Fits
 from hpr.operators.metric import Measured
+from hpr.profiling.layout import turned_modules
 from hpr.profiling.profile import Profile
 from hpr.runtime.batch import Batch, BatchLike, mask_of
 from hpr.runtime.hooks import eval_mode, run, to_device_of
@@ -87,11 +88,13 @@ def _moments(
     sums = {site.name: measured[site.name].weight.new_zeros(site.in_features, site.in_features) for site in sites}
     rows = dict.fromkeys(sums, 0)
     current: list[Batch] = []
+    moved = [to_device_of(batch, model) for batch in batches]
+    turned = turned_modules(model, moved)
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             x, mean = args[0].detach(), measured[name].mean
-            inputs = x[mask_of(current[0], x).bool().to(x.device)].to(sums[name])
+            inputs = x[mask_of(current[0], x, module in turned).bool().to(x.device)].to(sums[name])
             inputs = inputs if mean is None else inputs - mean
             sums[name] += inputs.T @ inputs
             rows[name] += len(inputs)
@@ -101,9 +104,9 @@ def _moments(
     handles = [module_at(model, site.name).register_forward_pre_hook(note(site.name)) for site in sites]
     try:
         with eval_mode(model):
-            for batch in batches:
-                current[:] = [to_device_of(batch, model)]
-                run(model, current[0])
+            for batch in moved:
+                current[:] = [batch]
+                run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

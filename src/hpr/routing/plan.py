@@ -23,6 +23,7 @@ from hpr.planning.draft import Draft, Proposal
 from hpr.plans.budget import Budget
 from hpr.plans.plan import Plan
 from hpr.plans.terms import Route
+from hpr.profiling.layout import turned_in
 from hpr.runtime.batch import example_batch
 from hpr.runtime.hooks import captured_hidden_states, entering, eval_mode, run
 
@@ -40,8 +41,9 @@ def routed(
     """The plan with a router at every Linear site of a stack that has a term of rank ``experts`` or more.
 
     ``per``: a router reads each token, or the mean of its sequence. By default it reads the sequence in stacks whose positions
-    attend to all others, and the token in causal stacks. ``only``: a pattern that limits the sites. The routers' parameters
-    count, so the plan may exceed its budget (see ``best_routed``). Raises ``HprError`` if no site can be routed.
+    attend to all others, and the token in causal stacks. ``only``: a pattern that limits the sites. Sites that take states with
+    positions before examples get none. The routers' parameters count, so the plan may exceed its budget (see ``best_routed``).
+    Raises ``HprError`` if no site can be routed.
     """
     return _with_routes(plan, _routes(model, describe(model), experts, per, only), experts)
 
@@ -88,12 +90,31 @@ def _routes(
 ) -> dict[str, Route]:
     """Site → its route, for every Linear site of a stack that the pattern ``only`` selects."""
     bidirectional = seeing_all(model, anatomy) if per == "auto" else set()
+    turned = _turned(model)
     routes = {}
     for site in anatomy.select(only):
-        if site.kind == "linear" and site.expert is None and site.stack is not None:
+        if (
+            site.kind == "linear"
+            and site.expert is None
+            and site.stack is not None
+            and module_at(model, site.name) not in turned
+        ):
             view: View = "sequence" if site.stack in bidirectional else "token"
             routes[site.name] = Route(f"{site.name}.router", experts, view if per == "auto" else per)
+    if turned and not routes:
+        raise HprError(
+            f"the hidden states of {type(model).__name__} have positions before examples, and routers read states with "
+            f"examples first: leave the plan without routers"
+        )
     return routes
+
+
+def _turned(model: nn.Module) -> frozenset[nn.Module]:
+    """The modules that take states with positions first; none if the model does not say what it reads."""
+    try:
+        return turned_in(model, example_batch(model))
+    except HprError:
+        return frozenset()
 
 
 def _with_routes(plan: Plan, routes: Mapping[str, Route], experts: int) -> Plan:

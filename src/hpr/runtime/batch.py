@@ -87,30 +87,43 @@ def examples_in(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def mask_of(batch: Batch, positions: Shaped[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+def lengths_in(batch: Batch) -> set[int]:
+    """The numbers of positions that the inputs of a batch have: the sizes of their second axes."""
+    return {value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1}
+
+
+def is_square(batch: Batch) -> bool:
+    """Whether an input has as many positions as there are examples, so that shapes do not tell which of the two comes first.
+
+    One position of one example comes first either way.
+    """
+    return examples_in(batch) > 1 and examples_in(batch) in lengths_in(batch)
+
+
+def mask_of(batch: Batch, positions: Shaped[Tensor, "*batch d"], turned: bool = False) -> Float[Tensor, "*batch"]:
     """The weight of each vector of ``positions``: 1 for a real token, 0 for padding.
 
     Reads the attention mask (batch, positions). All weights are 1 if the batch has no mask of that shape, whichever of the two
-    the vectors have first.
+    the vectors have first (``turned``: see ``has_positions_first``).
     """
     mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2 and has_positions_first(positions, batch):
+    if mask is not None and mask.dim() == 2 and has_positions_first(positions, batch, turned):
         mask = mask.T
     if mask is None or positions.dim() != 3 or mask.shape != positions.shape[:2]:
         return torch.ones(positions.shape[:-1], device=positions.device)
     return mask.float()
 
 
-def has_positions_first(states: Tensor, batch: Batch) -> bool:
+def has_positions_first(states: Tensor, batch: Batch, turned: bool = False) -> bool:
     """Whether hidden states are (positions, batch, d), as inside XLNet and FSMT, and not (batch, positions, d).
 
     Only states that have as many positions as an input of the batch are taken for such: blocks that read several choices or
-    patches of an example as examples of their own have the batch first, with more examples.
+    patches of an example as examples of their own have the batch first, with more examples. ``turned`` decides where there are
+    as many positions as examples: whether the states have positions first in other batches (``profiling.layout``).
     """
-    examples = examples_in(batch)
-    if states.dim() != 3 or not len(states) != examples == states.shape[1]:
+    if states.dim() != 3 or states.shape[1] != examples_in(batch) or len(states) not in lengths_in(batch):
         return False
-    return any(isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == len(states) for value in batch.values())
+    return turned or len(states) != states.shape[1]
 
 
 def first_examples(batch: Batch, count: int) -> Batch:

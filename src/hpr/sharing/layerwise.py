@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,11 +82,12 @@ class Layer:
 
 @dataclass
 class ModelPair:
-    """Teacher and student before the same layer, on the same batch."""
+    """Teacher and student before the same layer, on the same batch. ``turned``: see ``profiling.layout.turned_modules``."""
 
     teacher: BlockCalls
     student: BlockCalls
     batch: Batch
+    turned: Collection[nn.Module] = ()
 
     def advance(self, layer: Layer) -> None:
         """Go on to the layer above: hidden states become what the blocks of this one emit."""
@@ -166,18 +167,18 @@ def observe(layer: Layer, stage: Sequence[Site], pairs: Sequence[ModelPair]) -> 
             target = teacher.output
             if residual is not None:
                 target = teacher.later[residual] - (student.later[residual] - student.output)
-            rows = real_rows(pair.batch, layer.stack, student.input)
+            rows = real_rows(pair.batch, layer.stack, student.input, layer.module(layer.teacher, site) in pair.turned)
             sums.setdefault(site, RegressionSums()).add(
                 student.input[rows].flatten(0, -2).float(), target[rows].flatten(0, -2).float()
             )
     return sums
 
 
-def real_rows(batch: Batch, stack: Stack, x: Tensor) -> Tensor | slice:
+def real_rows(batch: Batch, stack: Stack, x: Tensor, turned: bool = False) -> Tensor | slice:
     """Rows of a site's input that are no padding: positions of the decoder or, for keys and values across, of the encoder."""
     if x.dim() != 3:
         return slice(None)
-    return (mask_of(batch, x) * real_positions(batch, stack, x)).bool()
+    return (mask_of(batch, x, turned) * real_positions(batch, stack, x, turned)).bool()
 
 
 @dataclass

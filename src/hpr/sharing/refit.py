@@ -28,6 +28,7 @@ from hpr.operators.registry import OPERATORS
 from hpr.operators.shared_basis import best_private
 from hpr.plans.owners import owners
 from hpr.plans.plan import Plan
+from hpr.profiling.layout import turned_modules
 from hpr.profiling.profile import Profile
 from hpr.runtime.batch import Batch, BatchLike
 from hpr.runtime.hooks import eval_mode, to_device_of
@@ -81,8 +82,9 @@ class _Refit:
     def refit_stack(self, stack: Stack, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[str, Measured]:
         """Refit the sites of a stack from the lowest layer up. Returns the target of each, by the name of its site."""
         targets: dict[str, Measured] = {}
+        turned = turned_modules(self.teacher, batches)
         pairs = [
-            ModelPair(record_calls(self.teacher, stack, batch), record_calls(self.student, stack, batch), batch)
+            ModelPair(record_calls(self.teacher, stack, batch), record_calls(self.student, stack, batch), batch, turned)
             for batch in batches
         ]
         chosen = [site for site in sites if self.plan.entries[site.name].terms and site.name in self.measured]
