@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, loading without hpr, damage, atomic folders."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from hpr.nn.bank import MEND, bank_of
 from hpr.nn.site import SharedSite
 from hpr.runtime import files
 from hpr.sharing.share import share
-from hpr.sharing.specification import is_specification
+from hpr.sharing.specification import NEEDS_HPR, is_specification
 from hpr.sharing.unshare import unshare
 
 Build = Callable[..., nn.Module]
@@ -47,7 +48,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def without_hpr(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a Python that has not imported hpr."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    alone = os.environ | {"HPR_AUTOLOAD": "0"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, env=alone)
 
 
 @pytest.mark.parametrize("family", HEADS)
@@ -198,6 +200,18 @@ def test_a_state_dict_can_be_passed(build: Build, tmp_path: Path, ids: Tensor) -
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_loading_without_hpr_fails_and_says_the_mend(build: Build, tmp_path: Path, family: str) -> None:
     shared(build(family, HEADS[family])).save_pretrained(tmp_path)
+    done = without_hpr(f"import transformers; transformers.{HEADS[family].__name__}.from_pretrained({str(tmp_path)!r})")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].endswith(NEEDS_HPR)
+    assert "pip install hpr" in NEEDS_HPR
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_a_loader_that_ignores_the_configuration_fails_without_hpr_too(build: Build, tmp_path: Path, family: str) -> None:
+    shared(build(family, HEADS[family])).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["fusion_config"], config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     done = without_hpr(f"import transformers; transformers.{HEADS[family].__name__}.from_pretrained({str(tmp_path)!r})")
     assert done.returncode != 0
     assert "RuntimeError" in done.stderr

@@ -2,8 +2,9 @@
 
 The hook is a quantizer registered with transformers under the name ``hpr``: ``config.json`` names it and holds all that
 loading needs. It attaches the sites before the weights are read, checks that the checkpoint has every factor, and then
-leaves the model, so that nothing takes it for a quantised one. Without hpr, loading fails on the shape of the sites'
-one-element ``weight``, and the report that transformers prints lists a key that reads "import hpr before loading".
+leaves the model, so that nothing takes it for a quantised one. Without hpr, loading stops at a name in the configuration,
+which says what to install (see ``sharing.specification``). Loaders that pass that by fail on the shape of the sites'
+one-element ``weight``. Programs that do not import hpr themselves get it by ``hpr_autoload``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, fusion_mapping
 from transformers.core_model_loading import WeightConverter
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -32,7 +33,7 @@ from hpr.nn.site import BankReader
 from hpr.plans.terms import FactorShape, factors_of, terms_from_list
 from hpr.runtime.files import CONFIG
 from hpr.sharing.attach import attach
-from hpr.sharing.specification import specification
+from hpr.sharing.specification import NEEDS_HPR, forget_specification, is_specification, note_specification
 
 _ALIGNMENT = 64  # bytes, as torch allocates on a processor
 
@@ -116,10 +117,12 @@ class HprQuantizer(HfQuantizer):
                 del module.config._is_quantized
         if bank is not None:
             _check_loaded(bank)
-            model.config.quantization_config = specification(model)
+            note_specification(model)
             _settle(bank, _readers(model))
             _align(model)
         if described := self.quantization_config.coded:
+            if bank is None:
+                forget_specification(model)  # its weights are plain now, and a plain save writes them
             if described["pack"] is not None and not self.decoded.unpacked:
                 raise CheckpointError(
                     f"the weights of this {type(model).__name__} lie packed in {described['pack']}, which it has not: load the "
@@ -166,10 +169,25 @@ class HprQuantizer(HfQuantizer):
         return True
 
 
+_merge = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merged(described: Any, given: Any) -> Any:
+    """As in transformers, which would say only that the two configurations are of different classes."""
+    if is_specification(described) and given is not None and not is_specification(given):
+        raise CheckpointError(
+            f"this checkpoint was compressed by hpr, so a {type(given).__name__} cannot be applied while it is loaded: load it "
+            f"without quantization_config, and quantise hpr.fold(model); or save hpr.unshare(model), and load that with it"
+        )
+    return _merge(described, given)
+
+
 def register() -> None:
     """Make transformers know hpr; harmless when repeated."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HprConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HprQuantizer)
+    fusion_mapping._FUSION_REGISTRY.setdefault(NEEDS_HPR, None)  # type: ignore[arg-type]  # it is never switched on
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(_merged)  # type: ignore[method-assign,assignment]
 
 
 register()

@@ -25,7 +25,7 @@ from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
 from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, parse_json, partial_folder, replace, resolved, writing
 from hpr.runtime.torch_errors import brief, does_not_fit
-from hpr.sharing.specification import coded_specification, is_specification, specification
+from hpr.sharing.specification import coded_specification, is_specification, specification, with_mend
 
 _TEXTS = 1 << 18  # bytes that the plan, the metrics and the report take, about
 
@@ -223,6 +223,7 @@ def _write_coded(student: nn.Module, folder: Path) -> None:
     else:
         save_file(state.tensors, folder / WEIGHTS)
         config = {}
+    config["fusion_config"] = with_mend(config.get("fusion_config"))
     config["quantization_config"] = coded_specification(student, state, _weight_hashes(folder))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hpr.errors import HprError
 from hpr.nn.bank import Factor, bank_of, module_name
@@ -18,7 +17,7 @@ from hpr.nn.router import forget_masks, recorded
 from hpr.plans.terms import FactorShape
 from hpr.runtime.batch import BatchLike
 from hpr.runtime.hooks import eval_mode, run, to_device_of
-from hpr.sharing.specification import specification
+from hpr.sharing.specification import note_specification
 
 
 @torch.no_grad()
@@ -46,8 +45,7 @@ def collapse(student: nn.Module, batches: Sequence[BatchLike]) -> nn.Module:
         factor.weight.copy_(alpha.clamp(min=1e-9).log().unsqueeze(1))
         bank.factors[module_name(router)] = factor.requires_grad_(old.weight.requires_grad)
     forget_masks(static)
-    if isinstance(static, PreTrainedModel):
-        static.config.quantization_config = specification(static)
+    note_specification(static)
     return static
 
 

@@ -20,7 +20,7 @@ from hpr.nn.experts import SharedExperts
 from hpr.nn.linear import SharedLinear
 from hpr.nn.site import BankReader, SharedSite
 from hpr.plans.terms import FactorShape, factors_of
-from hpr.sharing.specification import is_specification, specification
+from hpr.sharing.specification import note_specification
 from hpr.sharing.unshare import stock, unshare
 
 POSITIONS = 128
@@ -54,9 +54,7 @@ def materialise(student: nn.Module, positions: int = POSITIONS) -> nn.Module:
     if not bank.layers and not any(isinstance(module, BankReader) for module in copied.modules()):
         return unshare(copied)  # everything became dense
     _forget_unused(copied, bank)
-    config: Any = getattr(copied, "config", None)
-    if is_specification(getattr(config, "quantization_config", None)):
-        config.quantization_config = specification(copied)
+    note_specification(copied)
     return copied
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at, slice_at, weight_at
@@ -23,7 +22,7 @@ from hpr.plans.layer_states import REUSED, paths_of
 from hpr.plans.plan import Plan
 from hpr.plans.terms import KEEP, FactorShape, Term, factors_of
 from hpr.sharing.attach import attach
-from hpr.sharing.specification import specification
+from hpr.sharing.specification import note_specification
 
 if TYPE_CHECKING:
     from hpr.profiling.profile import Profile
@@ -114,8 +113,7 @@ def share(
         if anatomy[name].has_bias:
             bias: Tensor = module_at(student, name).bias  # type: ignore[assignment]
             bias.data += change.to(bias)
-    if isinstance(student, PreTrainedModel):
-        student.config.quantization_config = specification(student)
+    note_specification(student)
     if plan.layers and (count := parameters(student)) != plan.parameters(anatomy):
         raise HprError(
             f"the plan counts {plan.parameters(anatomy):,} parameters, the model made from it has {count:,}: what it says of "

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hpr.anatomy.lookup import base_of
 from hpr.coding.stream import VERSION
@@ -15,6 +16,36 @@ from hpr.nn.bank import FORMAT, METHOD, bank_of, terms_in
 from hpr.nn.coded import CodedState, coded_objective
 from hpr.nn.site import SharedSite
 from hpr.plans.terms import factors_of, terms_to_list
+
+# Before transformers reads weights, it looks up the fusions that a configuration names, and its error ends with a name that it
+# does not know. With hpr it knows this one, which is switched off.
+NEEDS_HPR = "this model needs the package hpr (Hierarchical Parameter Reuse): pip install hpr, and import hpr before loading"
+
+
+def note_specification(model: nn.Module) -> None:
+    """Write what a shared model of transformers is into its configuration, in place. Other modules have none."""
+    if isinstance(model, PreTrainedModel):
+        model.config.quantization_config = specification(model)
+        model.config.fusion_config = with_mend(getattr(model.config, "fusion_config", None))
+
+
+def forget_specification(model: nn.Module) -> None:
+    """Undo ``note_specification``; what others wrote into the configuration stays."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    if is_specification(getattr(model.config, "quantization_config", None)):
+        del model.config.quantization_config
+    if NEEDS_HPR in (fusions := getattr(model.config, "fusion_config", None) or {}):
+        others = {name: value for name, value in fusions.items() if name != NEEDS_HPR}
+        if others:
+            model.config.fusion_config = others
+        else:
+            del model.config.fusion_config
+
+
+def with_mend(fusions: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The ``fusion_config`` of a checkpoint, so that loading without hpr stops and says what to install."""
+    return {**(fusions or {}), NEEDS_HPR: False}
 
 
 def specification(model: nn.Module) -> dict[str, Any]:

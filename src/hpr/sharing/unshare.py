@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hpr.anatomy.lookup import base_of
 from hpr.anatomy.wrappers import unwrapped
@@ -19,7 +18,7 @@ from hpr.nn.router import forget_masks
 from hpr.nn.site import SharedSite
 from hpr.sharing.attach import is_transposed
 from hpr.sharing.embeddings import release_embeddings
-from hpr.sharing.specification import is_specification
+from hpr.sharing.specification import forget_specification
 from hpr.sharing.ties import restore_ties
 
 
@@ -56,9 +55,7 @@ def unshare(student: nn.Module) -> nn.Module:
     forget_masks(dense)
     restore_ties(dense)
     release_embeddings(dense)
-    config = getattr(dense, "config", None)
-    if isinstance(dense, PreTrainedModel) and is_specification(getattr(config, "quantization_config", None)):
-        del dense.config.quantization_config
+    forget_specification(dense)
     return dense
 
 
