@@ -110,7 +110,7 @@ def _placed(model: nn.Module, key: str, weight: Tensor, noted: dict[str, Coded],
     module = model.get_submodule(name)
     noted[name.removeprefix(base_of(model)[1])] = coded
     parameter: Tensor = module.weight  # type: ignore[assignment]
-    return (weight.T if isinstance(module, Conv1D) else weight).to(parameter.dtype)
+    return (weight.T.contiguous() if isinstance(module, Conv1D) else weight).to(parameter.dtype)
 
 
 def _stacked(model: nn.Module, key: str, experts: Mapping[int, Coded], noted: dict[str, Coded]) -> Tensor:

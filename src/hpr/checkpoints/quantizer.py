@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hpr.anatomy.lookup import has_module, slice_at
 from hpr.checkpoints.decode import Decode, Decoded, DecodeExperts, DecodePack, DecodeWeight, decodes
+from hpr.checkpoints.devices import check_devices, tie_on_disk
 from hpr.checkpoints.save import check_checkpoint, check_hashes, has_own_names, shapes_in
 from hpr.coding.tables import ans
 from hpr.errors import CheckpointError
@@ -117,6 +118,7 @@ class HprQuantizer(HfQuantizer):
                 del module.config._is_quantized
         if bank is not None:
             _check_loaded(bank)
+            check_devices(getattr(model, "hf_device_map", {}))
             note_specification(model)
             _settle(bank, _readers(model))
             _align(model)
@@ -129,6 +131,7 @@ class HprQuantizer(HfQuantizer):
                     f"class that was saved"
                 )
             attach_codes(model, self.decoded.coded, self.quantization_config.objective, self.decoded.others)
+            tie_on_disk(model)
             _align(model)
         conversions = getattr(model, "_weight_conversions", None) or []
         others = [conversion for conversion in conversions if not decodes(conversion)]
@@ -246,7 +249,9 @@ def _has(model: nn.Module, path: str) -> bool:
 def _check_loaded(bank: FactorBank) -> None:
     """The same for checkpoints that are no safetensors files: transformers marks what it has loaded."""
     for name, tensor in bank.factors.state_dict(keep_vars=True).items():
-        if not getattr(tensor, "_is_hf_initialized", False):
+        if not tensor.is_meta and not getattr(
+            tensor, "_is_hf_initialized", False
+        ):  # offloaded ones are read when they are used
             raise CheckpointError(f"factor {name} was not in the weights given: pass all that save_pretrained wrote")
 
 
@@ -263,7 +268,7 @@ def _settle(bank: FactorBank, readers: Sequence[BankReader]) -> None:
                 dtypes[name] = torch.promote_types(dtypes.get(name, found.dtype), found.dtype)
             reader._buffers[placeholder] = torch.zeros_like(found)
     for name, dtype in dtypes.items():
-        bank[name].to(dtype)
+        bank.stored(name).to(dtype)
 
 
 def _align(model: nn.Module) -> None:

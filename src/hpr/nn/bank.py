@@ -8,7 +8,9 @@ parameters. Parameters are shared, never modules.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +108,11 @@ class FactorBank(nn.Module):
         return self.get_buffer(MEND).dtype
 
     def __getitem__(self, name: str) -> Factor:
+        factor = self.stored(name)
+        return in_memory(factor) if factor.weight.is_meta and hasattr(factor, "_hf_hook") else factor
+
+    def stored(self, name: str) -> Factor:
+        """A factor as the bank holds it: without numbers while accelerate keeps them elsewhere."""
         return self.factors[self._keys.get(name) or module_name(name)]  # type: ignore[return-value]
 
     @torch.no_grad()
@@ -122,6 +129,21 @@ class FactorBank(nn.Module):
                     problem = "missing" if value is None else f"of shape {tuple(value.shape)}, or not finite"
                     raise HprError(f"factor {key}.{part} is {problem}; {tuple(target.shape)} is needed: fit the plan anew")
                 target.copy_(value)
+
+
+def in_memory(factor: Factor) -> Factor:
+    """A stand-in with the numbers of an offloaded factor.
+
+    Hooks of accelerate bring them back while a module is called, but sites also read factors without a call.
+    """
+    hook: Any = factor._hf_hook
+    hook.pre_forward(factor)
+    found = copy.copy(factor)
+    found._parameters, found._buffers = dict(factor._parameters), dict(factor._buffers)
+    hook.post_forward(factor, None)
+    for name in ("forward", "_old_forward", "_hf_hook"):  # what accelerate set on the factor
+        vars(found).pop(name, None)
+    return found
 
 
 def module_name(factor: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hpr.anatomy.fused_experts import Slice
@@ -90,7 +91,15 @@ def attach(
     setattr(base, BANK, bank.train(base.training))
     drop_ties(declared)
     guard_embeddings(model)
+    _keep_whole(model)
     return bank
+
+
+def _keep_whole(model: nn.Module) -> None:
+    """Let a device map put the bank on one device: accelerate forgets buffers of what it splits."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module._no_split_modules = {*(module._no_split_modules or ()), FactorBank.__name__}
 
 
 def _first(terms: Mapping[str, Sequence[Term]], experts: Mapping[str, Slice], modules: Mapping[str, nn.Module]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Refuse what would give a shared table other rows: adding tokens, and setting another table or head."""
+"""Methods of transformers models that read or change the table: they refuse to give a shared one other rows, and count it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from transformers import PreTrainedModel
 from hpr.errors import HprError
 from hpr.nn.embedding import SharedEmbedding
 from hpr.nn.site import SharedSite
+from hpr.plans.terms import factors_of
 
 _MEND = "do it on hpr.unshare(model), or on the original, and compress that again"
 
 
 def guard_embeddings(model: nn.Module) -> None:
-    """Let the methods of every transformers model inside that change its table or head refuse if that is shared.
+    """Let methods of every transformers model inside know of shared tables: those that change the table or head refuse.
 
-    They are set on the instances, as methods, so that a copy of the model refuses, too.
+    They are set on the instances, as methods, so that a copy of the model has them, too.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            for method in (resize_token_embeddings, set_input_embeddings, set_output_embeddings):
+            for method in _METHODS:
                 setattr(module, method.__name__, types.MethodType(method, module))
 
 
@@ -30,7 +31,7 @@ def release_embeddings(model: nn.Module) -> None:
     """Undo ``guard_embeddings``."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            for method in (resize_token_embeddings, set_input_embeddings, set_output_embeddings):
+            for method in _METHODS:
                 vars(module).pop(method.__name__, None)
 
 
@@ -58,6 +59,19 @@ def set_output_embeddings(self: PreTrainedModel, new_embeddings: nn.Module) -> N
     """As in transformers, if the head is plain."""
     _refuse(self, _output(self), "head")
     type(self).set_output_embeddings(self, new_embeddings)
+
+
+def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """As in transformers: unique parameters, or those that are trained; without tables also without what shared tables read."""
+    counted = type(self).num_parameters(self, only_trainable, exclude_embeddings)
+    if not exclude_embeddings:
+        return counted
+    tables = [module for module in self.modules() if isinstance(module, SharedEmbedding)]
+    weights = {name: table.bank.stored(name).weight for table in tables for name in factors_of(table.terms)}
+    return counted - sum(weight.numel() for weight in weights.values() if weight.requires_grad or not only_trainable)
+
+
+_METHODS = (resize_token_embeddings, set_input_embeddings, set_output_embeddings, num_parameters)
 
 
 def _refuse(model: PreTrainedModel, part: nn.Module | None, what: str) -> None:

@@ -66,7 +66,7 @@ def specification(model: nn.Module) -> dict[str, Any]:
         for path, terms in terms_in(module).items():
             sites[path] = terms_to_list(terms)
             for factor in factors_of(terms):
-                factors[factor] = [part for part in bank[factor].shape if part != ""]
+                factors[factor] = [part for part in bank.stored(factor).shape if part != ""]
     return {
         "quant_method": METHOD,
         "format": FORMAT,
