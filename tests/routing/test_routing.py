@@ -4,6 +4,7 @@ import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +170,24 @@ def test_padding_is_seen_where_the_model_is_called_past_its_hooks(attention: str
     with torch.no_grad():
         past = changed.forward(**batch, attention_mask=mask)[0]
     assert torch.equal(past, output(changed, **batch, attention_mask=mask))
+
+
+@pytest.mark.parametrize("routers", [False, True])
+def test_many_threads_get_the_embeddings_of_one_from_sentence_transformers(routers: bool, folder: Path, tmp_path: Path) -> None:
+    """It calls ``forward`` past the hooks of the model, on texts that it pads. A call has the same texts in both."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    _, static, dynamic = built("bert")
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    hpr.save(decided(dynamic) if routers else static, tmp_path / "out", tokenizer)
+    encoder = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    words = ["the", "layer", "reads", "its", "factor", "a", "text", "writes"]
+    calls = [[" ".join(words[: 1 + (seed + row) % 8]) for row in range(1 + seed % 4)] for seed in range(24)]
+    expected = [encoder.encode(texts, convert_to_tensor=True) for texts in calls]
+    alone = encoder.encode([calls[3][0]], convert_to_tensor=True)
+    torch.testing.assert_close(expected[3][:1], alone, rtol=1e-4, atol=1e-5)  # padding does not count
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda texts: encoder.encode(texts, convert_to_tensor=True), calls * 4))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected * 4, strict=True))
 
 
 @pytest.mark.parametrize("kind", DECODERS)
