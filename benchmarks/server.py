@@ -53,7 +53,8 @@ def start(folder: Path, workers: int, fast: bool) -> Server:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "serve:app", "--factory", "--port", str(port), "--workers", str(workers)]
-    settings = {"HPR_MODEL": str(folder.resolve()), "HPR_FAST": "1" if fast else "0", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    settings = {"HPR_MODEL": str(folder.resolve()), "HPR_FAST": "1" if fast else "0"}
+    settings |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     begun = time.monotonic()
     process = subprocess.Popen([*command, "--log-level", "warning"], cwd=EXAMPLE, env=os.environ | settings)
     server = Server(process, f"http://127.0.0.1:{port}", begun)
