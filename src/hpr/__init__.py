@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hpr.planning.options import PlanOptions
     from hpr.plans.plan import Plan
     from hpr.profiling.profile import Profile
+    from hpr.sharing.fold import fold
     from hpr.sharing.materialise import materialise
     from hpr.sharing.unshare import unshare
 
@@ -41,6 +42,7 @@ __all__ = [
     "describe",
     "evaluate",
     "extras",
+    "fold",
     "heal",
     "load",
     "materialise",
@@ -63,6 +65,7 @@ _HOMES = {
     "compress": "hpr.pipeline.compress",
     "describe": "hpr.pipeline.steps",
     "evaluate": "hpr.pipeline.steps",
+    "fold": "hpr.sharing.fold",
     "heal": "hpr.pipeline.steps",
     "load": "hpr.checkpoints.load",
     "materialise": "hpr.sharing.materialise",

@@ -30,6 +30,7 @@ from hpr.coding.tables import ans
 from hpr.errors import CheckpointError
 from hpr.nn.bank import FORMAT, METHOD, FactorBank, bank_of
 from hpr.nn.coded import attach_codes
+from hpr.nn.folded import attach_folded, folded_in
 from hpr.nn.site import BankReader
 from hpr.plans.terms import FactorShape, factors_of, terms_from_list
 from hpr.runtime.files import CONFIG
@@ -49,6 +50,7 @@ class HprConfig(QuantizationConfigMixin):
         aliases: Mapping[str, list[str]] | None = None,
         layers: Mapping[str, str] | None = None,
         coded: Mapping[str, Any] | None = None,
+        folded: Mapping[str, int] | None = None,
         objective: str | None = None,
         quant_method: str = METHOD,
         format: int = FORMAT,
@@ -64,6 +66,7 @@ class HprConfig(QuantizationConfigMixin):
                 f"{CONFIG} has {sorted(unknown)[0]!r} in quantization_config, which hpr does not know: remove it"
             )
         given = {"sites": sites, "factors": factors, "aliases": aliases or {}, "layers": layers or {}, "coded": coded or {}}
+        given["folded"] = folded or {}
         for key, value in given.items():
             if not isinstance(value, Mapping):
                 raise CheckpointError(
@@ -81,6 +84,7 @@ class HprConfig(QuantizationConfigMixin):
         self.aliases = dict(aliases or {})
         self.layers = dict(layers or {})
         self.coded = dict(coded or {})
+        self.folded = dict(folded or {})
         self.objective = objective
 
 
@@ -100,6 +104,7 @@ class HprQuantizer(HfQuantizer):
         if self.quantization_config.coded:
             ans()  # raises if the decoder is not installed
             check_hashes(checkpoint_files or (), self.quantization_config.coded.get("hashes", {}))
+        attach_folded(model, self.quantization_config.folded)
         bank = rebuild(model, self.quantization_config)
         if bank is not None:  # until the weights are loaded
             model.initialize_weights = functools.partial(_initialise, model)  # type: ignore[method-assign]
@@ -122,6 +127,9 @@ class HprQuantizer(HfQuantizer):
             note_specification(model)
             _settle(bank, _readers(model))
             _align(model)
+        if self.quantization_config.folded:
+            check_folded(model)
+            note_specification(model)
         if described := self.quantization_config.coded:
             if bank is None:
                 forget_specification(model)  # its weights are plain now, and a plain save writes them
@@ -253,6 +261,14 @@ def _check_loaded(bank: FactorBank) -> None:
             tensor, "_is_hf_initialized", False
         ):  # offloaded ones are read when they are used
             raise CheckpointError(f"factor {name} was not in the weights given: pass all that save_pretrained wrote")
+
+
+def check_folded(model: nn.Module) -> None:
+    """Raise where a weight of a folded Linear was not in the files: transformers would only warn."""
+    for path, module in folded_in(model).items():
+        for name, tensor in module.named_parameters():
+            if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                raise CheckpointError(f"{path}.{name} was not in the weights: {CONFIG} and weights are not from one save")
 
 
 def _settle(bank: FactorBank, readers: Sequence[BankReader]) -> None:

@@ -14,6 +14,7 @@ from hpr.coding.stream import VERSION
 from hpr.errors import HprError
 from hpr.nn.bank import FORMAT, METHOD, bank_of, terms_in
 from hpr.nn.coded import CodedState, coded_objective
+from hpr.nn.folded import folded_in
 from hpr.nn.site import SharedSite
 from hpr.plans.terms import factors_of, terms_to_list
 
@@ -23,8 +24,8 @@ NEEDS_HPR = "this model needs the package hpr (Hierarchical Parameter Reuse): pi
 
 
 def note_specification(model: nn.Module) -> None:
-    """Write what a shared model of transformers is into its configuration, in place. Other modules have none."""
-    if isinstance(model, PreTrainedModel):
+    """Write what a shared or folded model of transformers is into its configuration, in place. Other modules have none."""
+    if isinstance(model, PreTrainedModel) and (bank_of(model) is not None or folded_in(model)):
         model.config.quantization_config = specification(model)
         model.config.fusion_config = with_mend(getattr(model.config, "fusion_config", None))
 
@@ -54,6 +55,8 @@ def specification(model: nn.Module) -> dict[str, Any]:
     Raises ``HprError`` for a model without a bank.
     """
     bank = bank_of(model)
+    if bank is None and (folded := folded_in(model)):
+        return {**_nothing_shared(), "folded": {path: module.rank for path, module in folded.items()}}
     if bank is None:
         raise HprError(f"this {type(model).__name__} shares nothing, so there is nothing to write down: share it first")
     _, prefix = base_of(model)
@@ -82,9 +85,8 @@ def specification(model: nn.Module) -> dict[str, Any]:
 def coded_specification(model: nn.Module, state: CodedState, hashes: Mapping[str, str]) -> dict[str, Any]:
     """The same for a model whose weights or factors are coded, saved as ``state``. ``hashes``: file → SHA-256."""
     objective = coded_objective(model)
-    plain = {"quant_method": METHOD, "format": FORMAT, "hpr_version": version("hpr"), "sites": {}, "factors": {}}
     return {
-        **(plain if bank_of(model) is None else specification(model)),
+        **(_nothing_shared() if bank_of(model) is None else specification(model)),
         "coded": {
             "format": VERSION,
             "hashes": dict(hashes),
@@ -94,6 +96,10 @@ def coded_specification(model: nn.Module, state: CodedState, hashes: Mapping[str
         },
         **({"objective": objective} if objective else {}),
     }
+
+
+def _nothing_shared() -> dict[str, Any]:
+    return {"quant_method": METHOD, "format": FORMAT, "hpr_version": version("hpr"), "sites": {}, "factors": {}}
 
 
 def is_specification(config: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 from torch import nn
 
@@ -33,6 +34,11 @@ def unshare(student: nn.Module) -> nn.Module:
     >>> dense = hpr.unshare(student)
     >>> dense.save_pretrained(folder / "dense")
     """
+    return unshared(student, stock)
+
+
+def unshared(student: nn.Module, made: Callable[[SharedSite, dict[str, nn.Parameter]], nn.Module]) -> nn.Module:
+    """The same, with what ``made`` returns for a shared module and the dense weights so far, by site."""
     student = unwrapped(student)
     bank = bank_of(student)
     if bank is not None and bank.layers:
@@ -45,7 +51,7 @@ def unshare(student: nn.Module) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if isinstance(child, SharedSite | SharedExperts):
                 if child not in restored:
-                    restored[child] = stock(child, weights) if isinstance(child, SharedSite) else child.stock()
+                    restored[child] = made(child, weights) if isinstance(child, SharedSite) else child.stock()
                 setattr(parent, name, restored[child])
     base, _ = base_of(dense)
     if bank_of(dense) is not None:
