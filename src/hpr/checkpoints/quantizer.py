@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hpr.anatomy.lookup import has_module, slice_at
+from hpr.checkpoints.aligned import ALIGNMENT
 from hpr.checkpoints.decode import Decode, Decoded, DecodeExperts, DecodePack, DecodeWeight, decodes
 from hpr.checkpoints.devices import check_devices, tie_on_disk
 from hpr.checkpoints.save import check_checkpoint, check_hashes, has_own_names, shapes_in
@@ -36,8 +37,6 @@ from hpr.plans.terms import FactorShape, factors_of, terms_from_list
 from hpr.runtime.files import CONFIG
 from hpr.sharing.attach import attach
 from hpr.sharing.specification import NEEDS_HPR, forget_specification, is_specification, note_specification
-
-_ALIGNMENT = 64  # bytes, as torch allocates on a processor
 
 
 class HprConfig(QuantizationConfigMixin):
@@ -290,8 +289,9 @@ def _settle(bank: FactorBank, readers: Sequence[BankReader]) -> None:
 def _align(model: nn.Module) -> None:
     """Move weights that a file is mapped to at odd addresses to addresses aligned like torch's own.
 
-    Kernels and their rounding differ by alignment: the model would not compute bit for bit what it did when it was saved.
+    Kernels and their rounding differ by alignment: the model would not compute bit for bit what it did when it was saved. Most
+    weights in files that ``hpr.save`` wrote are aligned there (see ``checkpoints.aligned``), and stay mapped.
     """
     for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()

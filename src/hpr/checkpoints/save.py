@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hpr.anatomy.wrappers import unwrapped
+from hpr.checkpoints.aligned import align_file
 from hpr.checkpoints.side_files import copy_side_files
 from hpr.errors import CheckpointError, check_kind
 from hpr.nn.bank import BANK, FactorBank, bank_of
@@ -209,6 +210,9 @@ def _write_model(student: nn.Module, folder: Path) -> None:
         config = {} if bank_of(student) is None else {"quantization_config": specification(student)}
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         save_model(student, str(folder / WEIGHTS))  # tied parameters once
+    if bank_of(student) is not None and not codes_of(student):  # coded weights are decoded at load, whatever their place
+        for file in folder.glob("*.safetensors"):
+            align_file(file)
     if bank_of(student) is None and not codes_of(student):  # nothing in the configuration tells that these weights are hpr's
         (folder / MARKER).write_text(json.dumps(_weight_hashes(folder), indent=1) + "\n", encoding="utf-8")
     _readable(folder)
