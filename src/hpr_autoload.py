@@ -9,6 +9,7 @@ outside the package, since importing anything inside it costs more than a progra
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -47,14 +48,17 @@ class _Finder:
 
 
 def _teach(auto: Any) -> None:
-    """Import hpr, which registers itself, before transformers asks whether it knows the method of such a checkpoint."""
-    known = auto.AutoHfQuantizer.supports_quant_method
+    """Let the two functions that first see the ``quantization_config`` of a checkpoint import hpr, which registers itself."""
+    for owner, name in ((auto.AutoHfQuantizer, "supports_quant_method"), (auto.AutoQuantizationConfig, "from_dict")):
+        setattr(owner, name, staticmethod(_importing(getattr(owner, name))))
 
-    def supports_quant_method(quantization_config_dict: Any) -> bool:
+
+def _importing(known: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def asked(quantization_config_dict: Any) -> Any:
         described = quantization_config_dict
         method = described.get("quant_method") if isinstance(described, dict) else getattr(described, "quant_method", None)
         if method == "hpr":
             import_module("hpr")
-        return bool(known(quantization_config_dict))
+        return known(described)
 
-    auto.AutoHfQuantizer.supports_quant_method = staticmethod(supports_quant_method)
+    return asked

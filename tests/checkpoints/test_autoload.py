@@ -89,6 +89,18 @@ def test_a_program_that_never_imports_hpr_loads_its_checkpoints(program: Program
     assert done.returncode == 0, done.stderr
 
 
+def test_a_description_that_is_read_alone_is_known_too(program: Program, folders: dict[str, Path]) -> None:
+    """Lm-eval reads the description of a checkpoint itself, and hands it to the loading."""
+    done = program(
+        f"from transformers import AutoConfig, AutoModel\n"
+        f"from transformers.quantizers import AutoQuantizationConfig\n"
+        f"for folder in {list(map(str, folders.values()))}:\n"
+        f"    described = AutoQuantizationConfig.from_dict(AutoConfig.from_pretrained(folder).quantization_config)\n"
+        f"    AutoModel.from_pretrained(folder, quantization_config=described)\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_torch_and_transformers_alone_import_nothing_of_hpr(program: Program) -> None:
     done = program(
         "import sys, torch\n"
