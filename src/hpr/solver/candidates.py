@@ -22,7 +22,8 @@ class Candidate:
     ``choices[k]`` holds the ranks of point k (``()`` for an operator without ranks), ``parameters[k]`` (int64) the number of
     parameters that it stores, and ``damages[k]`` (float64) its predicted damage in nats per example. The curve need not be
     sorted or convex. ``rows`` is the range [start, stop) of weight rows that the candidate covers, or None if it covers whole
-    sites. Raises ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not
+    sites. ``costs[k]`` (float64) is what point k costs besides parameters, such as milliseconds, for searches with two limits.
+    Raises ``HprError`` for an empty curve, unequal lengths, parameters below 1 and damages that are negative or not
     finite.
 
     A *composite* stores several groups of sites at once; ``composite.compose`` makes it. ``partition`` holds the group of each
@@ -48,6 +49,7 @@ class Candidate:
     partition: tuple[int, ...] = ()
     picks: tuple[tuple[tuple[int, int], ...], ...] = ()
     rows: tuple[int, int] | None = None
+    costs: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         name = f"candidate {self.operator!r} on {', '.join(self.sites)}"
@@ -128,7 +130,8 @@ class Solution:
     """Choices that cover every position of every track once, with their total ``damage`` (nats) and ``parameters``.
 
     ``bound`` (nats) is a lower bound on the damage of any solution within the same limit. ``multiplier`` (nats per parameter)
-    is the Lagrange multiplier of the search, None if there was none. ``label`` says which operators were searched.
+    is the Lagrange multiplier of the search, None if there was none. ``label`` says which operators were searched. With a
+    second limit, ``cost`` is the total of ``Candidate.costs``, and ``price`` (nats per unit) its multiplier.
     """
 
     choices: tuple[Choice, ...]
@@ -137,6 +140,8 @@ class Solution:
     multiplier: float | None = None
     bound: float = 0.0
     label: str = ""
+    cost: float = 0.0
+    price: float = 0.0
 
     @property
     def gap(self) -> float:

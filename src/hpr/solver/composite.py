@@ -7,7 +7,7 @@ operator and rank by itself, so the curve of a composite is the sum of its group
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -123,6 +123,26 @@ def restrict(tracks: Sequence[Track], operators: Set[str]) -> tuple[Track, ...]:
                 candidates[interval] = remaining
         restricted.append(Track(track.name, track.length, candidates))
     return tuple(restricted)
+
+
+def mapped(tracks: Sequence[Track], change: Callable[[Candidate], Candidate]) -> tuple[Track, ...]:
+    """The same tracks with every plain candidate changed, each once; composites are composed of the changed ones."""
+    done: dict[int, Candidate] = {}
+
+    def changed(candidate: Candidate) -> Candidate:
+        if id(candidate) not in done:
+            parts = tuple(tuple(changed(option) for option in options) for options in candidate.parts)
+            done[id(candidate)] = compose(candidate.operator, candidate.partition, parts) if parts else change(candidate)
+        return done[id(candidate)]
+
+    return tuple(
+        Track(
+            track.name,
+            track.length,
+            {interval: tuple(changed(option) for option in options) for interval, options in track.candidates.items()},
+        )
+        for track in tracks
+    )
 
 
 def _operators(candidate: Candidate) -> set[str]:

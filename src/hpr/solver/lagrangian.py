@@ -24,6 +24,7 @@ _NEIGHBOURS = (0.8, 1.25)  # other multipliers whose structures are tried, relat
 _STEPS = 200  # the most steps of the search for λ; it mostly converges after 10 to 30
 _ROUNDING = 1e-12
 Points = list[tuple[Table, int]]  # one point of one table for every group
+Searching = Callable[[Sequence[Track], int, int], list["Solution"]]  # ``search``, or a search with a further limit
 _log = logging.getLogger(__name__)
 
 
@@ -62,10 +63,10 @@ def solve(tracks: Sequence[Track], limit: int) -> Solution:
     >>> best.choices[0].ranks, best.damage, best.parameters
     ((2,), 0.1, 40)
     """
-    return _search(tracks, limit, BREADTH)[0]
+    return search(tracks, limit, BREADTH)[0]
 
 
-def k_best(tracks: Sequence[Track], limit: int, k: int) -> list[Solution]:
+def k_best(tracks: Sequence[Track], limit: int, k: int, searching: Searching | None = None) -> list[Solution]:
     """Up to ``k`` solutions of different structure within ``limit`` parameters, by damage, to be compared end to end.
 
     K-best Viterbi at the final multiplier and its neighbours gives structures (segmentation and operators). Each is then
@@ -74,20 +75,21 @@ def k_best(tracks: Sequence[Track], limit: int, k: int) -> list[Solution]:
     """
     if k < 1:
         raise HprError(f"k is {k}: ask for at least one solution")
-    return _search(tracks, limit, max(k, BREADTH))[:k]
+    return (searching or search)(tracks, limit, max(k, BREADTH))[:k]
 
 
-def plan_candidates(tracks: Sequence[Track], limit: int) -> list[Solution]:
+def plan_candidates(tracks: Sequence[Track], limit: int, searching: Searching | None = None) -> list[Solution]:
     """Solutions with all operators (label ``"all"``), and with each operator and ``keep`` (labelled by its name), by damage.
 
     So the first is never worse than the solution of any single operator. An operator that cannot meet the limit is left out.
-    Raises as ``solve``.
+    ``searching``: the search to use in place of ``search``. Raises as ``solve``.
     """
-    whole = replace(solve(tracks, limit), label="all")
+    searching = searching or search
+    whole = replace(searching(tracks, limit, BREADTH)[0], label="all")
     solutions = [whole]
     for name in operators(tracks):
         try:
-            single = solve(restrict(tracks, {name}), limit)
+            single = searching(restrict(tracks, {name}), limit, BREADTH)[0]
         except BudgetError:
             _log.debug("%s cannot meet a limit of %d parameters by itself", name, limit)
             continue
@@ -96,8 +98,8 @@ def plan_candidates(tracks: Sequence[Track], limit: int) -> list[Solution]:
     return sorted(solutions, key=lambda each: each.damage)
 
 
-def _search(tracks: Sequence[Track], limit: int, breadth: int) -> list[Solution]:
-    """Distinct structures, each allocated to the limit, by damage."""
+def search(tracks: Sequence[Track], limit: int, breadth: int) -> list[Solution]:
+    """Solutions of distinct structure, each allocated to the limit, by damage. ``breadth``: how many structures are tried."""
     tables = _tabulate(tracks)
     bracket = _bracket(lambda *weights: _cheapest(tables, *weights), limit)
     starts = [_adjust(side.points, limit, swap=True) for side in (bracket.below, bracket.above)]
