@@ -57,7 +57,7 @@ def main() -> None:
     profile = hpr.profile(model, profiled, "classification")
     profile = replace(profile, interventions=intervene(model, choosing, GOAL))
     print(json.dumps({"interventions": profile.interventions}), flush=True)
-    for reuse in reuses(model, profile.interventions, choosing, GOAL, price=PRICE):
+    for reuse in reuses(model, profile.interventions, choosing, GOAL, lambda one: PRICE * one.parameters(anatomy)):
         plan = with_layers(keep_all(anatomy), anatomy, reuse.states, reuse.dead_weights)
         report("reuse alone", hpr.share(model, plan), states=reuse.states, on_choosing=reuse.damage)
     draft = planner.draft(model, profile)
@@ -66,7 +66,7 @@ def main() -> None:
         best = draft.best(limit)
         report("plan without reuse", hpr.share(model, best, profile), budget=budget, predicted=best.damage)
         found = reusing_plans(model, profile, draft, limit, choosing, GOAL)
-        for plan in found:
+        for plan in (proposal.plan for proposal in found):
             student = hpr.share(model, plan, profile)
             report("plan with reuse", student, budget=budget, predicted=plan.damage, layers=dict(plan.layers))
         if not found:

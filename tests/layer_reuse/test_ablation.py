@@ -13,7 +13,7 @@ import hpr
 import tiny_families
 from hpr.anatomy.describe import describe
 from hpr.evaluation.divergence import divergence
-from hpr.layer_reuse.ablation import intervene, reuses
+from hpr.layer_reuse.ablation import drops, intervene, reuses
 from hpr.layer_reuse.install import with_states
 from hpr.nn.bank import parameters
 from hpr.pipeline.layer_plans import reusing_plans
@@ -57,11 +57,19 @@ def test_interventions_are_true_divergences(model: tf.PreTrainedModel, batches: 
 
 
 def test_reuses_grow_layer_by_layer(model: tf.PreTrainedModel, batches: list) -> None:
-    found = reuses(model, intervene(model, batches, GOAL), batches, GOAL, price=1e-7)
+    anatomy = describe(model)
+    found = reuses(model, intervene(model, batches, GOAL), batches, GOAL, lambda one: 1e-7 * one.parameters(anatomy))
     assert [set(one.states) for one in found] == [{"layers.3"}, {"layers.1", "layers.3"}]
     assert found[1].states == {"layers.1": WEIGHTS, "layers.3": DROPPED}
     assert found[1].parameters(describe(model)) > found[0].parameters(describe(model)) > 0
-    assert reuses(model, intervene(model, batches, GOAL), batches, GOAL, price=0.0) == []
+    assert reuses(model, intervene(model, batches, GOAL), batches, GOAL, lambda one: 0.0) == []
+
+
+def test_drops_grow_from_the_least_harmful_layer(model: tf.PreTrainedModel, batches: list) -> None:
+    found = list(drops(model, intervene(model, batches, GOAL), batches, GOAL))
+    assert [len(one.states) for one in found] == [1, 2, 3, 4]
+    assert found[0].states == {"layers.3": DROPPED}
+    assert found[1].damage == divergence(with_states(model, found[1].states), model, batches, GOAL).mean
 
 
 def test_the_planner_takes_reuse_where_it_pays(model: tf.PreTrainedModel, batches: list, tmp_path: Path) -> None:
@@ -71,7 +79,7 @@ def test_the_planner_takes_reuse_where_it_pays(model: tf.PreTrainedModel, batche
     assert hpr.Profile.load(tmp_path / "profile.safetensors").interventions == profile.interventions
     draft = planner.draft(model, profile)
     budget = draft.budget("70%")
-    best, *_ = reusing_plans(model, profile, draft, budget, batches, GOAL)
+    (best, *_) = (proposal.plan for proposal in reusing_plans(model, profile, draft, budget, batches, GOAL))
     assert best.layers["layers.3"] == DROPPED
     assert best.damage < draft.best(budget).damage
     best.validate(draft.anatomy)

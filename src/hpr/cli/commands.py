@@ -17,15 +17,18 @@ from hpr.cli.options import (
     Data,
     Device,
     Examples,
+    Flops,
     Folder,
     Goal,
     Json,
     Label,
+    Latency,
     Model,
     Only,
     Operators,
     Output,
     Seed,
+    Shape,
     Teacher,
     mixture,
     operator_names,
@@ -91,6 +94,9 @@ def plan(
     align: Align = None,
     bits: Bits = None,
     file_bytes: Bytes = None,
+    latency: Latency = None,
+    flops: Flops = None,
+    shape: Shape = "1x128",
     output: Output = Path("plan.json"),
     device: Device = None,
     as_json: Json = False,
@@ -108,12 +114,15 @@ def plan(
     from hpr.plans.budget import byte_limit, parse_budget
     from hpr.plans.plan import is_plan
     from hpr.profiling.profile import Profile
+    from hpr.reporting.formatting import speed_lines
     from hpr.runtime.files import check_file
 
     check_file(output, "a plan", is_plan)
     measured = Profile.load(profile)
     loaded = open_model(model, device)
-    options = PlanOptions(only=only, operators=operator_names(operators), align=align, bits=bits, bytes=file_bytes)
+    options = PlanOptions(
+        *(only, operator_names(operators), align), bits=bits, bytes=file_bytes, latency=latency, flops=flops, shape=shape
+    )
     size = disk_bytes(loaded.model)
     if byte_limit(budget, size) is not None or options.file_limit(budget, size) is not None:
         with bars():
@@ -135,7 +144,8 @@ def plan(
         key: as_dict[key] for key in ("model", "budget", "predicted_damage", "diagnostics")
     }
     gain = [tables.alignment_line(best.damage, draft.plain.best(limit).damage)] if best.alignment else []
-    notes = lines(tables.solver_line(as_dict, used), *gain, f"written: {output}")
+    speed = speed_lines(as_dict["diagnostics"])
+    notes = lines(tables.solver_line(as_dict, used), *speed, *gain, f"written: {output}")
     show(result, as_json, tables.plan_table(as_dict), tables.operators_table(as_dict), notes)
 
 
@@ -289,6 +299,9 @@ def compress(
     ] = 0,
     bits: Bits = None,
     file_bytes: Bytes = None,
+    latency: Latency = None,
+    flops: Flops = None,
+    shape: Shape = "1x128",
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -299,6 +312,7 @@ def compress(
     from hpr.cli import tables
     from hpr.pipeline.compress import compress as compress_model
     from hpr.planning.options import PlanOptions
+    from hpr.reporting.formatting import speed_lines
 
     names = operator_names(operators)
     options = PlanOptions(
@@ -312,11 +326,15 @@ def compress(
         seed=seed,
         bits=bits,
         bytes=file_bytes,
+        latency=latency,
+        flops=flops,
+        shape=shape,
     )
     loaded = open_model(model, device, objective=objective)
     with bars():
         made = compress_model(loaded, budget, mixture(data, column, label), output, options, heal)
     as_dict = made.plan.to_dict()
     where = lines(f"model:  {output}", f"report: {output / 'report.html'}")
-    healed = [lines(tables.healing_line(made.metrics["healing"]))] if heal else []
-    show(made.metrics | {"output": str(output)}, as_json, *tables.before_after(as_dict, made.metrics), *healed, where)
+    notes = [lines(tables.healing_line(made.metrics["healing"]))] if heal else []
+    notes += [lines(*speed_lines(made.metrics.get("speed", {})))] if options.target else []
+    show(made.metrics | {"output": str(output)}, as_json, *tables.before_after(as_dict, made.metrics), *notes, where)

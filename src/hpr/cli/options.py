@@ -63,6 +63,16 @@ Bytes = Annotated[
         "--bytes", metavar="SIZE", help="Budgets in parameters: round what is stored until the file has this size: 6MB."
     ),
 ]
+Latency = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE", help="Budgets in parameters: the time of one call on this machine as well, such as 0.7x."),
+]
+Flops = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="The same for operations, which are counted instead of timed: 0.7x.")
+]
+Shape = Annotated[
+    str, typer.Option(metavar="NxT", help="With --latency or --flops: the examples x tokens of a typical call, such as 32x128.")
+]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of all random numbers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Folder = Annotated[Path, typer.Argument(help="A folder that HPR wrote.")]

@@ -6,7 +6,7 @@ ranks them by block influence). Sets of layers, each one larger, are then measur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -49,29 +49,41 @@ def reuses(
     interventions: Interventions,
     batches: Sequence[BatchLike],
     objective: Objective,
-    price: float,
+    worth: Callable[[Reuse], float],
 ) -> list[Reuse]:
     """A few sets of layers that reuse, each with one layer more than the last, measured together.
 
-    ``price``: what one parameter is worth elsewhere, in nats (the multiplier of a plan without reuse). A layer is changed if
-    the parameters that it saves, at that price, are worth more than its damage. It gets the state with the largest gain, and
-    layers are added in order of gain. The price falls as more parameters are saved, so these sets are only proposals.
+    ``worth``: the nats that what a set saves is worth elsewhere; by the multiplier of a plan without reuse, for instance. A
+    layer is changed if what it saves is worth more than its damage. It gets the state with the largest gain, and layers are
+    added in order of gain. The price falls as more is saved, so these sets are only proposals.
     """
-    anatomy = describe(model)
     ranked = []
     for layer, damages in interventions.items():
         options = []
         for state, damage in damages.items():
-            saved = Reuse({layer: state}, dead_weights(model, {layer: state}, batches[0]), damage).parameters(anatomy)
-            if (gain := price * saved - damage) > 0:
+            alone = Reuse({layer: state}, dead_weights(model, {layer: state}, batches[0]), damage)
+            if (gain := worth(alone) - damage) > 0:
                 options.append((gain, state))
         if options:
             ranked.append((*max(options), layer))
-    found: list[Reuse] = []
+    chosen = [(layer, state) for _, state, layer in sorted(ranked, reverse=True)[:MOST_LAYERS]]
+    return list(_growing(model, chosen, batches, objective))
+
+
+def drops(
+    model: nn.Module, interventions: Interventions, batches: Sequence[BatchLike], objective: Objective
+) -> Iterator[Reuse]:
+    """Sets of dropped layers, each with one layer more than the last, measured together; the least harmful layers first."""
+    ranked = sorted((damages[DROPPED], layer) for layer, damages in interventions.items() if DROPPED in damages)
+    return _growing(model, [(layer, DROPPED) for _, layer in ranked], batches, objective)
+
+
+def _growing(
+    model: nn.Module, ranked: Sequence[tuple[str, str]], batches: Sequence[BatchLike], objective: Objective
+) -> Iterator[Reuse]:
     states: dict[str, str] = {}
-    for number, (_, state, layer) in enumerate(sorted(ranked, reverse=True)[:MOST_LAYERS], 1):
-        states = {**states, layer: state}
+    for number, (layer, state) in enumerate(ranked, 1):
+        states[layer] = state
         damage = divergence(with_states(model, states), model, batches, objective).mean
-        found.append(Reuse(dict(states), dead_weights(model, states, batches[0]), damage))
-        progress("reuse", number, min(MOST_LAYERS, len(ranked)))
-    return found
+        progress("reuse", number, len(ranked))
+        yield Reuse(dict(states), dead_weights(model, states, batches[0]), damage)

@@ -33,7 +33,18 @@ if TYPE_CHECKING:  # the Trainer is imported only if something is healed
     from hpr.healing.recipe import Recipe
     from hpr.healing.train import Healing
 
-_SHARING = ("only", "operators", "align", "refit", "reuse", "routers", "curve", "bytes")  # options of plans that share
+_SHARING = (
+    "only",
+    "operators",
+    "align",
+    "refit",
+    "reuse",
+    "routers",
+    "curve",
+    "bytes",
+    "latency",
+    "flops",
+)  # options of plans that share
 
 
 def check_options(options: PlanOptions, budget: str) -> None:

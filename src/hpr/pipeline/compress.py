@@ -27,6 +27,7 @@ from hpr.pipeline.coded import compress_to_bytes, healed, rounding_record
 from hpr.pipeline.compression import Compression, seeded, timed
 from hpr.pipeline.record import operator_gains, plan_rows, record, write
 from hpr.pipeline.rescore import students
+from hpr.planning.dial import Dial, check_dial, measured_dial
 from hpr.planning.draft import Draft, Proposal
 from hpr.planning.least import check_budget
 from hpr.planning.options import PlanOptions
@@ -38,9 +39,11 @@ from hpr.profiling.profile import Profile
 from hpr.profiling.run import profile
 from hpr.rounding.plan import CodedPlan
 from hpr.rounding.shared import aligned_profile, round_shared
+from hpr.sharing.materialise import materialise
 from hpr.sharing.refit import refit
 from hpr.sharing.share import check_unshared
 from hpr.solver.boundaries import boundary_probabilities, fitted_temperature
+from hpr.timing.target import LATENCY
 
 if TYPE_CHECKING:  # the Trainer is imported only if something is healed
     from hpr.healing.recipe import Recipe
@@ -61,6 +64,7 @@ class _Run:
     budget: Budget
     options: PlanOptions
     file_limit: int | None  # bytes of the file, for factors that are rounded
+    dial: Dial | None = None  # what time or operations may be
     seconds: dict[str, float] = field(default_factory=dict)
 
     def step(self, name: str) -> AbstractContextManager[None]:
@@ -128,16 +132,21 @@ def compress(
         with run.step("data"):
             texts = prepare(data, run.loaded, options.examples)
             texts.check(run.loaded)
+        if options.target is not None:
+            with run.step("time"):
+                run = _dialled(run, texts)
         with run.step("profile"):
             measured = profile(run.loaded.model, texts.calibration, run.objective.name, options.seed)
         with run.step("plan"):
             fits = Fits(run.loaded.model, measured)
-            candidates = draft(run.loaded.model, measured, options, fits=fits)
-            proposals = _proposals(run, candidates)
-        if options.reuse:
+            candidates = draft(run.loaded.model, measured, options, fits=fits, dial=run.dial)
+            proposals, refusal = _proposals(run, candidates)
+        if options.reuse or run.dial is not None:
             with run.step("interventions"):
                 measured, more = _layer_plans(run, measured, candidates, texts)
                 proposals += more
+        if not proposals and refusal is not None:
+            raise refusal
         with run.step("plan"):
             curve = _curve(run, candidates) if options.curve else []
         with run.step("rescore"):
@@ -173,6 +182,9 @@ def compress(
             metrics |= rounding_record(rounded)
         if options.routers:
             metrics |= _routes(run, student, texts)
+        if run.dial is not None:
+            with run.step("time"):
+                metrics["speed"] = _speed(run.dial, student, plan, run.loaded.model)
         folder = None if output is None else write(student, output, plan, metrics, run.loaded)
     return Compression(student, plan, metrics, folder)
 
@@ -212,14 +224,38 @@ def _recipe(heal: Recipe | str | None, options: PlanOptions) -> Recipe | None:
     return Recipe(duration=heal, seed=options.seed)
 
 
-def _proposals(run: _Run, candidates: Draft) -> list[Proposal]:
-    """Up to ``options.plans`` plans within the budget, the best by predicted damage first; or one plan with routers."""
+def _dialled(run: _Run, texts: Splits) -> _Run:
+    """The run with what every weight costs in a call. Raises ``BudgetError`` for a target that no plan can meet."""
+    model, anatomy = run.loaded.model, describe(run.loaded.model)
+    dial = measured_dial(model, anatomy, run.options, texts.calibration[0])
+    assert dial is not None
+    check_dial(model, anatomy, dial, run.options)
+    return replace(run, dial=dial)
+
+
+def _speed(dial: Dial, student: nn.Module, plan: Plan, teacher: nn.Module) -> dict[str, Any]:
+    """What the plan predicted of time or operations, and what the student needs: its copy for inference, if time counts."""
+    kind, costs = dial.target.kind, dial.costs
+    fast = materialise(student, costs.positions) if kind == LATENCY else student
+    return {kind: {**plan.diagnostics[kind], "measured": costs.share_of(fast)}}
+
+
+def _proposals(run: _Run, candidates: Draft) -> tuple[list[Proposal], BudgetError | None]:
+    """Up to ``options.plans`` plans within the budget, the best by predicted damage first; or one plan with routers.
+
+    With a dial there may be none, and the error that says so: plans that drop layers may still be as fast as it asks.
+    """
     if run.options.routers:
         from hpr.routing.plan import best_routed
 
         plan = best_routed(candidates, run.budget, run.loaded.model, run.options.routers)
-        return [Proposal(plan, candidates.propose(run.budget).multiplier)]
-    return candidates.proposals(run.budget, run.options.plans)
+        return [Proposal(plan, candidates.propose(run.budget).multiplier)], None
+    try:
+        return candidates.proposals(run.budget, run.options.plans), None
+    except BudgetError as error:
+        if run.dial is None:
+            raise
+        return [], error
 
 
 def _layer_plans(run: _Run, measured: Profile, candidates: Draft, texts: Splits) -> tuple[Profile, list[Proposal]]:
@@ -229,9 +265,7 @@ def _layer_plans(run: _Run, measured: Profile, candidates: Draft, texts: Splits)
 
     model = run.loaded.model
     measured = replace(measured, interventions=intervene(model, texts.rescoring, run.objective))
-    multiplier = candidates.propose(run.budget).multiplier
-    plans = reusing_plans(model, measured, candidates, run.budget, texts.rescoring, run.objective)
-    return measured, [Proposal(plan, multiplier) for plan in plans]
+    return measured, reusing_plans(model, measured, candidates, run.budget, texts.rescoring, run.objective)
 
 
 def _curve(run: _Run, candidates: Draft) -> list[Proposal]:

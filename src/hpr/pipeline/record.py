@@ -98,7 +98,10 @@ def plan_rows(plans: Sequence[Plan], scores: Sequence[Comparison], best: int, an
 def operator_gains(draft: Draft, plan: Plan) -> list[dict[str, Any]]:
     """For each operator that the plan uses, and for alignment: the predicted damage of the best plan without it."""
     used = {entry.operator for entry in plan.entries.values()} & set(plannable()) - {KEEP}
-    best = draft.best(plan.budget).damage
+    try:
+        best = draft.best(plan.budget).damage
+    except BudgetError:
+        return []  # no plan is as fast as asked unless it drops layers
     gains = []
     for operator in sorted(used):
         try:

@@ -25,6 +25,7 @@ from hpr.solver.candidates import Choice, Solution, Track
 
 if TYPE_CHECKING:
     from hpr.layer_reuse.reuse import Reuse
+    from hpr.planning.dial import Dial
 
 _log = logging.getLogger(__name__)
 
@@ -33,12 +34,14 @@ _log = logging.getLogger(__name__)
 class Proposal:
     """A plan and its Lagrange ``multiplier``: the nats per example that one more parameter would save.
 
-    ``score``: the measured divergence of the plan in nats per example, None before it is measured.
+    ``score``: the measured divergence of the plan in nats per example, None before it is measured. ``price``: the nats per
+    millisecond or operation, if a dial limits them.
     """
 
     plan: Plan
     multiplier: float
     score: float | None = None
+    price: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Draft:
     """All measured candidates of a model. ``fixed`` sites stay as they are.
 
     ``searches``: the candidates of the model, then those of its aligned copy if alignment may pay. Plans come from both.
+    ``dial``: what time or operations may be, if that is limited; ``outside``: what a call costs beside the sites, if layers
+    have states.
 
     >>> draft = hpr.planning.planner.draft(model, profile)  # doctest: +SKIP
     >>> plans = draft.alternatives(draft.budget("50%"), 4)  # doctest: +SKIP
@@ -57,6 +62,8 @@ class Draft:
     bytes_per_parameter: float
     only: str | None = None
     reuse: Reuse | None = None
+    dial: Dial | None = None
+    outside: float | None = None
 
     @property
     def tracks(self) -> tuple[Track, ...]:
@@ -68,20 +75,31 @@ class Draft:
         """The same draft without alignment."""
         return replace(self, searches=self.searches[:1])
 
-    def reusing(self, reuse: Reuse) -> Draft:
-        """The same candidates for the sites that remain if some layers are dropped or reuse the attention of others."""
+    def dialled(self, dial: Dial) -> Draft:
+        """The same candidates with what each costs in one call, and with a limit on the total."""
+        searches = tuple(replace(search, tracks=dial.priced(search.tracks, self.anatomy)) for search in self.searches)
+        return replace(self, searches=searches, dial=dial)._limited()
+
+    def reusing(self, reuse: Reuse, outside: float | None = None) -> Draft:
+        """The same candidates for the sites that remain if some layers are dropped or reuse the attention of others.
+
+        ``outside``: what a call then costs beside the sites, for a draft with a dial.
+        """
         gone = set(reuse.dead_weights.rows)
-        return replace(self._with_sites({site.name for site in self.anatomy.sites} - gone, gone), reuse=reuse)
+        left = self._with_sites({site.name for site in self.anatomy.sites} - gone, gone)
+        return replace(left, reuse=reuse, outside=outside)._limited()
 
     def narrowed(self, only: str) -> Draft:
         """The same candidates for the sites that match the pattern ``only``; all other sites stay as they are."""
-        return replace(self._with_sites({site.name for site in self.anatomy.select(only)}), only=only, reuse=None)
+        left = self._with_sites({site.name for site in self.anatomy.select(only)})
+        return replace(left, only=only, reuse=None, outside=None)._limited()
 
     def limit(self, budget: Budget) -> int:
         """Parameters left for the planned sites. Raises ``BudgetError``, with the least budget, if too few are left."""
         limit = budget.parameters - self.untouched
         if limit < self._smallest:
             raise BudgetError(f"a budget of {budget.text} is {budget.parameters:,} parameters, but {self._least()}")
+        self._check_dial(limit, budget)
         return limit
 
     @property
@@ -152,7 +170,10 @@ class Draft:
             stacks=self.anatomy.stacks,
         )
         plan = replace(plan, alignment=_used(alignment, plan, self.anatomy))
-        return plan if self.reuse is None else _with_reuse(plan, self.anatomy, self.reuse)
+        plan = plan if self.reuse is None else _with_reuse(plan, self.anatomy, self.reuse)
+        if self.dial is None:
+            return plan
+        return replace(plan, diagnostics={**plan.diagnostics, **self.dial.described(plan, self.outside)})
 
     def _best(self, search: Search, budget: Budget) -> Proposal:
         return self._proposal(search, search.best(self.limit(budget)), budget)
@@ -175,7 +196,7 @@ class Draft:
         return [self._proposal(search, solution, budget) for solution in list(unique.values())[:count]]
 
     def _proposal(self, search: Search, solution: Solution, budget: Budget) -> Proposal:
-        return Proposal(self.plan(solution, budget, search.alignment), solution.multiplier or 0.0)
+        return Proposal(self.plan(solution, budget, search.alignment), solution.multiplier or 0.0, price=solution.price)
 
     def _with_sites(self, chosen: set[str], gone: Set[str] = frozenset()) -> Draft:
         """The same candidates for the chosen sites; sites that are not planned and not ``gone`` are fixed."""
@@ -184,6 +205,23 @@ class Draft:
         return replace(
             self, searches=searches, fixed=tuple(site for site in self.anatomy.sites if site.name not in planned | gone)
         )
+
+    def _limited(self) -> Draft:
+        """The same draft with the ceiling of its dial, if it has one."""
+        if self.dial is None:
+            return self
+        ceiling = self.dial.ceiling(self.fixed, self.outside, {} if self.reuse is None else self.reuse.dead_weights.rows)
+        return replace(self, searches=tuple(replace(search, ceiling=ceiling) for search in self.searches))
+
+    def _check_dial(self, limit: int, budget: Budget) -> None:
+        """Raise ``BudgetError`` if no plan within a number of parameters is as fast as the dial asks."""
+        if self.dial is None:
+            return
+        for search in self.searches:
+            least = search.least_cost(limit)
+            if search.ceiling is not None and least > search.ceiling:
+                cost = self.dial.allowed - search.ceiling + least
+                raise self.dial.impossible(cost, f"the fastest plan within {budget.text} is predicted to have")
 
     @property
     def _smallest(self) -> int:

@@ -8,6 +8,7 @@ from hpr.errors import BudgetError, PlanError, check_kind, check_settings
 from hpr.plans.budget import byte_limit
 from hpr.plans.rounding import check_bits
 from hpr.runtime.seeds import check_seed
+from hpr.timing.target import FLOPS, LATENCY, Target
 
 LONGEST_GROUP = 3  # the most neighbouring layers in one group; whole stacks are candidates too
 
@@ -47,6 +48,9 @@ class PlanOptions:
     seed: int = 0
     bits: int | None = None
     bytes: str | None = None
+    latency: str | None = None
+    flops: str | None = None
+    shape: str = "1x128"
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -71,6 +75,21 @@ class PlanOptions:
             raise PlanError(
                 f"routers is {self.routers} and reuse is on: plans that reuse layers cannot be routed. Set one of them"
             )
+
+        if self.latency is not None and self.flops is not None:
+            raise PlanError(f"latency is {self.latency} and flops is {self.flops}: set one of them")
+        Target(LATENCY, "1x", self.shape)  # raises for a wrong shape
+        if (target := self.target) is not None and self.routers:
+            raise PlanError(
+                f"routers is {self.routers} and {target.kind} is {target.text}: routers are not counted. Set one of them"
+            )
+
+    @property
+    def target(self) -> Target | None:
+        """What ``latency`` or ``flops`` asks for, None without them. Raises ``BudgetError`` for texts that are no share."""
+        if self.latency is not None:
+            return Target(LATENCY, self.latency, self.shape)
+        return None if self.flops is None else Target(FLOPS, self.flops, self.shape)
 
     def file_limit(self, budget: str, model_bytes: int) -> int | None:
         """The bytes that ``bytes`` allows beside a budget in parameters, None if nothing is rounded.

@@ -21,6 +21,7 @@ from hpr.operators.metric import Measured
 from hpr.operators.registry import OPERATORS, plannable
 from hpr.operators.tie import Group, alike
 from hpr.planning.alignment_check import MARGIN, alignment_targets
+from hpr.planning.dial import Dial, check_dial, measured_dial
 from hpr.planning.draft import Draft
 from hpr.planning.groupings import Groups, Similar, composites
 from hpr.planning.options import DEFAULTS, PlanOptions
@@ -35,14 +36,23 @@ from hpr.solver.candidates import Candidate, Track
 _log = logging.getLogger(__name__)
 
 
-def draft(model: nn.Module, profile: Profile, options: PlanOptions = DEFAULTS, *, fits: Fits | None = None) -> Draft:
+def draft(
+    model: nn.Module,
+    profile: Profile,
+    options: PlanOptions = DEFAULTS,
+    *,
+    fits: Fits | None = None,
+    dial: Dial | None = None,
+) -> Draft:
     """Measures every candidate of a model. Returns a ``Draft``, which proposes plans for any budget.
 
     Operators that make one matrix of several weights (``Operator.merges``) are measured only for similar weights, which are
     rare in pretrained models, or if ``options.operators`` names operators. The candidates are measured again for the aligned
     model if one pair of layers promises a gain above a margin (``options.align`` None, see ``alignment_targets``) or any gain
-    (True). ``fits``: the fits of this model, so that draft and share measure it once. Raises ``HprError`` for a profile of
-    another model or a pattern that matches no site, and ``PlanError`` for operators that do not exist or if no site is left.
+    (True). ``fits``: the fits of this model, so that draft and share measure it once. ``dial``: what time or operations may
+    be, by default measured now if the options limit them. Raises ``HprError`` for a profile of another model or a pattern that
+    matches no site, ``PlanError`` for operators that do not exist or if no site is left, and ``BudgetError`` for a dial that
+    no plan can meet.
 
     >>> measured = draft(model, profile, PlanOptions(only="encoder.*"))  # doctest: +SKIP
     >>> plan = measured.best(measured.budget("50%"))  # doctest: +SKIP
@@ -57,6 +67,8 @@ def draft(model: nn.Module, profile: Profile, options: PlanOptions = DEFAULTS, *
     all_rows = tuple(rows(model, anatomy, chosen))
     if not all_rows:
         raise PlanError("no site is left to plan: each is unused by the objective or outside only=. Choose others with only=")
+    if dial is None and (dial := measured_dial(model, anatomy, options)) is not None:
+        check_dial(model, anatomy, dial, options)
     targets: tuple[AlignTarget, ...] = ()
     if options.align is not False:
         margin = 0.0 if options.align else MARGIN
@@ -81,7 +93,8 @@ def draft(model: nn.Module, profile: Profile, options: PlanOptions = DEFAULTS, *
                 done += 1
                 progress("curves", done, total)
         searches.append(Search(all_rows, tuple(tracks), targets))
-    return Draft(anatomy, tuple(searches), fixed, bytes_per_parameter(model), options.only)
+    found = Draft(anatomy, tuple(searches), fixed, bytes_per_parameter(model), options.only)
+    return found if dial is None else found.dialled(dial)
 
 
 def known_operators(names: Collection[str] | None) -> set[str]:

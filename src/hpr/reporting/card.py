@@ -34,6 +34,7 @@ def render_card(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
             plan_map=plan_map,
             sizes=sizes,
             size={row["key"]: row for row in sizes},
+            speed=formatting.speed_lines(formatting.table(metrics, "speed")),
             quality=sections.quality(metrics),
             healing=sections.healing(metrics),
         )

@@ -134,6 +134,23 @@ SIZES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 )
 
 
+_SPEEDS = {"latency": "time of a call, as a copy for inference", "flops": "operations of a call"}
+
+
+def speed_lines(speed: Mapping[str, Any]) -> list[str]:
+    """The share of time or operations that a dial asked for, predicted and measured; nothing without a dial.
+
+    ``speed``: what metrics.json has under that name, or the diagnostics of a plan.
+    """
+    return [f"{label}, at {_speed(table(speed, kind))}" for kind, label in _SPEEDS.items() if kind in speed]
+
+
+def _speed(values: Mapping[str, Any]) -> str:
+    shares = [(number(values.get(key)), key) for key in ("predicted", "measured")]
+    said = ", ".join(f"{share:.2f}x the original {key}" for share, key in shares if share is not None)
+    return f"{present(values.get('shape'))}: {said or ABSENT}; {present(values.get('text'))} was asked for"
+
+
 def size_rows(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Before, after, and per cent kept of each size, in the order of ``SIZES``."""
     rows = []

@@ -31,6 +31,7 @@ def render_report(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
             plan_map=plan_map,
             sizes=sizes,
             size={row["key"]: row for row in sizes},
+            speed=formatting.speed_lines(formatting.table(metrics, "speed")),
             quality=sections.quality(metrics),
             parts=sections.parts(metrics),
             layers=sections.layers(metrics),

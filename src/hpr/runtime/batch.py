@@ -50,8 +50,8 @@ def as_batches(batches: Sequence[BatchLike]) -> Sequence[Batch]:
     return copied  # type: ignore[return-value]
 
 
-def example_batch(model: nn.Module) -> dict[str, Tensor]:
-    """A batch of two random examples for a transformers model: token ids, images or sound, by its configuration.
+def example_batch(model: nn.Module, examples: int = 2, tokens: int = 8) -> dict[str, Tensor]:
+    """A batch of random examples for a transformers model: token ids, images or sound, by its configuration.
 
     The tensors are on the model's device. Raises ``HprError`` if the configuration does not say what the model reads.
     """
@@ -61,25 +61,25 @@ def example_batch(model: nn.Module) -> dict[str, Tensor]:
     vision = getattr(config, "vision_config", config)
     batch: dict[str, Tensor] = {}
     if name == "input_ids":
-        batch[name] = _ids(model, draw)
+        batch[name] = _ids(model, (examples, tokens), draw)
     if name == "pixel_values" or (name == "input_ids" and vision is not config):
         side = getattr(vision, "image_size", None) or 224
         height, width = (side, side) if isinstance(side, int) else side
-        batch["pixel_values"] = torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=draw)
+        batch["pixel_values"] = torch.randn(examples, getattr(vision, "num_channels", 3), height, width, generator=draw)
     if name == "input_values":
-        batch[name] = torch.randn(2, 4000, generator=draw)
+        batch[name] = torch.randn(examples, 4000, generator=draw)
     if name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
-        batch[name] = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
+        batch[name] = torch.randn(examples, config.num_mel_bins, 2 * config.max_source_positions, generator=draw)
     if not batch or config is None:
         raise HprError(f"the configuration of {type(model).__name__} does not say what the model reads: give a batch")
     if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = _ids(model, draw)
+        batch["decoder_input_ids"] = _ids(model, (examples, tokens), draw)
     return {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
 
 
-def _ids(model: Any, draw: torch.Generator) -> Tensor:
-    """Random token ids, (2, 8)."""
-    return torch.randint(model.config.get_text_config().vocab_size, (2, 8), generator=draw)
+def _ids(model: Any, shape: tuple[int, int], draw: torch.Generator) -> Tensor:
+    """Random token ids, (examples, tokens)."""
+    return torch.randint(model.config.get_text_config().vocab_size, shape, generator=draw)
 
 
 def examples_in(batch: Batch) -> int:
