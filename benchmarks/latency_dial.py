@@ -1,8 +1,8 @@
 """The dial of speed on all-MiniLM-L6-v2: predicted against measured, and quality beside dropping layers at equal time.
 
 Plans of the whole model at a share of its time, and the best set of as many dropped layers as give that time (every set is
-tried on the text that chooses plans); both healed for the same steps on the same text. Times are shares of the original's, of calls that
-take turns on one thread; the fastest call of each counts. Prints one JSON object a line:
+tried on the text that chooses plans); both healed for the same steps on the same text. Times are shares of the original's, of
+calls that take turns on one thread; the fastest call of each counts. Prints one JSON object a line:
 OMP_NUM_THREADS=1 python benchmarks/latency_dial.py --latency 0.5x --for 100steps
 OMP_NUM_THREADS=1 python benchmarks/latency_dial.py --bert-base
 """

@@ -46,9 +46,9 @@ def test_each_question_is_solved_once(made: Draft, monkeypatch) -> None:
     asked: Counter = Counter()
     solve = lagrangian.plan_candidates
 
-    def counted(tracks, limit):
+    def counted(tracks, limit, searching):
         asked[id(tracks), limit] += 1
-        return solve(tracks, limit)
+        return solve(tracks, limit, searching)
 
     monkeypatch.setattr(lagrangian, "plan_candidates", counted)
     budget = found.budget("50%")
