@@ -98,6 +98,18 @@ def test_a_product_is_balanced_and_stays_what_it_is() -> None:
     torch.testing.assert_close(first @ first.T, second.T @ second)
 
 
+def test_plain_modules_are_folded_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)))
+    plain = hpr.fold(hpr.share(model, plan_everything(model)))
+    assert len(folded_in(plain)) == 3
+    hpr.save(plain, tmp_path / "out")
+    loaded = hpr.load(copy.deepcopy(model), tmp_path / "out")
+    x = torch.randn(4, 16)
+    assert torch.equal(loaded(x), plain(x))
+    assert hpr.describe(plain).total_parameters == parameters(plain)
+
+
 def test_models_that_share_nothing_are_copied(bert: nn.Module, ids: Tensor) -> None:
     plain = hpr.fold(bert)
     assert plain is not bert

@@ -18,6 +18,7 @@ from hpr.coding.pack import Pack
 from hpr.coding.record import Coded
 from hpr.errors import CheckpointError, check_kind
 from hpr.nn.coded import attach_codes, unchained
+from hpr.nn.folded import attach_folded
 from hpr.runtime.files import CONFIG, WEIGHTS, read_json
 from hpr.runtime.torch_errors import does_not_fit
 from hpr.sharing.specification import is_specification
@@ -41,6 +42,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if not is_specification(config) and config is not None:
         raise CheckpointError(f"{path / CONFIG} describes another quantisation: load it with the tool that wrote it")
     described = HprConfig(**config) if config is not None else None
+    if described is not None:
+        attach_folded(model, described.folded)
     bank = rebuild(model, described) if described is not None else None
     if described is not None and described.coded:
         return _load_coded(model, path / WEIGHTS, described)

@@ -24,6 +24,7 @@ from hpr.checkpoints.side_files import copy_side_files
 from hpr.errors import CheckpointError, check_kind
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
+from hpr.nn.folded import folded_in
 from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, parse_json, partial_folder, replace, resolved, writing
 from hpr.runtime.torch_errors import brief, does_not_fit
 from hpr.sharing.specification import coded_specification, is_specification, specification, with_mend
@@ -207,7 +208,8 @@ def _write_model(student: nn.Module, folder: Path) -> None:
     elif isinstance(student, PreTrainedModel):
         student.save_pretrained(folder, save_original_format=bank_of(student) is None or not has_own_names(student))
     else:
-        config = {} if bank_of(student) is None else {"quantization_config": specification(student)}
+        described = bank_of(student) is not None or folded_in(student)
+        config = {"quantization_config": specification(student)} if described else {}
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         save_model(student, str(folder / WEIGHTS))  # tied parameters once
     if bank_of(student) is not None and not codes_of(student):  # coded weights are decoded at load, whatever their place

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hpr.anatomy.wrappers import unwrapped
 from hpr.nn.folded import FoldedLinear
 from hpr.nn.linear import SharedLinear
 from hpr.nn.site import SharedSite
@@ -29,6 +30,7 @@ def fold(student: nn.Module) -> nn.Module:
     >>> any(name.endswith("query.inner") for name, _ in plain.named_modules())
     True
     """
+    student = unwrapped(student)
     tied = {module.path for module in student.modules() if isinstance(module, SharedSite) and type(module) is not SharedLinear}
 
     def made(site: SharedSite, weights: dict[str, nn.Parameter]) -> nn.Module:
