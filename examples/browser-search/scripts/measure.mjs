@@ -73,7 +73,7 @@ async function photograph(browser, name, options) {
   await waitUntilRead(page);
   await shoot("ideas");
   await page.getByRole("searchbox").fill(QUERIES[0]);
-  await page.waitForFunction(() => document.querySelector("#results mark"));
+  await page.waitForFunction(() => document.querySelector("#results li") && !document.querySelector("#results li:not(:has(mark))"));
   await shoot("results");
   if (options.isMobile) {
     await page.locator("#results a").first().tap();
