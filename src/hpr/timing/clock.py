@@ -186,13 +186,18 @@ def _clocked(reader: Reader, way: int, cuda: bool, calls: list[Interval]) -> Cal
 
 
 def _interval(call: Callable[[], Any], cuda: bool) -> Interval:
+    """The start and end of a call: by the clock, or in time of the thread if it computes everything.
+
+    The two are equal if nothing else runs; the time of a thread stands still while other processes have the processor.
+    """
+    now = time.perf_counter if cuda or torch.get_num_threads() > 1 else time.thread_time
     if cuda:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now()
     call()
     if cuda:
         torch.cuda.synchronize()
-    return start, time.perf_counter()
+    return start, now()
 
 
 def _by_site(readers: Sequence[Reader]) -> dict[str, SiteCost]:
