@@ -69,6 +69,14 @@ def test_with_thin_products_the_outputs_are_equal_bit_by_bit(build: Build, ids: 
     assert all(torch.equal(value, stock[name]) for name, value in hpr.unshare(student).state_dict().items())
 
 
+def test_a_student_and_its_copy_compile_as_one_graph(bert: nn.Module, ids: Tensor) -> None:
+    student = shared(bert)
+    for model in (student, hpr.materialise(student)):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(outputs(compiled, ids), outputs(model, ids), rtol=1e-5, atol=1e-6)
+
+
 class _Operations(TorchDispatchMode):
     """Notes the names of operations."""
 
