@@ -48,8 +48,9 @@ async function load(manifestUrl) {
   );
   const downloaded = performance.now();
 
-  // Threads need memory that is shared, which browsers give only to pages served with COOP and COEP.
-  const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency ?? 1) : 1;
+  // Threads need memory that is shared, which browsers give only to pages served with COOP and COEP. They wait for each other
+  // at every product, so that one whose core is taken by other work holds up all: half of the cores are left to that.
+  const threads = self.crossOriginIsolated ? Math.min(4, Math.ceil((navigator.hardwareConcurrency ?? 1) / 2)) : 1;
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmPaths = { mjs: new URL(glue, import.meta.url).href, wasm: new URL(runtime, import.meta.url).href };
   const session = await ort.InferenceSession.create(model.bytes, { executionProviders: ["wasm"] });
