@@ -35,6 +35,7 @@ BELOW = {
     "routing": "anatomy data nn operators planning plans profiling runtime sharing",
     "healing": "anatomy coding data evaluation nn plans profiling rounding runtime sharing",
 }
+BELOW["export"] = "anatomy checkpoints coding data nn plans runtime sharing"
 BELOW["pipeline"] = " ".join(room for room in BELOW if room != "errors")
 BELOW["cli"] = BELOW["pipeline"] + " pipeline"
 BELOW["extras"] = BELOW["cli"]

@@ -25,7 +25,7 @@ from hpr.errors import CheckpointError, check_kind
 from hpr.nn.bank import BANK, FactorBank, bank_of
 from hpr.nn.coded import coded_state, codes_of
 from hpr.nn.folded import folded_in
-from hpr.runtime.files import CONFIG, MARKER, WEIGHTS, parse_json, partial_folder, replace, resolved, writing
+from hpr.runtime.files import CONFIG, MARKER, WEIGHT_FILES, WEIGHTS, parse_json, partial_folder, replace, resolved, writing
 from hpr.runtime.torch_errors import brief, does_not_fit
 from hpr.sharing.specification import coded_specification, is_specification, specification, with_mend
 
@@ -163,8 +163,14 @@ def _may_replace(folder: Path) -> bool:
     return bool(listed) and listed == _weight_hashes(folder)
 
 
+def mark(folder: Path) -> None:
+    """Write the file by which HPR knows weights as its own whose configuration does not say so."""
+    (folder / MARKER).write_text(json.dumps(_weight_hashes(folder), indent=1) + "\n", encoding="utf-8")
+
+
 def _weight_hashes(folder: Path) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    files = [file for pattern in WEIGHT_FILES for file in sorted(folder.glob(pattern))]
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -216,7 +222,7 @@ def _write_model(student: nn.Module, folder: Path) -> None:
         for file in folder.glob("*.safetensors"):
             align_file(file)
     if bank_of(student) is None and not codes_of(student):  # nothing in the configuration tells that these weights are hpr's
-        (folder / MARKER).write_text(json.dumps(_weight_hashes(folder), indent=1) + "\n", encoding="utf-8")
+        mark(folder)
     _readable(folder)
 
 

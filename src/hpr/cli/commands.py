@@ -190,15 +190,47 @@ def unshare(folder: Folder, output: Output = Path("out/dense"), device: Device =
 
 
 def export(
-    folder: Folder,
-    to: Annotated[Literal["hf"], typer.Option("--to", help="hf: a dense checkpoint of transformers, as `hpr unshare` writes.")],
+    model: Model = None,
+    to: Annotated[
+        Literal["onnx", "hf"],
+        typer.Option(
+            "--to",
+            help="onnx: graphs for ONNX Runtime, coded weights as integers. hf: a dense checkpoint of transformers, as `hpr "
+            "unshare` writes.",
+        ),
+    ] = "onnx",
     output: Output = Path("out/export"),
+    gzip: Annotated[
+        bool, typer.Option("--gzip", help="onnx: also write each file of weights as small as gzip can make it, for browsers.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Write a compressed model in the format of another tool, and say how large it is there."""
+    """Write a model in the format of another tool, and say how large it is there."""
     quiet()
-    _write_dense(folder, output, device, as_json)
+    from hpr.errors import CheckpointError
+
+    if to == "hf":
+        if gzip or model is None:
+            problem = "--gzip is for graphs" if gzip else "no folder is given"
+            raise CheckpointError(
+                f"{problem}, and --to hf writes a compressed model as a dense one: say `hpr export OUT --to hf`"
+            )
+        _write_dense(Path(model), output, device, as_json)
+        return
+    from hpr.checkpoints.open import open_model
+    from hpr.export.onnx import export_onnx
+    from hpr.reporting import formatting
+
+    with bars():
+        written = export_onnx(open_model(model, device), output, zipped=gzip)
+    weights = sum(size for name, size in written.files.items() if name.startswith("onnx/") and not name.endswith(".gz"))
+    sent = sum(size for name, size in written.files.items() if name.endswith(".gz"))
+    text = f"{formatting.byte_count(weights)} of graphs" + (f", {formatting.byte_count(sent)} as gzip" if gzip else "")
+    text += f"; outputs differ by {written.difference:.1e} of the largest number from the model's"
+    result = {"output": str(written.folder), "bytes": weights, "bytes_gzip": sent if gzip else None, "files": written.files}
+    result |= {"tensor_bytes": written.tensors, "model_bytes": written.model, "difference": written.difference}
+    show(result, as_json, lines(text, f"written: {output}"))
 
 
 def _write_dense(folder: Path, output: Path, device: str | None, as_json: bool) -> None:

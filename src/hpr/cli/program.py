@@ -53,7 +53,7 @@ add(commands.profile, "profile path/to/model --data texts.txt -o profile.safeten
 add(commands.plan, "plan path/to/model --profile profile.safetensors --budget 50% --only 'encoder.*' -o plan.json")
 add(commands.share, "share path/to/model --plan plan.json --profile profile.safetensors -o out")
 add(commands.unshare, "unshare out -o dense")
-add(commands.export, "export out --to hf -o dense")
+add(commands.export, "export out --to onnx -o out-onnx")
 add(learning_commands.heal, "heal out --teacher path/to/model --data texts.txt --for 10min")
 add(
     learning_commands.online,

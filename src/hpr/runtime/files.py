@@ -16,6 +16,7 @@ from hpr.errors import CheckpointError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+WEIGHT_FILES = ("*.safetensors", "onnx/*.onnx*")  # the weights of a folder, by their names in it
 MARKER = "hpr.json"  # marks a folder that hpr wrote, if its weights have no shared factors
 _WRITTEN = ("plan.json", "metrics.json", "report.html", "README.md", MARKER)  # out of date beside a new model
 
@@ -118,7 +119,7 @@ def replace(target: Path, complete: Path) -> None:
         complete.rename(target)
         return
     for old in target.iterdir():
-        stale = old.name in _WRITTEN or old.match("*.safetensors*")
+        stale = old.name in _WRITTEN or old.match("*.safetensors*") or (old.name == "onnx" and old.is_dir())
         if stale or (complete / old.name).exists():
             continue
         if old.is_dir() and not old.is_symlink():

@@ -44,13 +44,18 @@ def materialise(student: nn.Module, positions: int = POSITIONS) -> nn.Module:
     """
     if type(positions) is not int or positions < 1:
         raise HprError(f"positions is {positions!r}: give a whole number from 1 up, such as the tokens of a typical call")
+    return built(student, lambda site: dense_is_faster(site, positions))
+
+
+def built(student: nn.Module, becomes_dense: Callable[[SharedLinear], bool]) -> nn.Module:
+    """A copy that stores every factor whole, with plain Linears for the sites that ``becomes_dense`` chooses by their shape."""
     copied = copy.deepcopy(unwrapped(student))
     bank = bank_of(copied)
     if bank is None:
         return copied
     attach_codes(copied, {}, bank.objective)  # whole factors have no codes
     _build(copied, bank)
-    _make_dense(copied, positions)
+    _make_dense(copied, becomes_dense)
     if not bank.layers and not any(isinstance(module, BankReader) for module in copied.modules()):
         return unshare(copied)  # everything became dense
     _forget_unused(copied, bank)
@@ -71,12 +76,12 @@ def _build(model: nn.Module, bank: FactorBank) -> None:
             module.set_terms([replace(term, identity="") for term in module.terms])
 
 
-def _make_dense(model: nn.Module, positions: int) -> None:
-    """Replace the modules whose dense form is faster; not those with routers, and no head that reads a table's factors."""
+def _make_dense(model: nn.Module, becomes_dense: Callable[[SharedLinear], bool]) -> None:
+    """Replace the chosen modules by dense ones; none with routers, and no head that reads a table's factors."""
     tables = {module.path for module in model.modules() if isinstance(module, SharedSite) and type(module) is not SharedLinear}
     weights: dict[str, nn.Parameter] = {}
     chosen: dict[nn.Module, nn.Module] = {}
-    faster: dict[Any, bool] = {}
+    chosen_shapes: dict[Any, bool] = {}
     decided: dict[str, bool] = {}  # by site: all who read one weight read it in one way
     with torch.no_grad():
         for parent in list(model.modules()):
@@ -85,9 +90,9 @@ def _make_dense(model: nn.Module, positions: int) -> None:
                     chosen[child] = child.stock()
                 elif type(child) is SharedLinear and child.path not in tables and child not in chosen:
                     shape = _shape(child)
-                    if shape not in faster:
-                        faster[shape] = dense_is_faster(child, positions)
-                    if decided.setdefault(child.path, faster[shape]):
+                    if shape not in chosen_shapes:
+                        chosen_shapes[shape] = becomes_dense(child)
+                    if decided.setdefault(child.path, chosen_shapes[shape]):
                         chosen[child] = stock(child, weights)
                 if child in chosen:
                     setattr(parent, name, chosen[child])
@@ -99,9 +104,14 @@ def _shape(site: SharedLinear) -> Any:
     return site.out_features, site.in_features, site.bias is None, tuple(terms)
 
 
+def multiplies_less(site: SharedLinear) -> bool:
+    """Whether one dense product multiplies no more than those of a site's factors."""
+    return site.flops_per_row() >= 2 * site.out_features * site.in_features
+
+
 def dense_is_faster(site: SharedLinear, positions: int) -> bool:
     """Whether one dense product takes less time than those of a site's factors. It is timed if it multiplies more."""
-    if site.flops_per_row() >= 2 * site.out_features * site.in_features:
+    if multiplies_less(site):
         return True
     weight = site.dense_weight()
     x = torch.randn(positions, site.in_features, dtype=torch.float32).to(weight)

@@ -1,0 +1,118 @@
+"""Which graphs a model becomes, and the inputs that each is traced with.
+
+A model that reads is one graph. A model that writes one token after the other has its keys and values as inputs and outputs:
+one graph serves the prompt, with empty ones, and every token after it. A model with an encoder has three: the encoder, the
+decoder's first step, which computes keys and values of the encoder's states, and its later steps, which read them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model
+from transformers.exporters.utils import decompose_for_generation, decompose_prefill_decode, is_multimodal
+
+from hpr.runtime.batch import example_batch
+
+_OF_CACHES = (0, 2)
+_OPEN = {"input_features": (0,), "pixel_values": (0,)}  # a configuration says how long sounds and how large images are
+ONE = "model"
+ENCODER, FIRST_STEP, LATER_STEPS = "encoder_model", "decoder_model", "decoder_with_past_model"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """``name``: of its file. ``module``: what is traced. ``inputs``: the arguments of its forward pass, a cache among them."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Any]
+
+
+def graphs_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> list[Graph]:
+    """The graphs of a model, traced with this batch."""
+    if not writes(model):
+        return [Graph(ONE, model, dict(batch))]
+    given = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
+    if is_multimodal(model):
+        parts = decompose_for_generation(model, given, multi_token_decode=True)
+        return [Graph(name, module, _given(inputs)) for name, (module, inputs) in parts.items()]
+    steps = decompose_prefill_decode(model, given, multi_token_decode=not model.config.is_encoder_decoder)
+    later, first = _given(steps["decode"][1]), _given(steps["prefill"][1])
+    if not model.config.is_encoder_decoder:
+        return [Graph(ONE, model, later)]
+    if first["decoder_input_ids"].shape[1] == 1:  # the tracer takes the size 1 for a fixed one
+        prompt = first["decoder_input_ids"].repeat(1, 2)
+        steps = decompose_prefill_decode(model, given | {"decoder_input_ids": prompt})
+        later, first = _given(steps["decode"][1]), _given(steps["prefill"][1])
+    encoder = model.get_encoder()
+    read = {name: value for name, value in given.items() if name in inspect.signature(encoder.forward).parameters}
+    return [Graph(ENCODER, encoder, read), Graph(FIRST_STEP, model, first), Graph(LATER_STEPS, model, later)]
+
+
+def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether a model writes one token after the other."""
+    return isinstance(model, PreTrainedModel) and model.can_generate()
+
+
+def writing_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules that run for one token after the other: all of a model that writes, except for its encoder."""
+    if not writes(model):
+        return set()
+    found: Any = model
+    encoder = found.get_encoder() if found.config.is_encoder_decoder else None
+    return set(model.modules()) - (set() if encoder is None else set(encoder.modules()))
+
+
+def open_axes(graph: Graph) -> dict[str, Any]:
+    """The axes of a graph's inputs that may have any size, as ``torch.export`` takes them: examples and positions.
+
+    Of keys and values, (examples, heads, positions, d), and of inputs that are not known, all that are not found to be fixed.
+    """
+    register_cache_pytrees_for_model(cast(PreTrainedModel, graph.module))
+    tensors = {name: value for name, value in graph.inputs.items() if not isinstance(value, bool)}  # flags are no inputs
+    return {name: _open(spec, _OPEN.get(name)) for name, spec in get_auto_dynamic_shapes(tensors).items()}
+
+
+def _open(spec: Any, axes: Collection[int] | None) -> Any:
+    if isinstance(spec, list | tuple):
+        return type(spec)(_open(one, axes) for one in spec)
+    if not isinstance(spec, dict) or not all(isinstance(axis, int) for axis in spec):
+        return spec
+    kept = _OF_CACHES if axes is None and len(spec) == len(("examples", "heads", "positions", "d")) else axes
+    return spec if kept is None else {axis: size for axis, size in spec.items() if axis in kept}
+
+
+def sample_batch(model: nn.Module, tokenizer: Any = None, examples: int = 2, positions: int = 8) -> dict[str, Tensor]:
+    """Random inputs to trace a model with: what its configuration says that it reads, with a mask where it takes one.
+
+    The last three positions of the last text are padding, unless the model writes. Raises ``HprError`` if the configuration
+    does not say what the model reads.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    batch = {name: _resized(value, name, examples, positions) for name, value in example_batch(model).items()}
+    if "input_ids" in batch and "attention_mask" in accepted:
+        mask = torch.ones_like(batch["input_ids"])
+        if not writes(model):
+            mask[-1, -3:] = 0
+        batch["attention_mask"] = mask
+    if "token_type_ids" in accepted and "token_type_ids" in getattr(tokenizer, "model_input_names", ()):
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    return batch
+
+
+def _resized(value: Tensor, name: str, examples: int, positions: int) -> Tensor:
+    """An input with so many examples, and, for ids, so many positions."""
+    if name.endswith("input_ids"):
+        value = value.repeat(1, -(-positions // value.shape[1]))[:, :positions]
+    return value.repeat(-(-examples // len(value)), *[1] * (value.dim() - 1))[:examples].contiguous()
