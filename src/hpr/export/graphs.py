@@ -21,6 +21,7 @@ from transformers.exporters.utils import decompose_for_generation, decompose_pre
 from hpr.runtime.batch import example_batch
 
 _OF_CACHES = (0, 2)
+_STEPS = 2  # tokens that the later steps of a decoder are traced with
 _OPEN = {"input_features": (0,), "pixel_values": (0,)}  # a configuration says how long sounds and how large images are
 ONE = "model"
 ENCODER, FIRST_STEP, LATER_STEPS = "encoder_model", "decoder_model", "decoder_with_past_model"
@@ -46,6 +47,8 @@ def graphs_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> list[Graph
     steps = decompose_prefill_decode(model, given, multi_token_decode=not model.config.is_encoder_decoder)
     later, first = _given(steps["decode"][1]), _given(steps["prefill"][1])
     if not model.config.is_encoder_decoder:
+        if "attention_mask" in given and "attention_mask" not in later:  # generate() drops a mask without zeros
+            later["attention_mask"] = nn.functional.pad(given["attention_mask"], (0, _STEPS), value=1)
         return [Graph(ONE, model, later)]
     if first["decoder_input_ids"].shape[1] == 1:  # the tracer takes the size 1 for a fixed one
         prompt = first["decoder_input_ids"].repeat(1, 2)
@@ -96,15 +99,14 @@ def _open(spec: Any, axes: Collection[int] | None) -> Any:
 def sample_batch(model: nn.Module, tokenizer: Any = None, examples: int = 2, positions: int = 8) -> dict[str, Tensor]:
     """Random inputs to trace a model with: what its configuration says that it reads, with a mask where it takes one.
 
-    The last three positions of the last text are padding, unless the model writes. Raises ``HprError`` if the configuration
-    does not say what the model reads.
+    The last three positions of the last text are padding; of a model that writes, the first three. Raises ``HprError`` if the
+    configuration does not say what the model reads.
     """
     accepted = inspect.signature(model.forward).parameters
     batch = {name: _resized(value, name, examples, positions) for name, value in example_batch(model).items()}
     if "input_ids" in batch and "attention_mask" in accepted:
         mask = torch.ones_like(batch["input_ids"])
-        if not writes(model):
-            mask[-1, -3:] = 0
+        mask[-1, slice(3) if writes(model) else slice(-3, None)] = 0
         batch["attention_mask"] = mask
     if "token_type_ids" in accepted and "token_type_ids" in getattr(tokenizer, "model_input_names", ()):
         batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
@@ -112,7 +114,8 @@ def sample_batch(model: nn.Module, tokenizer: Any = None, examples: int = 2, pos
 
 
 def _resized(value: Tensor, name: str, examples: int, positions: int) -> Tensor:
-    """An input with so many examples, and, for ids, so many positions."""
-    if name.endswith("input_ids"):
-        value = value.repeat(1, -(-positions // value.shape[1]))[:, :positions]
+    """An input with so many examples, and so many positions of ids, or 500 samples of sound for each."""
+    if name.endswith("input_ids") or name == "input_values":
+        size = positions * (500 if name == "input_values" else 1)
+        value = value.repeat(1, -(-size // value.shape[1]))[:, :size]
     return value.repeat(-(-examples // len(value)), *[1] * (value.dim() - 1))[:examples].contiguous()

@@ -13,7 +13,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +33,7 @@ from hpr.export.graphs import Graph, graphs_of, open_axes, sample_batch, writes,
 from hpr.nn.bank import bank_of
 from hpr.nn.coded import codes_of, other_codes_of
 from hpr.nn.integers import keep_floats
+from hpr.runtime.batch import first_examples
 from hpr.runtime.files import partial_folder, replace, writing
 from hpr.runtime.hooks import eval_mode
 from hpr.runtime.progress import progress
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 FOLDER = "onnx"  # in the output folder, as runtimes of browsers look for graphs
 QUANTIZED = "_quantized"  # behind a graph's name if its weights are integers
 _PACKAGES = "writing ONNX needs the packages onnx, onnxscript and onnxruntime: pip install 'hpr[onnx]'"
+_OTHER_SIZES = (3, 11)  # examples and positions: more of both than in the batch that is traced
 _ONE_FILE = 1 << 30  # bytes; larger weights are in a file of their own, since a graph holds at most 2 GiB
 
 
@@ -74,8 +76,10 @@ def export_onnx(
     Weights of a coded model are its integers, one byte each, and are multiplied as such. Shared factors are stored once, with
     their identity blocks. Models that write have their keys and values as inputs and outputs (``past_key_values.0.key``,
     ``present.0.key``); models with an encoder are three graphs with one file of weights. Inputs may have any number of examples
-    and positions. ``batch``: inputs to trace with; by default random ones, as the configuration says. ``zipped``: also write
-    each file of weights as ``….gz``, which servers send to browsers as it is (``Content-Encoding: gzip``).
+    and positions. ``batch``: inputs to trace with; by default random ones, as the configuration says. An input that it lacks (a
+    mask) is none of the graph's. Graphs are compared with the model at two sizes; with a batch of yours, at its size and with
+    its first example alone. ``zipped``: also write each file of weights as ``….gz``, which servers send to browsers as it is
+    (``Content-Encoding: gzip``).
 
     Raises ``HprError`` for a model that cannot be traced, for a graph whose outputs differ from the model's, and for one that
     stores a number twice; ``CheckpointError`` for a folder that cannot be written.
@@ -90,9 +94,11 @@ def export_onnx(
         )
     model, codes = _prepared(loaded.model)
     with _quiet(), eval_mode(model), torch.no_grad():
-        graphs = graphs_of(model, sample_batch(model, loaded.tokenizer) if batch is None else batch)
+        given = sample_batch(model, loaded.tokenizer) if batch is None else batch
+        other = sample_batch(model, loaded.tokenizer, *_OTHER_SIZES) if batch is None else first_examples(batch, 1)
+        graphs, others = graphs_of(model, given), graphs_of(model, other)
         with writing(target), partial_folder(target) as partial:
-            written = _write_graphs(graphs, model, codes, partial / FOLDER, _outputs_read(loaded))
+            written = _write_graphs(graphs, others, model, codes, partial / FOLDER, _outputs_read(loaded))
             for file in _files_in(partial / FOLDER) if zipped else ():
                 file.with_name(f"{file.name}.gz").write_bytes(deflated(file.read_bytes()))
             _write_side_files(loaded, partial)
@@ -140,9 +146,17 @@ def _prepared(model: PreTrainedModel) -> tuple[Any, dict[str, Codes]]:
 
 
 def _write_graphs(
-    graphs: Sequence[Graph], model: PreTrainedModel, codes: Mapping[str, Codes], folder: Path, read: set[str] | None
+    graphs: Sequence[Graph],
+    others: Sequence[Graph],
+    model: PreTrainedModel,
+    codes: Mapping[str, Codes],
+    folder: Path,
+    read: set[str] | None,
 ) -> tuple[int, int, float]:
-    """Write the graphs, and compare them with the model. Returns the bytes of tensors and of the model, and the difference."""
+    """Write the graphs, and compare them with the model. Returns the bytes of tensors and of the model, and the difference.
+
+    ``others``: the same graphs with inputs of other sizes, at which they are compared too: the tracer may have fixed a size.
+    """
     import onnx_ir as ir
 
     from hpr.export.integer_modules import has_integers
@@ -164,7 +178,9 @@ def _write_graphs(
     for name, program in programs.items():
         ir.save(program, folder / f"{name}{ending}")
     limit = INTEGERS if has_integers(model) else FLOATS
-    gaps = [difference(folder / f"{one.name}{ending}", one.module, one.inputs, named[one.name], limit) for one in graphs]
+    gaps = [
+        difference(folder / f"{one.name}{ending}", one.module, one.inputs, named[one.name], limit) for one in (*graphs, *others)
+    ]
     return tensors, held, max(gaps)
 
 
@@ -174,7 +190,8 @@ def _traced(graph: Graph) -> ir.Model:
 
     config = OnnxConfig(dynamic=True, dynamic_shapes=open_axes(graph), ort_fusions="cpu")
     try:
-        exported = OnnxExporter().export(cast(PreTrainedModel, graph.module), copy.deepcopy(graph.inputs), config)
+        with redirect_stderr(io.StringIO()):  # torch prints the graph of a trace that fails
+            exported = OnnxExporter().export(cast(PreTrainedModel, graph.module), copy.deepcopy(graph.inputs), config)
     except Exception as error:  # torch.export raises whatever the forward pass does with its symbols
         text = " ".join(str(error).split())
         raise HprError(

@@ -16,6 +16,7 @@ from hpr.errors import HprError
 
 FLOATS = 1e-4  # of the largest output: what sums in another order differ by
 _ZERO = 1e-3  # of the largest number of any output: an output that is about 0 is compared with this
+_FATAL = 4  # the runtime's level of messages: it raises what it would print
 _MEND = "this model cannot be exported as ONNX; `hpr export --to hf` writes it for torch"
 INTEGERS = 5e-2  # an input that lies between two of 256 steps may be rounded to either, in every layer
 
@@ -27,11 +28,22 @@ def difference(file: Path, module: nn.Module, inputs: Mapping[str, Any], named: 
     ``limit``.
     """
     import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    failures = (errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.NotImplemented, errors.RuntimeException)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except failures as error:
+        raise HprError(f"{file.name} cannot be loaded ({_brief(error)}): {_MEND}") from error
     taken = get_leaf_tensors(dict(inputs))
     feed = {one.name: _leaf(taken, named[one.name]).numpy() for one in session.get_inputs()}
-    results = session.run(None, feed)
+    try:
+        results = session.run(None, feed)
+    except failures as error:
+        sizes = ", ".join(f"{name} {value.shape}" for name, value in feed.items() if not name.startswith("past_key_values"))
+        raise HprError(f"{file.name} cannot be run with {sizes} ({_brief(error)}): {_MEND}") from error
     with torch.no_grad():
         expected = get_leaf_tensors(module(**copy.deepcopy(dict(inputs))))
     wanted = {one.name: _leaf(expected, named[one.name]).float().numpy() for one in session.get_outputs()}
@@ -51,6 +63,10 @@ def difference(file: Path, module: nn.Module, inputs: Mapping[str, Any], named: 
             )
         largest = max(largest, gap)
     return largest
+
+
+def _brief(error: Exception) -> str:
+    return f"{' '.join(str(error).split()):.200}"
 
 
 def _leaf(leaves: Mapping[str, Tensor], name: str) -> Tensor:

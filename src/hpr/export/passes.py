@@ -147,7 +147,8 @@ def give_known_names(model: ir.Model) -> dict[str, str]:
     Most runtimes know these names. Returns new name → old name.
     """
     named = {}
-    reads_encoder = any(value.name == "decoder_input_ids" for value in model.graph.inputs)
+    inputs = {value.name for value in model.graph.inputs}
+    reads_encoder = "decoder_input_ids" in inputs and "input_ids" not in inputs  # with both, a graph is encoder and decoder
     for value in (*model.graph.inputs, *model.graph.outputs):
         old = str(value.name)
         new = _READ.get(old, old) if reads_encoder else old
