@@ -18,11 +18,12 @@ from hpr.runtime.batch import IGNORED, Batch
 
 @dataclass(frozen=True)
 class Clips:
-    """Log-mel features (clips, 80, 3000) with transcripts and sources (the part of an id before the slash)."""
+    """Log-mel features (clips, 80, 3000) with transcripts, sources (what an id has before the slash) and seconds of speech."""
 
     features: Float[Tensor, "clips bands frames"]
     texts: list[str]
     sources: list[str]
+    seconds: list[float]
 
     def split(self, size: int) -> list[Float[Tensor, "clips bands frames"]]:
         """The features, ``size`` clips at a time."""
@@ -37,7 +38,8 @@ def read_clips(folder: Path, name: str, extractor: Any, most: int | None = None)
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[:most]
     sounds = [soundfile.read(folder / name / row["file"], dtype="float32")[0] for row in rows]
     features = torch.cat([extractor(sound, sampling_rate=16000, return_tensors="pt").input_features for sound in sounds])
-    return Clips(features, [row["text"] for row in rows], [row["id"].partition("/")[0] for row in rows])
+    sources, seconds = [row["id"].partition("/")[0] for row in rows], [len(sound) / 16000 for sound in sounds]
+    return Clips(features, [row["text"] for row in rows], sources, seconds)
 
 
 @torch.no_grad()
