@@ -28,7 +28,7 @@ from hpr.operators.registry import OPERATORS
 WATCHED = {
     "describe": ("hpr.anatomy.describe", "describe"),
     "measured sites": ("hpr.operators.metric", "metric_of"),
-    "solve": ("hpr.solver.lagrangian", "solve"),
+    "solve": ("hpr.solver.lagrangian", "search"),
 }
 FITS = "group fits"
 DEFAULT_OUTPUT = "out/compressed"
