@@ -36,6 +36,7 @@ BELOW = {
     "healing": "anatomy coding data evaluation nn plans profiling rounding runtime sharing",
 }
 BELOW["export"] = "anatomy checkpoints coding data nn plans runtime sharing"
+BELOW["bench"] = "checkpoints data evaluation export nn runtime timing"
 BELOW["pipeline"] = " ".join(room for room in BELOW if room != "errors")
 BELOW["cli"] = BELOW["pipeline"] + " pipeline"
 BELOW["extras"] = BELOW["cli"]

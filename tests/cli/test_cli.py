@@ -18,7 +18,7 @@ from hpr.cli.program import app
 from hpr.data.files import suffixes
 from hpr.nn.bank import parameters
 
-VERBS = ("inspect", "profile", "plan", "share", "unshare", "export", "heal", "online", "eval", "report", "compress")
+VERBS = ("inspect", "profile", "plan", "share", "unshare", "export", "heal", "online", "eval", "bench", "report", "compress")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(35))]
 FILES = {"config.json", "model.safetensors", "plan.json", "metrics.json", "report.html", "README.md"}
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpr.cli import commands, learning_commands
+from hpr.cli import bench_command, commands, learning_commands
 from hpr.cli.console import TERMINATED, Commands
 
 app = typer.Typer(
@@ -61,6 +61,7 @@ add(
     "online out --validation rated.jsonl --labels --state out-state -o out-later < stream.jsonl",
 )
 add(commands.evaluate, "eval out --teacher path/to/model --data held_out.txt", name="eval")
+add(bench_command.bench, "bench out --teacher path/to/model", "bench out --shapes 1x16 --runtimes onnxruntime --json")
 add(commands.report, "report out")
 add(
     commands.compress,
