@@ -17,7 +17,7 @@ def bench(
     teacher: Teacher = None,
     shapes: Annotated[
         list[str] | None,
-        typer.Option(metavar="NxT", help="Examples x tokens; repeat. Default: 1 and 32 x 16, 128, 512."),
+        typer.Option(metavar="NxT", help="Texts x tokens; repeat. Default: 1 and 32 x 16, 128, 512."),
     ] = None,
     runtimes: Annotated[str | None, typer.Option(metavar="A,B", help="torch, onnxruntime. Default: both.")] = None,
     threads: Annotated[int, typer.Option(metavar="N", help="Threads of each runtime.")] = 1,

@@ -61,7 +61,7 @@ add(
     "online out --validation rated.jsonl --labels --state out-state -o out-later < stream.jsonl",
 )
 add(commands.evaluate, "eval out --teacher path/to/model --data held_out.txt", name="eval")
-add(bench_command.bench, "bench out --teacher path/to/model", "bench out --shapes 1x16 --runtimes onnxruntime --json")
+add(bench_command.bench, "bench out --shapes 1x128 --runtimes onnxruntime")
 add(commands.report, "report out")
 add(
     commands.compress,
