@@ -227,7 +227,9 @@ def export(
     weights = sum(size for name, size in written.files.items() if name.startswith("onnx/") and not name.endswith(".gz"))
     sent = sum(size for name, size in written.files.items() if name.endswith(".gz"))
     text = f"{formatting.byte_count(weights)} of graphs" + (f", {formatting.byte_count(sent)} as gzip" if gzip else "")
-    text += f"; outputs differ by {written.difference:.1e} of the largest number from the model's"
+    integers = any("_quantized" in name for name in written.files)
+    other = "those of the same integers in torch" if integers else "the model's"
+    text += f"; outputs differ by {written.difference:.1e} of the largest number from {other}"
     result = {"output": str(written.folder), "bytes": weights, "bytes_gzip": sent if gzip else None, "files": written.files}
     result |= {"tensor_bytes": written.tensors, "model_bytes": written.model, "difference": written.difference}
     show(result, as_json, lines(text, f"written: {output}"))

@@ -55,7 +55,8 @@ class Exported:
     """What was written. ``files``: name → bytes. ``tensors``: bytes of all tensors in the graphs, each once.
 
     ``model``: bytes that the numbers of the model take as they are exported. ``difference``: the largest one of any output from
-    the model's, as a share of the largest number in it.
+    the model's, as a share of the largest number in it; of a coded model, from what the same integers give in torch, so it does
+    not count that inputs are rounded to eight bits.
     """
 
     folder: Path
