@@ -55,6 +55,15 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def readers_of_weights(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """``id`` of a parameter that is a module's ``weight`` → all modules that have it; a tied one has several."""
+    readers: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            readers.setdefault(id(weight), []).append(module)
+    return readers
+
+
 def weight_at(model: nn.Module, site: Site) -> torch.Tensor:
     """The weight of a site as (out, in), a view of the parameter. Raises ``HprError`` if the model has no such site."""
     if site.expert is not None and slice_at(model, site.name) is None:

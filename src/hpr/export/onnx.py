@@ -1,7 +1,7 @@
 """Write a model as graphs of ONNX, which need neither torch nor hpr.
 
 Transformers' own exporter traces the model and fuses what ONNX Runtime has operators for; this package decides what is traced
-(``graphs``), lets coded weights be multiplied as integers (``integer_modules``), and sees to it that each number is stored once
+(``graphs``), lets coded weights be multiplied as integers (``integer_sites``), and sees to it that each number is stored once
 (``passes``).
 """
 
@@ -131,7 +131,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _prepared(model: PreTrainedModel) -> tuple[Any, dict[str, Codes]]:
     """A copy to trace, in float32 and without the marks of HPR, and the codes of tensors that it still has as floats."""
-    from hpr.export.integer_modules import use_integers
+    from hpr.export.integer_sites import use_integers
 
     codes: dict[str, Codes] = {}
     copied: Any = copy.deepcopy(model) if bank_of(model) is None else built(model, multiplies_less)
@@ -160,7 +160,7 @@ def _write_graphs(
     """
     import onnx_ir as ir
 
-    from hpr.export.integer_modules import has_integers
+    from hpr.export.integer_sites import has_integers
     from hpr.export.parity import FLOATS, INTEGERS, difference
     from hpr.export.weights_file import bytes_of, check_size, move_weights
 

@@ -30,10 +30,10 @@ def store_once(model: ir.Model) -> None:
     tensors = [value for value in graph.initializers.values() if _is_matrix(value)]
     for value in sorted(tensors, key=lambda value: not any(node.op_type == "Gather" for node, _ in value.uses())):
         numbers = _numbers(value)
-        if (kept := known.get((_digest(numbers.T), numbers.T.shape))) is not None:
+        if (kept := known.get((digest(numbers.T), numbers.T.shape))) is not None:
             _read_transposed(model, value, kept)
         else:
-            known.setdefault((_digest(numbers), numbers.shape), value)
+            known.setdefault((digest(numbers), numbers.shape), value)
     remove_unused(model)
 
 
@@ -66,13 +66,13 @@ def store_codes(model: ir.Model, codes: Mapping[str, Codes]) -> None:
     by_digest: dict[bytes, tuple[Codes, bool]] = {}
     for found in codes.values():
         weight = found.weight().numpy()
-        by_digest[_digest(weight.T)] = (found, True)
-        by_digest[_digest(weight)] = (found, False)
+        by_digest[digest(weight.T)] = (found, True)
+        by_digest[digest(weight)] = (found, False)
     for value in list(model.graph.initializers.values()):
         if value.dtype != ir.DataType.FLOAT or value.const_value is None or value.const_value.size < STORED_AS_CODES:
             continue
         numbers = _numbers(value)
-        if (match := by_digest.get(_digest(numbers))) is not None:
+        if (match := by_digest.get(digest(numbers))) is not None:
             _decode(model, value, *match, shape=numbers.shape)
 
 
@@ -209,6 +209,6 @@ def _numbers(value: ir.Value) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _digest(numbers: np.ndarray) -> bytes:
+def digest(numbers: np.ndarray) -> bytes:
     """Of a tensor's numbers and kind, without its shape: a convolution is coded as a matrix."""
     return hashlib.sha256(np.ascontiguousarray(numbers).tobytes()).digest() + str(numbers.dtype).encode()

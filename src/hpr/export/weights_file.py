@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hpr.coding.codes import Codes
 from hpr.errors import HprError
-from hpr.export.passes import STORED_AS_CODES
+from hpr.export.integer_sites import multiplies_integers
+from hpr.export.passes import STORED_AS_CODES, digest
 
 _INLINE = 1 << 10  # bytes; smaller tensors stay in their graph
 _ALIGNED = 1 << 12  # bytes; runtimes map a file by pages
@@ -56,19 +57,26 @@ def _is_own(name: str) -> bool:
 def bytes_of(model: nn.Module, codes: Mapping[str, Codes]) -> int:
     """The bytes of a model's numbers as they are exported: parameters and buffers once, coded floats as one byte a number.
 
-    The weight of a module that multiplies by integers does not count: its integers are buffers.
+    The codes of a table and of a head that is tied to it count once, also where one is the transpose of the other. The weight
+    of a module that multiplies by integers does not count: its integers are buffers.
     """
     tensors: dict[int, Tensor] = {}
     for module in model.modules():
         own = [*module._parameters.items(), *module._buffers.items()]
-        tensors |= {id(one): one for name, one in own if one is not None and not (name == "weight" and _is_integer(module))}
+        tensors |= {
+            id(one): one for name, one in own if one is not None and not (name == "weight" and multiplies_integers(module))
+        }
     others = {id(one) for name, one in model.named_parameters() if name in codes and one.numel() >= STORED_AS_CODES}
-    coded = sum(3 * one.numel() for key, one in tensors.items() if key in others)
-    return sum(one.numel() * one.element_size() for one in tensors.values()) - coded
+    joined = {_content(one): one.numel() * (one.element_size() - 3 * (key in others)) for key, one in tensors.items()}
+    return sum(joined.values())
 
 
-def _is_integer(module: nn.Module) -> bool:
-    return "product" in module._modules or "table" in module._modules
+def _content(tensor: Tensor) -> Hashable:
+    """What equal matrices of integers have in common, and a matrix with its transpose. Floats are told apart by identity."""
+    if tensor.is_floating_point() or tensor.dim() != 2:
+        return id(tensor)
+    numbers = tensor.numpy()
+    return frozenset((digest(one), one.shape) for one in (numbers, numbers.T))
 
 
 def move_weights(programs: Mapping[str, ir.Model], file: Path) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hpr.anatomy.lookup import base_of, has_module, module_at
+from hpr.anatomy.lookup import base_of, has_module, module_at, readers_of_weights
 from hpr.coding.codes import Codes, Product, half_octaves, parts_of
 from hpr.errors import HprError
 from hpr.nn.bank import BANK
@@ -195,17 +195,13 @@ def keep_integers(model: nn.Module) -> nn.Module:
             f"layers of this {type(model).__name__} share factors, which are no integers while it runs: use it as it is, or "
             f"compress the original to a budget in bytes, such as 8MB"
         )
-    by_weight: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and weight is not None:
-            by_weight.setdefault(id(weight), []).append(module)
+    readers = readers_of_weights(model)
     for path, coded in codes_of(model).items():
         if not has_module(model, path):  # an expert, which is a slice of a parameter
             continue
         site = module_at(model, path)
         weight = site._parameters.get("weight")
-        users = by_weight.get(id(weight), [])
+        users = [user for user in readers.get(id(weight), []) if isinstance(user, nn.Linear | nn.Embedding | Conv1D)]
         if weight is None or any(getattr(user, "max_norm", None) is not None for user in users):
             continue  # integers already, or a table that its look-ups change
         codes = coded.codes()
