@@ -99,6 +99,15 @@ def ids() -> Tensor:
     return torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
+def strengthened(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, its matrices so large that the layers do something."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+    return model.eval()
+
+
 def inputs_of(family: str, ids: Tensor) -> dict[str, Tensor]:
     """The inputs of a model with a head; encoder–decoders read the ids twice."""
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if family in ("bart", "t5") else {})

@@ -11,6 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hpr
+from conftest import strengthened
 from hpr.anatomy.describe import describe
 from hpr.errors import HprError
 from hpr.healing.loss import GlobalLoss, Weights
@@ -67,12 +68,7 @@ def fixed() -> Objective:
 
 def built(family: str) -> nn.Module:
     torch.manual_seed(0)
-    model = MODELS[family]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(5)  # so that the layers do something
-    return model
+    return strengthened(MODELS[family]())
 
 
 def batch_of(family: str, positions: int, decoder: int = 6) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hpr
+from conftest import strengthened
 from hpr.anatomy.describe import describe
 from hpr.anatomy.lookup import module_at
 from hpr.anatomy.model import Site, Stack
@@ -31,12 +32,7 @@ GOAL = OBJECTIVES["hidden"]
 
 def build(family: str):
     torch.manual_seed(0)
-    model = MODELS[family]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(5)  # so that the layers do something
-    return model
+    return strengthened(MODELS[family]())
 
 
 def text(count: int = 6):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpr.profiling.first_pass import readable_part, reading
 from hpr.runtime.batch import Batch, examples_in, has_positions_first, is_square, lengths_in
-from hpr.runtime.hooks import eval_mode, run
+from hpr.runtime.hooks import eval_mode, run_noting
 
 
 def turned_modules(model: nn.Module, batches: Sequence[Batch]) -> frozenset[nn.Module]:
@@ -37,11 +37,5 @@ def turned_in(model: nn.Module, batch: Batch) -> frozenset[nn.Module]:
         if (first := next(states, None)) is not None and has_positions_first(first, batch):
             found.add(module)
 
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_noting(model, batch, model.modules(), note)
     return frozenset(found)

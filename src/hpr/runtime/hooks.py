@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +31,19 @@ def transformers_quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep back warnings of every package, logged ones too, inside the ``with`` block. Errors are still logged."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 @contextmanager
@@ -110,6 +125,19 @@ def captured_hidden_states(model: nn.Module, paths: Sequence[str]) -> Iterator[d
     handles = [module_at(model, path).register_forward_hook(note(path)) for path in paths]
     try:
         yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_noting(
+    model: nn.Module, batch: Batch, modules: Iterable[nn.Module], note: Callable[[nn.Module, tuple, dict[str, Any]], None]
+) -> None:
+    """Run a model once, and call ``note`` with each of some modules and its arguments, before the module computes."""
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    try:
+        with torch.no_grad(), eval_mode(model):
+            run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from hpr.anatomy.lookup import has_module, module_at
 from hpr.anatomy.model import Anatomy, Site
 from hpr.evaluation.cost import forward_flops
 from hpr.runtime.batch import Batch
-from hpr.runtime.hooks import eval_mode, run
+from hpr.runtime.hooks import run_noting
 from hpr.timing.costs import Costs, Reading, SiteCost
 
 
@@ -69,12 +68,5 @@ def _rows(model: nn.Module, readers: Mapping[Site, Sequence[nn.Module]], batch: 
         x = args[0] if args else next(iter(kwargs.values()))
         rows[module] += x.numel() if isinstance(module, nn.Embedding) else x.numel() // x.shape[-1]
 
-    modules = dict.fromkeys(module for several in readers.values() for module in several)
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_noting(model, batch, dict.fromkeys(module for several in readers.values() for module in several), note)
     return rows
