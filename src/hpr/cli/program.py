@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpr.cli import bench_command, commands, learning_commands
+from hpr.cli import bench_command, commands, learning_commands, writing_commands
 from hpr.cli.console import TERMINATED, Commands
 
 app = typer.Typer(
@@ -51,9 +51,9 @@ def add(command: Callable[..., None], *examples: str, name: str | None = None) -
 add(commands.inspect, "inspect", "inspect path/to/model --json")
 add(commands.profile, "profile path/to/model --data texts.txt -o profile.safetensors")
 add(commands.plan, "plan path/to/model --profile profile.safetensors --budget 50% --only 'encoder.*' -o plan.json")
-add(commands.share, "share path/to/model --plan plan.json --profile profile.safetensors -o out")
-add(commands.unshare, "unshare out -o dense")
-add(commands.export, "export out --to onnx -o out-onnx")
+add(writing_commands.share, "share path/to/model --plan plan.json --profile profile.safetensors -o out")
+add(writing_commands.unshare, "unshare out -o dense")
+add(writing_commands.export, "export out --to onnx -o out-onnx")
 add(learning_commands.heal, "heal out --teacher path/to/model --data texts.txt --for 10min")
 add(
     learning_commands.online,
