@@ -21,6 +21,8 @@ import numpy as np
 from common import graphs, tasks
 from common.paths import shared
 from common.tables import markdown, say
+from hpr.bench import quantised
+from hpr.bench.loading import session
 from hpr.checkpoints.open import open_model
 from hpr.export.deflate import deflated
 from hpr.export.onnx import export_onnx
@@ -42,23 +44,23 @@ def main() -> None:
     with TemporaryDirectory() as place:
         work = Path(place)
         dense = export_onnx(original, work / "dense").folder / "onnx" / "model.onnx"
-        plain = graphs.without_stale_shapes(dense, work / "plain.onnx")
-        files = {"original, float32": dense, PEER: graphs.int8(plain, work / "int8.onnx")}
-        files["original, int4"] = graphs.int4(plain, work / "int4.onnx")
+        files = {"original, float32": dense, PEER: work / "int8.onnx", "original, int4": work / "int4.onnx"}
+        quantised.int8(dense, files[PEER])
+        quantised.int4(dense, files["original, int4"])
         for name, loaded in models.items():
             folder = export_onnx(loaded, work / name).folder / "onnx"
             files[name] = next(folder.glob("model*.onnx"))
         rows = {}
         for name, file in files.items():
             row = {"graph": name, "disk": file.stat().st_size / 1e6, "wire": len(deflated(file.read_bytes())) / 1e6}
-            row |= {key: value / 1e6 if key == "resident" else value for key, value in graphs.taken(file).items()}
+            row |= {key: value / 1e6 if key == "resident" else value for key, value in graphs.taken(file, work).items()}
             if not given.no_scores:
-                row["sts-b"] = tasks.sts_correlation(graphs.embedder(graphs.session(file), original.tokenizer), pairs)
+                row["sts-b"] = tasks.sts_correlation(graphs.embedder(session(str(file), 1), original.tokenizer), pairs)
                 loaded = models.get(name, original)
                 if "int" not in name:
                     row["sts-b in torch"] = tasks.sts_correlation(tasks.embedder(loaded.model, original.tokenizer), pairs)
             rows[name] = say(**row)
-        sessions = {name: graphs.session(file) for name, file in files.items()}
+        sessions = {name: session(str(file), 1) for name, file in files.items()}
         for examples, positions, share in SHAPES:
             ids = np.random.default_rng(0).integers(1000, 20000, (examples, positions))
             feeds = {

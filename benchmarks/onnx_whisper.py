@@ -19,10 +19,11 @@ import numpy as np
 import transformers
 from torch import Tensor
 
-from common import graphs
 from common.paths import shared
 from common.speech import normalizer, read_clips, transcripts, word_errors
 from common.tables import markdown, say
+from hpr.bench.loading import session
+from hpr.bench.quantised import int8
 from hpr.checkpoints.open import open_model
 from hpr.export.onnx import export_onnx
 
@@ -34,7 +35,7 @@ class Graphs:
     """The three graphs of a model, and what it writes greedily."""
 
     def __init__(self, folder: Path, ending: str):
-        self.encoder, self.first, self.later = (graphs.session(folder / f"{part}{ending}") for part in PARTS)
+        self.encoder, self.first, self.later = (session(str(folder / f"{part}{ending}"), 1) for part in PARTS)
 
     def write(self, features: Tensor, settings: Any) -> list[int]:
         """Token numbers for one clip, (1, bands, frames)."""
@@ -81,8 +82,7 @@ def main() -> None:
             rows.append(row | {"errors in torch": word_errors(texts, clips.texts, normalize)})
             if name.startswith("original"):
                 for part in PARTS:
-                    plain = graphs.without_stale_shapes(folder / f"{part}.onnx", Path(place) / f"{part}.plain.onnx")
-                    graphs.int8(plain, Path(place) / f"{part}.int8.onnx")
+                    int8(folder / f"{part}.onnx", Path(place) / f"{part}.int8.onnx")
                 found["original, int8"] = Graphs(Path(place), ".int8.onnx")
                 size = sum((Path(place) / f"{part}.int8.onnx").stat().st_size for part in PARTS)
                 rows.append({"graph": "original, int8", "disk": size / 1e6})

@@ -6,6 +6,7 @@ import pytest
 
 import hpr
 from conftest import HEADS, inputs_of
+from hpr.bench import run
 from hpr.bench.run import bench
 from hpr.checkpoints.save import save
 from hpr.errors import BudgetError, HprError
@@ -14,7 +15,8 @@ pytest.importorskip("onnxruntime", reason="graphs are run by onnxruntime")
 pytest.importorskip("onnxscript", reason="graphs are written by onnxscript")
 
 
-def test_a_decoder_in_both_runtimes(build, ids, tmp_path):
+def test_a_decoder_in_both_runtimes(build, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_LOADS", 1)  # a process that imports torch takes seconds
     model = build("llama", HEADS["llama"])
     model.save_pretrained(tmp_path / "original")
     profile = hpr.profile(model, [inputs_of("llama", ids)])

@@ -186,3 +186,15 @@ def test_the_command_line_says_what_it_wrote(folder, tmp_path):
     assert refused.exit_code == 2
     assert "choose another output folder" in refused.stderr
     assert CliRunner().invoke(app, ["export", str(folder), "--to", "hf", "--gzip"]).exit_code == 2
+
+
+def test_a_model_that_cannot_write_is_an_error(build, tmp_path, monkeypatch):
+    model = build("gpt2", HEADS["gpt2"])
+
+    def refuses(*_: Any, **__: Any) -> None:
+        raise ValueError("no sampling here")
+
+    monkeypatch.setattr(type(model), "generate", refuses)
+    with pytest.raises(hpr.HprError, match=r"cannot write a few tokens.*no sampling here"):
+        export_onnx(as_loaded(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from hpr.runtime.hooks import no_warnings
 
 _WEIGHTS = ("MatMul", "Gather")
 
 
 def int8(graph: Path, file: Path) -> None:
     """Dynamic int8: weights by channel beforehand, inputs at every call."""
-    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _quiet():
-        model = onnx.load(graph)
-        stored = {one.name for one in model.graph.initializer}  # their shapes are known, and the tool takes them only once
-        shapes = [one for one in model.graph.value_info if one.name not in stored]
-        del model.graph.value_info[:]
-        model.graph.value_info.extend(shapes)
+    with no_warnings():
         types = list(_WEIGHTS)
-        quantize_dynamic(model, file, op_types_to_quantize=types, per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(graph, file, op_types_to_quantize=types, per_channel=True, weight_type=QuantType.QInt8)
 
 
 def int4(graph: Path, file: Path) -> None:
@@ -30,19 +23,9 @@ def int4(graph: Path, file: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    with _quiet():
+    with no_warnings():
         axes = (("MatMul", 0), ("Gather", 1))
         model, options = onnx.load(graph), {"op_types_to_quantize": _WEIGHTS, "quant_axes": axes}
         made = MatMulNBitsQuantizer(model, bits=4, block_size=32, is_symmetric=True, accuracy_level=4, **options)
         made.process()
         made.model.save_model_to_file(str(file))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)

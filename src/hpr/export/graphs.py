@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model
 from transformers.exporters.utils import decompose_for_generation, decompose_prefill_decode, is_multimodal
 
+from hpr.errors import HprError
 from hpr.runtime.batch import example_batch
+from hpr.runtime.torch_errors import brief, lacks_memory
 
 _OF_CACHES = (0, 2)
 _STEPS = 2  # tokens that the later steps of a decoder are traced with
@@ -37,14 +39,14 @@ class Graph:
 
 
 def graphs_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> list[Graph]:
-    """The graphs of a model, traced with this batch."""
+    """The graphs of a model, traced with this batch. Raises ``HprError`` for a model that writes but cannot generate."""
     if not writes(model):
         return [Graph(ONE, model, dict(batch))]
     given = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
     if is_multimodal(model):
-        parts = decompose_for_generation(model, given, multi_token_decode=True)
+        parts = _captured(decompose_for_generation, model, given, many=True)
         return [Graph(name, module, _given(inputs)) for name, (module, inputs) in parts.items()]
-    steps = decompose_prefill_decode(model, given, multi_token_decode=not model.config.is_encoder_decoder)
+    steps = _captured(decompose_prefill_decode, model, given, many=not model.config.is_encoder_decoder)
     later, first = _given(steps["decode"][1]), _given(steps["prefill"][1])
     if not model.config.is_encoder_decoder:
         if "attention_mask" in given and "attention_mask" not in later:  # generate() drops a mask without zeros
@@ -52,11 +54,26 @@ def graphs_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> list[Graph
         return [Graph(ONE, model, later)]
     if first["decoder_input_ids"].shape[1] == 1:  # the tracer takes the size 1 for a fixed one
         prompt = first["decoder_input_ids"].repeat(1, 2)
-        steps = decompose_prefill_decode(model, given | {"decoder_input_ids": prompt})
+        steps = _captured(decompose_prefill_decode, model, given | {"decoder_input_ids": prompt}, many=False)
         later, first = _given(steps["decode"][1]), _given(steps["prefill"][1])
     encoder = model.get_encoder()
     read = {name: value for name, value in given.items() if name in inspect.signature(encoder.forward).parameters}
     return [Graph(ENCODER, encoder, read), Graph(FIRST_STEP, model, first), Graph(LATER_STEPS, model, later)]
+
+
+def _captured(decompose: Any, model: PreTrainedModel, given: Mapping[str, Tensor], many: bool) -> dict[str, Any]:
+    """The inputs of each step while the model writes a few tokens; ``many``: later steps read several tokens at once."""
+    try:
+        steps: dict[str, Any] = decompose(model, given, multi_token_decode=many)
+    except RuntimeError as error:  # what transformers makes of any failure of ``generate``
+        cause = error.__cause__ or error
+        if lacks_memory(cause):
+            raise
+        raise HprError(
+            f"{type(model).__name__} cannot write a few tokens, which its graphs are traced from ({brief(cause)}): mend its "
+            f"generation_config, or export it with --to hf"
+        ) from error
+    return steps
 
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:

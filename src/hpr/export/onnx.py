@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -35,8 +33,9 @@ from hpr.nn.coded import codes_of, other_codes_of
 from hpr.nn.integers import keep_floats
 from hpr.runtime.batch import first_examples
 from hpr.runtime.files import partial_folder, replace, writing
-from hpr.runtime.hooks import eval_mode
+from hpr.runtime.hooks import eval_mode, no_warnings
 from hpr.runtime.progress import progress
+from hpr.runtime.torch_errors import lacks_memory
 from hpr.sharing.materialise import built, multiplies_less
 from hpr.sharing.specification import is_specification
 
@@ -158,10 +157,9 @@ def _write_graphs(
 
     ``others``: the same graphs with inputs of other sizes, at which they are compared too: the tracer may have fixed a size.
     """
-    import onnx_ir as ir
-
     from hpr.export.integer_sites import has_integers
     from hpr.export.parity import FLOATS, INTEGERS, difference
+    from hpr.export.passes import to_bytes
     from hpr.export.weights_file import bytes_of, check_size, move_weights
 
     folder.mkdir(parents=True)
@@ -177,7 +175,7 @@ def _write_graphs(
     if len(graphs) > 1 or tensors > _ONE_FILE:
         move_weights(programs, folder / f"weights{ending}_data")
     for name, program in programs.items():
-        ir.save(program, folder / f"{name}{ending}")
+        (folder / f"{name}{ending}").write_bytes(to_bytes(program))
     limit = INTEGERS if has_integers(model) else FLOATS
     gaps = [
         difference(folder / f"{one.name}{ending}", one.module, one.inputs, named[one.name], limit) for one in (*graphs, *others)
@@ -194,6 +192,8 @@ def _traced(graph: Graph) -> ir.Model:
         with redirect_stderr(io.StringIO()):  # torch prints the graph of a trace that fails
             exported = OnnxExporter().export(cast(PreTrainedModel, graph.module), copy.deepcopy(graph.inputs), config)
     except Exception as error:  # torch.export raises whatever the forward pass does with its symbols
+        if lacks_memory(error):
+            raise
         text = " ".join(str(error).split())
         raise HprError(
             f"{type(graph.module).__name__} cannot be traced as a graph ({type(error).__name__}: {text:.200}): export it with "
@@ -235,11 +235,5 @@ def _write_side_files(loaded: LoadedModel, folder: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back what torch and transformers print about their own insides while a graph is traced."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+    with no_warnings(), redirect_stdout(io.StringIO()):
+        yield

@@ -28,9 +28,8 @@ def difference(file: Path, module: nn.Module, inputs: Mapping[str, Any], named: 
     ``limit``.
     """
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-    failures = (errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.NotImplemented, errors.RuntimeException)
+    failures = runtime_errors()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     try:
@@ -63,6 +62,13 @@ def difference(file: Path, module: nn.Module, inputs: Mapping[str, Any], named: 
             )
         largest = max(largest, gap)
     return largest
+
+
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a graph that it cannot load or run; its classes have no common base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    return errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.NotImplemented, errors.RuntimeException
 
 
 def _brief(error: Exception) -> str:
